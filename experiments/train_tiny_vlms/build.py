@@ -1,0 +1,206 @@
+"""The shipped small VLMs from their configurations: transformers' own classes, tokenizer, processors; random weights.
+
+Every model has a language tower of Qwen2 kind (hidden 256, 4 layers, 8 heads, 4 key-value heads, MLP 512) and a vision tower of
+width 128 with 4 layers, about 3.5 million parameters in all. All families share one vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    InternVLVisionConfig,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.processing_utils import ProcessorMixin
+
+from mgvq.data.tiny_vqa.questions import corpus
+from mgvq.data.tiny_vqa.scene import SIDE
+
+PAD, END, USER, ASSISTANT = "<pad>", "<|im_end|>", "<|user|>", "<|assistant|>"
+IMAGE, VIDEO, IMAGE_START, IMAGE_END = "<image>", "<video>", "<img>", "</img>"
+# The last four are Qwen2-VL's: one vocabulary for every family.
+SPECIAL = [PAD, END, USER, ASSISTANT, IMAGE, VIDEO, IMAGE_START, IMAGE_END,
+           "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+VOCAB_SIZE = 448
+MEAN_STD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+# "<|user|><image>how many things are there ?<|assistant|>"; the answer follows and ends with <|im_end|>.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE in which every word of the questions is one token and any other text still encodes."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        corpus(),
+        trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        padding_side="left",
+        model_max_length=512,
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "video_token": VIDEO,
+            "start_image_token": IMAGE_START,
+            "end_image_token": IMAGE_END,
+            "context_image_token": IMAGE,
+        },
+    )
+
+
+def text_config() -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=SPECIAL.index(END),
+        pad_token_id=SPECIAL.index(PAD),
+    )
+
+
+def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """SigLIP (patch 16) + Qwen2. 36 image tokens: 16 of the base picture, 16 of its one tile, 4 newlines."""
+    tokens = tokenizer()
+    size = {"height": SIDE, "width": SIDE}
+    tiles = {"image_grid_pinpoints": [[SIDE, SIDE]]}  # the smallest tiling: anyres cannot be turned off
+    config = LlavaOnevisionConfig(
+        text_config=text_config(),
+        vision_config=SiglipVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=16,
+            vision_use_head=False,
+        ),
+        image_token_index=SPECIAL.index(IMAGE),
+        video_token_index=SPECIAL.index(VIDEO),
+        vision_aspect_ratio="anyres_max_1",
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+        **tiles,
+    )
+    processor = LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(size=size, **tiles, **MEAN_STD),
+        tokenizer=tokens,
+        video_processor=LlavaOnevisionVideoProcessor(size=size, **MEAN_STD),
+        num_image_tokens=(SIDE // 16) ** 2,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_1",
+        image_token=IMAGE,
+        video_token=VIDEO,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def llava_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """(b, 3, h, w) -> (b, 36, 256): base and tile are the same picture here, so the tower runs once."""
+    inner = model.model
+    hidden = inner.vision_tower(pixels, output_hidden_states=True).hidden_states[-1]  # before the last norm
+    base = inner.multi_modal_projector(hidden)
+    side = SIDE // 16
+    newline = inner.image_newline.to(base.dtype).expand(len(base), side, 1, -1)
+    tile = torch.cat([base.unflatten(1, (side, side)), newline], 2).flatten(1, 2)
+    return torch.cat([base, tile], 1)
+
+
+def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """InternViT (patch 8) + pixel shuffle + Qwen2. 16 image tokens between <img> and </img>."""
+    tokens = tokenizer()
+    size = {"height": SIDE, "width": SIDE}
+    num_image_tokens = (SIDE // 8) ** 2 // 4
+    config = InternVLConfig(
+        text_config=text_config(),
+        vision_config=InternVLVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=[SIDE, SIDE],
+            patch_size=[8, 8],
+            attention_bias=True,
+            norm_type="layer_norm",
+            layer_scale_init_value=1.0,  # .1 slows training from scratch
+        ),
+        image_token_id=SPECIAL.index(IMAGE),
+        image_seq_length=num_image_tokens,
+        downsample_ratio=0.5,
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+    )
+    processor = InternVLProcessor(
+        # max_patches=1 is what turns tiling off: the processor class forces crop_to_patches.
+        image_processor=GotOcr2ImageProcessor(size=size, crop_to_patches=True, min_patches=1, max_patches=1, **MEAN_STD),
+        tokenizer=tokens,
+        video_processor=InternVLVideoProcessor(size=size, **MEAN_STD),
+        image_seq_length=num_image_tokens,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return InternVLForConditionalGeneration(config), processor
+
+
+def internvl_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """(b, 3, h, w) -> (b, 16, 256)."""
+    return model.model.get_image_features(pixel_values=pixels).pooler_output
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to build a family, and its image features for a batch of pictures in one call."""
+
+    build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]
+    features: Callable[[PreTrainedModel, torch.Tensor], torch.Tensor]
+
+
+FAMILIES = {
+    "tiny_llava_onevision": Family(llava_onevision, llava_features),
+    "tiny_internvl": Family(internvl, internvl_features),
+}
+
+
+def build(name: str, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Seeded random weights; the generation settings stop at <|im_end|> and are greedy."""
+    torch.manual_seed(seed)
+    model, processor = FAMILIES[name].build()
+    model.generation_config = GenerationConfig(
+        eos_token_id=SPECIAL.index(END), pad_token_id=SPECIAL.index(PAD), do_sample=False
+    )
+    return model, processor

@@ -1,0 +1,1 @@
+"""Vector quantisation of vision-language models, as controlled and seeded experiments."""

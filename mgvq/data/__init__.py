@@ -1,0 +1,1 @@
+"""Data that the project draws itself: leaf packages, which import no stage."""

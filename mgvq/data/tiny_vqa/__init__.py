@@ -1,0 +1,1 @@
+"""Procedural visual question answering: drawn scenes with real handwriting, twelve question types."""

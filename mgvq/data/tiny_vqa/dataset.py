@@ -1,0 +1,89 @@
+"""Seeded draws of pictures with questions: by a mix of types (training, calibration) or in a balanced cycle (test)."""
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, TRAINING_MIX, Question, ask
+from mgvq.data.tiny_vqa.scene import Scene, draw_scene, generator, render
+
+# One round of the test: each headline type three times, each control once.
+TEST_CYCLE = (*HEADLINE, *HEADLINE, *HEADLINE, *CONTROLS)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture with its questions; `index` is its place in the draw of its split and seed."""
+
+    index: int
+    scene: Scene
+    pixels: np.ndarray  # uint8, height x width x RGB
+    questions: tuple[Question, ...]
+
+
+def draw_pictures(
+    split: str, seed: int, num_pictures: int, questions_per_picture: int, mix: Mapping[str, float] = TRAINING_MIX
+) -> list[Picture]:
+    """Pictures 0 .. num_pictures - 1 of the split; a longer draw begins with the same pictures."""
+    return [draw_picture(split, seed, i, questions_per_picture, mix) for i in range(num_pictures)]
+
+
+def draw_picture(
+    split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX
+) -> Picture:
+    """Picture `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided."""
+    rng = generator(seed, split, index)
+    scene = draw_scene(rng, split)
+    types, weights = list(mix), np.fromiter(mix.values(), float)
+    cumulative = np.cumsum(weights / weights.sum())
+    questions: dict[str, Question] = {}
+    for attempt in itertools.count():
+        kind = types[min(int(np.searchsorted(cumulative, rng.random(), "right")), len(types) - 1)]
+        question = ask(scene, kind, rng)
+        if question and (question.text not in questions or attempt > 20 * num_questions):
+            questions[f"{attempt} {question.text}" if question.text in questions else question.text] = question
+        if len(questions) == num_questions:
+            return Picture(index, scene, render(scene), tuple(questions.values()))
+
+
+def draw_test(split: str, seed: int, num_questions: int, questions_per_picture: int = 4) -> list[Picture]:
+    """Exactly `num_questions` questions, their types dealt round by round from `TEST_CYCLE`.
+
+    A picture answers the first few types in the queue that it can; what it cannot answer waits for the next picture, so
+    that no type is asked less often for being hard to come by.
+    """
+    queue = deque(itertools.islice(itertools.cycle(TEST_CYCLE), num_questions))
+    return list(_deal(queue, split, seed, questions_per_picture))
+
+
+def _deal(queue: deque[str], split: str, seed: int, questions_per_picture: int) -> Iterator[Picture]:
+    for index in itertools.count():
+        if not queue:
+            return
+        rng = generator(seed, split, index)
+        scene = draw_scene(rng, split)
+        questions: list[Question] = []
+        waiting: list[str] = []
+        while queue and len(questions) < questions_per_picture:
+            question = ask(scene, kind := queue.popleft(), rng)
+            if question and all(question.text != q.text for q in questions):
+                questions.append(question)
+            else:
+                waiting.append(kind)
+        queue.extendleft(reversed(waiting))
+        if questions:
+            yield Picture(index, scene, render(scene), tuple(questions))
+
+
+def fingerprint(pictures: list[Picture]) -> str:
+    """SHA-256 over every pixel, question and answer: the identity of a draw."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.pixels.tobytes())
+        for q in picture.questions:
+            digest.update(f"{q.type}\t{q.text}\t{q.answer}\n".encode())
+    return digest.hexdigest()
