@@ -200,7 +200,5 @@ def build(name: str, seed: int) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Seeded random weights; the generation settings stop at <|im_end|> and are greedy."""
     torch.manual_seed(seed)
     model, processor = FAMILIES[name].build()
-    model.generation_config = GenerationConfig(
-        eos_token_id=SPECIAL.index(END), pad_token_id=SPECIAL.index(PAD), do_sample=False
-    )
+    model.generation_config = GenerationConfig(eos_token_id=SPECIAL.index(END), pad_token_id=SPECIAL.index(PAD), do_sample=False)
     return model, processor

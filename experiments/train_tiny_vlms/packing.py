@@ -1,8 +1,8 @@
 """Training batches in which all questions of a picture share one image prefix.
 
-Row = [<|user|> image tokens] [question <|assistant|> answer <|im_end|>] [question ...] ...: each question attends to the prefix and to
-itself, and its positions start again behind the prefix. That equals one sequence a question (checked before every training)
-at a third of the tokens.
+Row = [<|user|> image tokens] [question <|assistant|> answer <|im_end|>] [question ...] ...: each question attends to the
+prefix and to itself, and its positions start again behind the prefix. That equals one sequence a question (checked before
+every training) at a third of the tokens.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,8 @@ BLOCKED = -1e4  # additive: a boolean mask is silently added to the scores by ea
 
 @dataclass(frozen=True)
 class PackedBatch:
+    """Pictures `b`, positions `s`."""
+
     pixels: torch.Tensor  # float (b, 3, h, w) in [-1, 1]
     ids: torch.Tensor  # (b, s)
     positions: torch.Tensor  # (b, s)

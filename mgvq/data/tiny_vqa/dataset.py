@@ -32,22 +32,22 @@ def draw_pictures(
     return [draw_picture(split, seed, i, questions_per_picture, mix) for i in range(num_pictures)]
 
 
-def draw_picture(
-    split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX
-) -> Picture:
+def draw_picture(split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX) -> Picture:
     """Picture `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided."""
     rng = generator(seed, split, index)
     scene = draw_scene(rng, split)
     types, weights = list(mix), np.fromiter(mix.values(), float)
     cumulative = np.cumsum(weights / weights.sum())
-    questions: dict[str, Question] = {}
-    for attempt in itertools.count():
+    questions: list[Question] = []
+    attempts = 0
+    while len(questions) < num_questions:
+        attempts += 1
         kind = types[min(int(np.searchsorted(cumulative, rng.random(), "right")), len(types) - 1)]
         question = ask(scene, kind, rng)
-        if question and (question.text not in questions or attempt > 20 * num_questions):
-            questions[f"{attempt} {question.text}" if question.text in questions else question.text] = question
-        if len(questions) == num_questions:
-            return Picture(index, scene, render(scene), tuple(questions.values()))
+        repeated = question and any(question.text == q.text for q in questions)
+        if question and (not repeated or attempts > 20 * num_questions):
+            questions.append(question)
+    return Picture(index, scene, render(scene), tuple(questions))
 
 
 def draw_test(split: str, seed: int, num_questions: int, questions_per_picture: int = 4) -> list[Picture]:

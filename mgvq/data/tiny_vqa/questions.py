@@ -1,7 +1,7 @@
 """The twelve question types of the tiny VQA: templates, exact answers, and which of them make the headline.
 
-Answers that need several right tokens react to quantisation, one-word look-ups hardly do. So counting, count comparison, position,
-lists and digit reading are the headline, each with the same weight; the rest are controls, reported apart.
+Answers that need several right tokens react to quantisation, one-word look-ups hardly do. So counting, count comparison,
+position, lists and digit reading are the headline, each with the same weight; the rest are controls, reported apart.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mgvq.data.tiny_vqa.scene import COLORS, DIGIT, GRID, KINDS, NUMBERS, SHAPES, Scene, Thing
+from mgvq.data.tiny_vqa.scene import COLORS, DIGIT, GRID, KINDS, NUMBERS, SHAPES, SIZES, Scene, Thing
 
 # Fixed before the first training run and not eased afterwards (tests/golden holds a copy).
 HEADLINE = {"count": 1, "cmp_count": 1, "where": 1, "list_row": 1, "list_color": 1, "list_all": 1, "digit": 1}
@@ -45,6 +45,12 @@ def num_answers(question_type: str) -> int | None:
         "count": 9, "cmp_count": 2, "where": GRID * GRID, "digit": 10, "color": len(COLORS), "shape": len(KINDS),
         "exist": 2, "cmp_size": 2, "relation": len(KINDS),
     }.get(question_type)  # fmt: skip
+
+
+def parses(question_type: str, text: str) -> bool:
+    """Whether `text` is made of the words that answers of this type are made of; only those count as an answer at all."""
+    words = text.split()
+    return bool(words) and set(words) <= _ANSWER_WORDS[question_type]
 
 
 def corpus() -> list[str]:
@@ -180,9 +186,7 @@ def _exist(things: Things, rng: np.random.Generator) -> Drawn:
 def _cmp_size(things: Things, rng: np.random.Generator) -> Drawn:
     unique = _unique(things, SHAPES)
     wants_yes = rng.random() < 0.5
-    pairs = [
-        (a, b) for a in unique for b in unique if a is not b and ((a.size, b.size) == ("big", "small")) == wants_yes
-    ]
+    pairs = [(a, b) for a in unique for b in unique if a is not b and ((a.size, b.size) == ("big", "small")) == wants_yes]
     if not pairs:
         return None
     a, b = _pick(rng, pairs)
@@ -208,3 +212,11 @@ _ASKERS: dict[str, Callable[[Things, np.random.Generator], Drawn]] = {
     "relation": _relation,
 }  # fmt: skip
 QUESTION_TYPES = tuple(_ASKERS)
+
+_THING_WORDS = {*SHAPES, *NUMBERS, NOTHING}
+_ANSWER_WORDS: dict[str, set[str]] = {
+    "count": set(NUMBERS), "digit": set(NUMBERS), "color": set(COLORS), "shape": set(KINDS), "relation": set(KINDS),
+    "cmp_count": {"yes", "no"}, "exist": {"yes", "no"}, "cmp_size": {"yes", "no"},
+    "where": {"row", "column", *NUMBERS[1 : GRID + 1]}, "list_color": {*SIZES, *_THING_WORDS},
+    "list_row": {*SIZES, *COLORS, *_THING_WORDS}, "list_all": {*SIZES, *COLORS, *_THING_WORDS},
+}  # fmt: skip

@@ -169,7 +169,7 @@ def _written_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # here: over a second of import that config checks do not need
 
     images, labels = load_digits(return_X_y=True)
-    return images.reshape(-1, 8, 8).astype(np.float32) / 16, labels
+    return np.asarray(images, np.float32).reshape(-1, 8, 8) / 16, np.asarray(labels)
 
 
 def _digit_mask(rng: np.random.Generator, writing: int) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Allocation: how many bits each layer gets under the byte budget."""

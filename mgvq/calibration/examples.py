@@ -1,0 +1,31 @@
+"""What every calibration set does with its examples: checks, micro-batches."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mgvq.errors import UserError
+from mgvq.model.encode import Example, batches
+from mgvq.types import Batch
+
+MICRO_BATCH = 64  # fixed: statistics would move in the last digit with it
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The drawn examples. Raises UserError where there are none to calibrate on, or a sample is in both parts."""
+
+    examples: Sequence[Example]
+    heldout_examples: Sequence[Example]
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise UserError("the calibration set is empty: raise calibration.num_images, or put rows into the data file.")
+        if both := {e.sample_id for e in self.examples} & {e.sample_id for e in self.heldout_examples}:
+            raise UserError(f"calibration and held-out samples overlap: {sorted(both)[:3]} and {len(both)} in all.")
+
+    def batches(self, processor: Any) -> Iterator[Batch]:
+        return batches(processor, self.examples, MICRO_BATCH)
+
+    def heldout(self, processor: Any) -> Iterator[Batch]:
+        return batches(processor, self.heldout_examples, MICRO_BATCH)

@@ -1,0 +1,63 @@
+"""Calibration on local data: a JSON-lines file with rows `{"image": path, "question": text, "answer": text}`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from mgvq.calibration.examples import ExampleSet
+from mgvq.errors import UserError
+from mgvq.model.encode import Example
+from mgvq.rng import generator
+
+_FIELDS = ("image", "question", "answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageText:
+    """`num_samples` rows drawn without replacement, then `heldout_samples` more. Image paths are relative to the file."""
+
+    path: str
+    num_samples: int
+    heldout_samples: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1 or self.heldout_samples < 0:
+            raise UserError(
+                f"calibration needs num_samples >= 1 and heldout_samples >= 0, got {self.num_samples} and {self.heldout_samples}"
+            )
+
+    def draw(self) -> ExampleSet:
+        """Raises UserError, with file and line, for a missing file, a bad row, an unreadable image, or too few rows."""
+        file = Path(self.path)
+        if not file.is_file():
+            raise UserError(f"calibration.path={self.path} is not a file; give a .jsonl with rows of {', '.join(_FIELDS)}.")
+        rows = [r for r in file.read_text().splitlines() if r.strip()]
+        wanted = self.num_samples + self.heldout_samples
+        if len(rows) < wanted:
+            raise UserError(
+                f"{file} has {len(rows)} rows, but calibration.num_samples + heldout_samples asks for {wanted}: "
+                "an empty or short set cannot calibrate. Lower the two numbers or add rows."
+            )
+        order = torch.randperm(len(rows), generator=generator(self.seed, "calibration"))[:wanted].tolist()
+        examples = [_example(file, number, rows[number]) for number in order]
+        return ExampleSet(examples[: self.num_samples], examples[self.num_samples :])
+
+
+def _example(file: Path, number: int, line: str) -> Example:
+    place = f"{file}, row {number + 1}"
+    try:
+        row = json.loads(line)
+        image, question, answer = (row[f] for f in _FIELDS)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{place}: needs a JSON object with {', '.join(_FIELDS)}; {type(error).__name__}: {error}") from error
+    path = file.parent / image
+    try:
+        with Image.open(path) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{place}: {path} cannot be read as an image ({error}). Fix the path or the file.") from error
+    return Example(f"{file.name}-{number}", picture, question, answer)

@@ -1,0 +1,78 @@
+"""Writing a packed checkpoint: `mgvq.safetensors`, `mgvq.json`, and the source's config, tokenizer and processor."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mgvq.checkpoint.ledger import Entry, Ledger
+from mgvq.model.load import Loaded
+from mgvq.types import QuantizedWeight, Site, Tower
+
+VERSION = 1
+TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
+
+
+def save(
+    folder: Path,
+    loaded: Loaded,
+    sites: Sequence[Site],
+    weights: Mapping[Site, QuantizedWeight],
+    towers: Mapping[Tower, str],
+) -> Ledger:
+    """Write the checkpoint and return its ledger; equal inputs give equal bytes.
+
+    Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. Raises
+    AssertionError where the ledger and the bytes on disk differ.
+    """
+    folder.mkdir(parents=True)
+    tensors: dict[str, Tensor] = {}
+    entries: list[Entry] = []
+    layers = {}
+    shared: dict[int, str] = {}  # id of a table -> the name it is stored under
+    for site, weight in weights.items():
+        roles = {}
+        for role, tensor in weight.tensors().items():
+            name = shared.get(id(tensor), f"{site.name}.{role}")
+            roles[role] = name
+            if name not in tensors:
+                if role == "table":
+                    shared[id(tensor)] = name
+                tensors[name] = tensor.contiguous().cpu()
+                num_weights = site.num_weights if role == "codes" else 0
+                entries.append(Entry(name, site.tower, True, tensor.nbytes, num_weights))
+        layers[site.name] = {"format": weight.format, **weight.settings(), "tensors": roles}
+    in_scope = {f"{s.name}.weight" for s in sites}
+    packed = {f"{s.name}.weight" for s in weights}
+    for name, parameter in [*loaded.model.named_parameters(), *_persistent_buffers(loaded)]:
+        if name not in packed:
+            stored = parameter.detach().to(loaded.stored_dtype) if parameter.is_floating_point() else parameter
+            tensors[name] = stored.contiguous().cpu()
+            part = next((t for t, prefix in towers.items() if name.startswith(f"{prefix}.")), "other")
+            entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
+    save_file(tensors, folder / TENSORS, metadata={"format": "mgvq", "version": str(VERSION)})
+    index = {"version": VERSION, "layers": layers, "source_dtype": str(loaded.stored_dtype).removeprefix("torch.")}
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    loaded.model.config.save_pretrained(folder)
+    loaded.model.generation_config.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    return _close(folder, entries)
+
+
+def _persistent_buffers(loaded: Loaded) -> list[tuple[str, Tensor]]:
+    kept = loaded.model.state_dict().keys()
+    return [(name, b) for name, b in loaded.model.named_buffers() if name in kept]
+
+
+def _close(folder: Path, entries: list[Entry]) -> Ledger:
+    """Add the container's own bytes and hold the sum against the files."""
+    with (folder / TENSORS).open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    overhead = {f"{TENSORS} header": header, INDEX: (folder / INDEX).stat().st_size}
+    ledger = Ledger([*entries, *(Entry(name, "container", False, size, 0) for name, size in overhead.items())])
+    on_disk = sum((folder / name).stat().st_size for name in (TENSORS, INDEX))
+    if ledger.num_bytes != on_disk:
+        raise AssertionError(f"the ledger counts {ledger.num_bytes} bytes, {folder} holds {on_disk}")
+    return ledger

@@ -1,0 +1,55 @@
+"""`mgvq-run`: one run, or with -m every combination of the given values."""
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mgvq.errors import UserError
+from mgvq.runs.build import build, check
+from mgvq.runs.identity import run_id
+from mgvq.runs.places import conf_folder, register_resolvers
+from mgvq.runs.store import RunFolder
+
+register_resolvers()
+SUMMARY = ("tiny_vqa/accuracy", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+def hydra_main(cfg: DictConfig) -> None:
+    """One job of Hydra: skipped where its run is done."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    try:
+        check(cfg)
+        folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+        if folder.is_done():
+            print("done before; delete the folder to run it again")
+        else:
+            from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
+
+            execute(cfg, folder)
+            if tracker := build(cfg, "tracker"):
+                tracker(folder.path.name, folder.metrics())
+    except UserError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # Hydra goes on with the other jobs and exits with 1
+        print(f"mgvq-run: {error}", file=sys.stderr)
+        sys.exit(2)
+    metrics = folder.metrics()
+    print("  ".join(f"{name} {metrics[name]:.4g}" for name in SUMMARY if name in metrics))
+    if metrics["flags"]:
+        print(f"flags: {', '.join(metrics['flags'])}")
+    print(folder.path)
+
+
+def main() -> None:
+    """Entry point."""
+    hydra_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`mgvq-study`: run what a study lacks, then print its table."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mgvq.analysis.records import collect
+from mgvq.analysis.table import markdown
+from mgvq.errors import UserError
+from mgvq.studies.launch import launch
+from mgvq.studies.plan import distinct, expand
+from mgvq.studies.spec import read_study
+
+
+def main() -> None:
+    """Entry point: exits with 0 when every run is done, 1 where one failed, 2 for a bad study."""
+    parser = argparse.ArgumentParser(
+        prog="mgvq-study",
+        description=__doc__,
+        epilog="Finished runs are never run again; after a failure, or a kill, the same command goes on where it stopped.",
+    )
+    parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each with one thread (default: 1)")
+    parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
+    arguments = parser.parse_args()
+    try:
+        study = read_study(arguments.study)
+        runs = expand(study)
+    except UserError as error:
+        print(f"mgvq-study: {error}", file=sys.stderr)
+        sys.exit(2)
+    once = distinct(runs)
+    missing = sum(not run.folder.is_done() for run in once)
+    print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run")
+    if arguments.dry:
+        for run in once:
+            print("done   " if run.folder.is_done() else "missing", run.folder.path, " ".join(run.overrides))
+        return
+    failures = launch(runs, arguments.jobs)
+    for failure in failures:
+        print(f"\nFAILED ({failure.returncode}) {' '.join(failure.run.overrides)}\n{failure.output}", file=sys.stderr)
+    if failures:
+        print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
+        sys.exit(1)
+    print(f"\n{markdown(collect(runs))}\nrun folders: {runs[0].folder.path.parent}")
+
+
+if __name__ == "__main__":
+    main()

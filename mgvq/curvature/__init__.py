@@ -1,0 +1,1 @@
+"""Curvature: what the calibration data says about each layer."""

@@ -1,0 +1,38 @@
+"""Integers of 1 to 16 bits packed without gaps into bytes: little-endian, the lowest bit first."""
+
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+MAX_WIDTH = 16
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Size of `count` integers of `width` bits: whole bytes, so at most 7 bits of padding."""
+    return -(-count * width // 8)
+
+
+def pack(values: Int[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
+    """Pack values of [0, 2^width). Raises ValueError for a width outside 1..16 or a value that does not fit."""
+    _check(width)
+    if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**width:
+        raise ValueError(f"values in [{int(values.min())}, {int(values.max())}] do not fit into {width} bits")
+    bits = (values.to(torch.int32)[:, None] >> torch.arange(width, device=values.device)) & 1
+    stream = bits.to(torch.uint8).flatten()
+    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
+    return (stream << torch.arange(8, dtype=torch.uint8, device=values.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: UInt8[Tensor, "bytes"], width: int, count: int) -> Int[Tensor, "n"]:
+    """The `count` values that `pack` was given, as int32. Raises ValueError where the bytes are too few or too many."""
+    _check(width)
+    if len(packed) != packed_bytes(count, width):
+        raise ValueError(f"{count} values of {width} bits take {packed_bytes(count, width)} bytes, found {len(packed)}")
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
+    bits = bits.flatten()[: count * width].view(count, width).to(torch.int32)
+    return (bits << torch.arange(width, dtype=torch.int32, device=packed.device)).sum(1, dtype=torch.int32)
+
+
+def _check(width: int) -> None:
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"a packed integer has 1 to {MAX_WIDTH} bits, not {width}")

@@ -1,0 +1,50 @@
+"""Questions about pictures as inputs of a model: chat template, processor, left padding, masks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from mgvq.types import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One question with its right answer; `image` may be shared between examples."""
+
+    sample_id: str
+    image: Image
+    question: str
+    answer: str
+
+
+def chat_prompt(processor: Any, question: str) -> str:
+    """The text up to where the answer begins, with the image before the question."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+
+
+def encode(processor: Any, examples: Sequence[Example]) -> Batch:
+    """One row an example: prompt, answer, end-of-sequence token; padded on the left."""
+    tokenizer = processor.tokenizer
+    prompts = [chat_prompt(processor, e.question) for e in examples]
+    texts = [f"{p}{e.answer}{tokenizer.eos_token}" for p, e in zip(prompts, examples, strict=True)]
+    inputs = processor(images=[e.image for e in examples], text=texts, return_tensors="pt", padding=True)
+    valid = inputs["attention_mask"].bool()
+    # Images add as many tokens to the prompt as to the whole, so the answer's length can be counted without them.
+    lengths = [
+        len(tokenizer(text).input_ids) - len(tokenizer(prompt).input_ids) for text, prompt in zip(texts, prompts, strict=True)
+    ]
+    places = torch.arange(valid.shape[1])
+    loss_mask = places[None, :] >= valid.shape[1] - torch.tensor(lengths)[:, None]
+    image_mask = inputs["input_ids"] == tokenizer.image_token_id
+    return Batch(dict(inputs), image_mask, loss_mask, valid, tuple(e.sample_id for e in examples))
+
+
+def batches(processor: Any, examples: Sequence[Example], size: int) -> Iterator[Batch]:
+    """Examples of like length together, so that little is padded; sample ids tell which row is which."""
+    order = sorted(examples, key=lambda e: (len(e.question.split()) + len(e.answer.split()), e.sample_id))
+    for at in range(0, len(order), size):
+        yield encode(processor, order[at : at + size])

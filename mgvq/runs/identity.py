@@ -1,0 +1,45 @@
+"""The name of a run: a hash of every resolved setting that can change its numbers."""
+
+import hashlib
+import json
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mgvq.model.source import Source
+
+# Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
+# a method in which nothing is random has one run for all seeds.
+NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "device", "seed")
+
+
+def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The settings that count, numbers in one spelling (2 is 2.0), a model by what determines its weights.
+
+    Raises UserError where the model's folder is missing.
+    """
+    settings = {
+        str(key): OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+        for key in cfg
+        if key not in NOT_IN_IDENTITY
+    }
+    model = cfg.model
+    source = Source(name=model.name, path=model.path, revision=model.revision, dtype=model.dtype)
+    settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
+    return _canonical(settings)
+
+
+def run_id(cfg: DictConfig) -> str:
+    """16 hex digits; equal for equal settings, in any process and under any launcher."""
+    text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _canonical(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return value

@@ -1,0 +1,47 @@
+"""Where a run's numbers came from: code, versions, machine."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "hydra-core", "numpy", "scikit-learn", "safetensors")
+
+
+def provenance() -> dict[str, Any]:
+    """The commit, a digest of what differs from it (None outside a checkout), versions and hardware. No part of the identity."""
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": _digest(_git("diff", "HEAD")),
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in _PACKAGES},
+        "machine": {"platform": platform.platform(), "cpu": _cpu(), "gpu": _gpu()},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _digest(text: str | None) -> str | None:
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else None
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []  # fmt: skip
+    return names[0] if names else platform.processor()
+
+
+def _gpu() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

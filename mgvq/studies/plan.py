@@ -1,0 +1,56 @@
+"""From a study to its runs: every configuration composed and checked before the first run starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+
+from mgvq.errors import UserError
+from mgvq.runs.build import check
+from mgvq.runs.identity import run_id
+from mgvq.runs.places import conf_folder, register_resolvers
+from mgvq.runs.store import RunFolder
+from mgvq.studies.spec import Study
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One cell of the study at one seed. Cells that are the same run share a folder."""
+
+    arm: str
+    point: dict[str, Any]
+    seed: int
+    overrides: tuple[str, ...]
+    folder: RunFolder
+
+
+def expand(study: Study) -> list[PlannedRun]:
+    """All runs in the order of the file. Raises UserError, naming the arm, for an override that does not compose."""
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return [_plan(study, arm, point, seed) for point in study.points() for arm in study.arms for seed in study.seeds]
+
+
+def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
+    """Each run once, at its first cell, in the order of the file."""
+    first: dict[Path, PlannedRun] = {}
+    for run in runs:
+        first.setdefault(run.folder.path, run)
+    return list(first.values())
+
+
+def _plan(study: Study, arm: str, point: dict[str, Any], seed: int) -> PlannedRun:
+    values = [f"{key}={value}" for key, value in point.items()]
+    overrides = [*study.common, *values, *study.arms[arm], f"seed={seed}"]
+    try:
+        cfg = compose("config", overrides)
+        check(cfg)
+        folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+    except (HydraException, UserError) as error:
+        raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
+    return PlannedRun(arm, point, seed, tuple(overrides), folder)

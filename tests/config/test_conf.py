@@ -1,0 +1,158 @@
+"""The configuration is sound: every variant builds, presets compose, and runs are named by what moves their numbers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from mgvq.errors import UserError
+from mgvq.runs.build import build, check
+from mgvq.runs.identity import run_id
+from mgvq.runs.places import conf_folder
+from mgvq.studies.plan import expand
+from mgvq.studies.spec import read_study
+
+CONF = conf_folder()
+ROOT = Path(__file__).parents[2]
+GROUPS = ("model", "calibration", "curvature", "allocation", "codebook", "evaluation", "tracker")
+VARIANTS = [(g, f.stem) for g in GROUPS for f in sorted((CONF / g).glob("*.yaml"))]
+METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
+# What a variant without a default needs before it can be built.
+NEEDS = {("model", "local"): ["model.path=."], ("calibration", "image_text"): ["calibration.path=rows.jsonl"]}
+NOT_STAGES = {"model": "mgvq.model.source", "tracker": "mgvq.runs.tracking"}
+HELPERS = {"calibration": {"examples"}, "codebook": {"lloyd"}, "evaluation": {"forced", "harness"}}
+
+
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", list(overrides))
+
+
+def identity(*overrides: str) -> str:
+    cfg = composed(*overrides)
+    check(cfg)
+    return run_id(cfg)
+
+
+@pytest.mark.parametrize(("group", "variant"), VARIANTS)
+def test_every_variant_builds_from_its_own_module(group: str, variant: str) -> None:
+    cfg = composed(f"{group}={variant}", *NEEDS.get((group, variant), []))
+    part = build(cfg, group)
+    if variant == "none":
+        assert part is None
+    else:
+        assert type(part).__module__ == NOT_STAGES.get(group, f"mgvq.{group}.{variant}")
+
+
+@pytest.mark.parametrize("group", [g for g in GROUPS if g not in NOT_STAGES])
+def test_every_module_of_a_stage_has_its_yaml(group: str) -> None:
+    modules = {f.stem for f in (ROOT / "mgvq" / group).glob("*.py")} - {"__init__"} - HELPERS.get(group, set())
+    assert modules == {v for g, v in VARIANTS if g == group} - {"none"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_composes_and_is_no_key_of_its_own(method: str) -> None:
+    cfg = composed(f"method={method}")
+    check(cfg)
+    assert "method" not in cfg, "a preset without '@package _global_' on its first line lands under its own name"
+
+
+@pytest.mark.parametrize("study", sorted((ROOT / "experiments").glob("*/study.yaml")), ids=lambda p: p.parent.name)
+def test_every_study_expands_and_bears_its_folders_name(study: Path) -> None:
+    assert expand(read_study(study))
+    assert read_study(study).name == study.parent.name
+
+
+def test_command_line_wins_over_preset_wins_over_group() -> None:
+    assert composed().allocation.tolerance == 0.01
+    assert composed("method=rtn").allocation.tolerance == 0.15
+    assert composed("method=rtn", "allocation.tolerance=0.2").allocation.tolerance == 0.2
+
+
+def test_identity_follows_what_moves_numbers() -> None:
+    base = identity("method=kmeans")
+    assert base == identity("method=kmeans", "budget.bits_per_weight=2")
+    assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
+    changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
+               "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=2", "threads=2"]  # fmt: skip
+    assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
+
+
+@pytest.mark.parametrize("method", ["rtn", "full_precision"])
+def test_where_nothing_is_random_all_seeds_are_one_run(method: str) -> None:
+    assert identity(f"method={method}", "seed=0") == identity(f"method={method}", "seed=5")
+
+
+def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"first")
+    first = identity("model=local", f"model.path={tmp_path}")
+    (tmp_path / "model.safetensors").write_bytes(b"second")
+    assert identity("model=local", f"model.path={tmp_path}") != first
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["budget.bits_per_weight=0"], "budget.bits_per_weight=0"),
+        (["budget.bits_per_weight=9"], "budget.bits_per_weight=9"),
+        (["budget.bits_per_weight=two"], "budget.bits_per_weight=two"),
+        (["method=full_precision", "budget.bits_per_weight=2"], "no effect"),
+        (["calibration=tiny_vqa"], "go together"),
+        (["calibration=tiny_vqa", "curvature=input"], "no effect"),
+        (["codebook.weight_power=0.5"], "curvature=input"),
+        (["allocation=none"], "allocation=uniform"),
+        (["model=local"], "model.path"),
+    ],
+)
+def test_bad_combinations_are_refused_before_any_work(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        check(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model=local", "model.path=/no/such/folder"], "/no/such/folder"),
+        (["model=local", "model.path=org/name"], "40 hex digits"),
+        (["model=local", "model.path=org/name", "model.revision=main"], "'main'"),
+        (["model=local", "model.path=tests"], "holds no model"),
+    ],
+)
+def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run_id(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("group", "override"),
+    [
+        ("codebook", "codebook.vector_length=0"),
+        ("codebook", "codebook.iterations=0"),
+        ("codebook", "codebook.share=all"),
+        ("codebook", "codebook.weight_power=2.0"),
+        ("codebook", "codebook.sample=-1"),
+        ("allocation", "allocation.tolerance=1.0"),
+        ("evaluation", "evaluation.num_questions=0"),
+        ("evaluation", "evaluation.answers=guessed"),
+        ("model", "model.dtype=int8"),
+    ],
+)
+def test_a_component_names_its_bad_setting(group: str, override: str) -> None:
+    with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
+        build(composed(override), group)
+
+
+def test_no_torch_for_planning() -> None:
+    code = "import mgvq, mgvq.cli.run, mgvq.cli.study, mgvq.cli.report, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_the_shipped_default_is_what_help_shows() -> None:
+    done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0
+    for word in ("codebook: kmeans, none, scalar", "method=kmeans", "bits_per_weight: 2.0"):
+        assert word in done.stdout

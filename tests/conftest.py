@@ -1,0 +1,54 @@
+"""Small models and one finished run, shared by the tests that need them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgvq.runs.places import register_resolvers
+
+FAMILIES = ("tiny_llava_onevision", "tiny_internvl")
+ROOT = Path(__file__).parents[1]
+
+register_resolvers()
+torch.set_num_threads(1)
+
+
+def run_command(module: str, *arguments: str, results: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """`python -m module arguments` with its results in `results`; with `check` it has to succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "MGVQ_RESULTS": str(results)},
+    )
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each shipped model in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def loaded(family: str):
+    """The family's model with its processor."""
+    from mgvq.model.load import load
+    from mgvq.model.source import SHIPPED, Source
+
+    source = Source(name=family, path=str(SHIPPED / family), revision=None, dtype="float32")
+    return load(source, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def finished(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished k-means run with 52 test questions."""
+    results = tmp_path_factory.mktemp(family)
+    done = run_command("mgvq.cli.run", f"model={family}", "method=kmeans", "evaluation.num_questions=52", results=results)
+    return Path(done.stdout.splitlines()[-1])

@@ -1,0 +1,75 @@
+"""`mgvq.load`: the model comes back from the packed bytes, and damage is reported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mgvq
+from mgvq.checkpoint.save import save
+from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.errors import UserError
+from mgvq.model.encode import chat_prompt
+from mgvq.model.sites import FAMILIES, list_sites
+
+
+def ask(model, processor, questions: int = 4) -> list[str]:
+    pictures = draw_test("test", 0, questions)
+    texts = [chat_prompt(processor, p.questions[0].text) for p in pictures]
+    inputs = processor(images=[p.pixels for p in pictures], text=texts, return_tensors="pt", padding=True)
+    tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    return processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_it_generates_what_the_run_recorded(finished: Path) -> None:
+    model, processor = mgvq.load(finished / "checkpoint"), AutoProcessor.from_pretrained(finished / "checkpoint")
+    processor.tokenizer.padding_side = "left"
+    samples = pd.read_parquet(finished / "samples.parquet")
+    expected = samples.prediction[samples.sample_id.str.endswith("-0")].tolist()
+    answers = [a.strip() for a in ask(model, processor, 52)]
+    assert answers == expected
+
+
+def test_packed_layers_compute_the_same(finished: Path) -> None:
+    decoded, packed = mgvq.load(finished / "checkpoint"), mgvq.load(finished / "checkpoint", packed=True)
+    processor = AutoProcessor.from_pretrained(finished / "checkpoint")
+    processor.tokenizer.padding_side = "left"
+    assert ask(decoded, processor) == ask(packed, processor)
+    parameters = sum(p.numel() for p in packed.parameters())
+    assert parameters < 0.4 * sum(p.numel() for p in decoded.parameters())
+
+
+def test_unquantised_checkpoint_is_the_model_again(loaded, tmp_path: Path) -> None:
+    towers = FAMILIES[loaded.model.config.model_type]
+    sites = list_sites(loaded.model, "all")
+    ledger = save(tmp_path / "checkpoint", loaded, sites, {}, towers)
+    again = mgvq.load(tmp_path / "checkpoint").state_dict()
+    assert ledger.bits()["bits/quantized_layers"] == 16
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_transformers_does_not_mistake_it_for_a_plain_model(finished: Path) -> None:
+    """A loader that finds no weights it knows must not fill in random ones."""
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForImageTextToText.from_pretrained(finished / "checkpoint")
+
+
+def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no mgvq checkpoint"):
+        mgvq.load(tmp_path)
+    broken = tmp_path / "broken"
+    shutil.copytree(finished / "checkpoint", broken)
+    index = json.loads((broken / "mgvq.json").read_text())
+    name = next(iter(index["layers"]))
+    index["layers"][name]["tensors"]["codes"] = "gone"
+    (broken / "mgvq.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=name):
+        mgvq.load(broken)
+    (broken / "mgvq.json").write_text(json.dumps({**index, "version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        mgvq.load(broken)

@@ -1,0 +1,86 @@
+"""Evaluation through lmms-eval: generation and teacher forcing agree, nothing stale, nothing from the network."""
+
+import copy
+
+import pytest
+import torch
+
+from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.evaluation.forced import score
+from mgvq.evaluation.harness import evaluate
+from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask, documents
+from mgvq.evaluation.tiny_vqa import TinyVQA
+from mgvq.model.encode import Example, batches, encode
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    return [Example(d["sample_id"], d["image"], d["question"], d["answer"]) for d in documents(seed, count)]
+
+
+def test_teacher_forced_exact_match_is_greedy_exact_match(loaded) -> None:
+    generated, forced = (
+        TinyVQA(num_questions=260, seed=0, answers=answers)(loaded.model, None, loaded.processor, "x")
+        for answers in ("generated", "forced")
+    )
+    assert generated.samples.score.tolist() == forced.samples.score.tolist()
+    assert generated.metrics["tiny_vqa/accuracy"] == forced.metrics["tiny_vqa/accuracy"]
+    assert generated.metrics["kl/full_precision"] == 0
+
+
+def test_our_metric_is_the_one_lmms_eval_reports(loaded) -> None:
+    docs = documents(0, 104)
+    results, rows = evaluate(loaded.model, loaded.processor, TinyVQATask(docs), "x", 26)
+    ours = TinyVQA(num_questions=104, seed=0, answers="generated")(loaded.model, None, loaded.processor, "x")
+    assert results["accuracy"] == pytest.approx(ours.metrics["tiny_vqa/accuracy"])
+    assert [docs[r["doc_id"]]["sample_id"] for r in rows] == ours.samples.sample_id.tolist()
+
+
+def test_other_weights_give_other_answers_under_the_same_label(loaded) -> None:
+    """The stale-answer trap: lmms-eval's cache knows models by name, so it must stay off."""
+    other = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        other.model.language_model.norm.weight.mul_(-1)
+    task = TinyVQA(num_questions=26, seed=0, answers="generated")
+    first, second = (task(m, None, loaded.processor, "same label").samples.prediction for m in (loaded.model, other))
+    assert first.tolist() != second.tolist()
+
+
+def test_an_error_in_the_model_is_no_wrong_answer(loaded) -> None:
+    broken = copy.deepcopy(loaded.model)
+    broken.lm_head = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"):
+        evaluate(broken, loaded.processor, TinyVQATask(documents(0, 4)), "x", 4)
+
+
+def test_losses_do_not_depend_on_batches(loaded) -> None:
+    one, many = (score(loaded.model, None, batches(loaded.processor, examples(30), size)) for size in (1, 30))
+    for key in one:
+        assert one[key].loss == pytest.approx(many[key].loss, abs=1e-4)
+        assert one[key].exact == many[key].exact
+
+
+def test_kl_is_that_of_the_definition(loaded) -> None:
+    other = copy.deepcopy(loaded.model)
+    with torch.no_grad():
+        other.model.language_model.norm.weight.mul_(0.9)
+    (batch,) = batches(loaded.processor, examples(3), 3)
+    scored = score(other, loaded.model, [batch])
+    for row, key in enumerate(batch.sample_ids):
+        at = torch.nonzero(batch.loss_mask[row]).flatten() - 1
+        with torch.no_grad():
+            p, q = (m(**batch.inputs).logits[row, at].softmax(-1) for m in (loaded.model, other))
+        assert scored[key].kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-3, abs=1e-5)
+        assert scored[key].num_tokens == len(at)
+
+
+def test_the_loss_mask_covers_the_answer_and_its_end(loaded) -> None:
+    batch = encode(loaded.processor, examples(6))
+    for row, example in enumerate(examples(6)):
+        text = loaded.processor.tokenizer.decode(batch.inputs["input_ids"][row][batch.loss_mask[row]])
+        assert text.replace("<|im_end|>", " <|im_end|>").split() == [*example.answer.split(), "<|im_end|>"]
+
+
+def test_test_questions_follow_their_own_seed() -> None:
+    assert [d["sample_hash"] for d in documents(0, 40)] == [d["sample_hash"] for d in documents(0, 40)]
+    assert {d["sample_hash"] for d in documents(0, 40)}.isdisjoint(d["sample_hash"] for d in documents(1, 40))
+    assert len(documents(0, 40)) == 40 == sum(len(p.questions) for p in draw_test("test", 0, 40))

@@ -1,0 +1,180 @@
+"""`mgvq-run` from the command line: folder, figures, bytes, resumption, and what people see when they err."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, run_command
+from PIL import Image
+
+from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
+
+RUN = "mgvq.cli.run"
+QUICK = ("method=kmeans", "scope=language", "codebook.sample=64", "evaluation.num_questions=8", "evaluation.answers=forced")
+KEYS = {
+    "tiny_vqa/accuracy", "tiny_vqa/unparsed", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/language_model",
+    "bits/model", "bytes/checkpoint", "time/calibrate_s", "time/quantize_s", "time/evaluate_s", "memory/peak_gb", "flags",
+    "schema_version",
+}  # fmt: skip
+
+
+def checkpoint_bytes(run: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted((run / "checkpoint").iterdir())}
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert KEYS <= set(metrics)
+    assert metrics["schema_version"] == 1
+    assert {f"tiny_vqa/accuracy/{kind}" for kind in QUESTION_TYPES} <= set(metrics)
+    assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.02)
+    assert 2 < metrics["bits/language_model"] < metrics["bits/model"] < 16
+    assert metrics["kl/full_precision"] > 0
+    samples = pd.read_parquet(finished / "samples.parquet")
+    assert len(samples) == 52 == samples.sample_id.nunique()
+    assert {"task", "sample_id", "sample_hash", "type", "prediction", "score"} <= set(samples)
+    done = json.loads((finished / "DONE").read_text())
+    assert {"metrics.json", "config.yaml", "identity.json", "provenance.json", "checkpoint/mgvq.safetensors"} <= set(done)
+    assert not (finished / "LOCK").exists()
+
+
+def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    ledger = pd.read_parquet(finished / "ledger.parquet")
+    stored = sum((finished / "checkpoint" / name).stat().st_size for name in ("mgvq.safetensors", "mgvq.json"))
+    assert ledger.num_bytes.sum() == stored == metrics["bytes/checkpoint"]
+    scope = ledger[ledger.quantized]
+    assert metrics["bits/quantized_layers"] == pytest.approx(8 * scope.num_bytes.sum() / scope.num_weights.sum())
+
+
+def test_a_finished_run_is_skipped_and_named(finished: Path) -> None:
+    identity = json.loads((finished / "identity.json").read_text())
+    again = run_command(
+        RUN, f"model={identity['model']['name']}", "method=kmeans", "evaluation.num_questions=52", results=finished.parents[1]
+    )
+    assert again.stdout.splitlines()[0].startswith("done before")
+    assert again.stdout.splitlines()[-1] == str(finished)
+
+
+def test_equal_settings_give_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
+    runs = [
+        Path(run_command(RUN, *QUICK, f"seed={seed}", results=tmp_path / place).stdout.splitlines()[-1])
+        for seed, place in ((0, "a"), (0, "b"), (1, "b"))
+    ]
+    first, second, other = map(checkpoint_bytes, runs)
+    assert first == second
+    assert first["mgvq.safetensors"] != other["mgvq.safetensors"]
+    assert runs[0].name == runs[1].name != runs[2].name
+
+
+@pytest.mark.parametrize("waiting_for", ["LOCK", "config.yaml", "checkpoint", "samples.parquet"])
+def test_a_killed_run_is_no_result_and_its_rerun_completes(waiting_for: str, tmp_path: Path) -> None:
+    """`kill -9` as soon as a file appears, from the claim of the folder to the last table before the metrics."""
+    environment = {**os.environ, "MGVQ_RESULTS": str(tmp_path)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", RUN, *QUICK], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not list(tmp_path.glob(f"runs/*/{waiting_for}")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "DONE").exists()
+    again = run_command(RUN, *QUICK, results=tmp_path)
+    assert again.stdout.splitlines()[-1] == str(folder)
+    assert (folder / "DONE").exists()
+
+
+def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
+    (run,) = [Path(run_command(RUN, *QUICK, results=tmp_path).stdout.splitlines()[-1])]
+    (run / "DONE").unlink()
+    (run / "LOCK").write_text(f"{os.uname().nodename} {os.getpid()}")
+    refused = run_command(RUN, *QUICK, results=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert f"process {os.getpid()}" in refused.stderr
+    (run / "LOCK").write_text("another-machine 1")
+    refused = run_command(RUN, *QUICK, results=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "another-machine" in refused.stderr
+
+
+def test_a_sweep_runs_every_combination_and_outlives_a_bad_one(tmp_path: Path) -> None:
+    swept = run_command(RUN, "-m", *QUICK, "budget.bits_per_weight=2,9,3", results=tmp_path, check=False)
+    assert swept.returncode == 1
+    assert "budget.bits_per_weight=9" in swept.stderr
+    assert len(list(tmp_path.glob("runs/*/DONE"))) == 2
+
+
+def test_csv_tracker_mirrors_the_metrics(tmp_path: Path) -> None:
+    done = run_command(RUN, *QUICK, "tracker=csv", results=tmp_path)
+    rows = pd.read_csv(tmp_path / "metrics.csv")
+    metrics = json.loads((Path(done.stdout.splitlines()[-1]) / "metrics.json").read_text())
+    assert set(rows.metric) == set(metrics)
+    assert float(rows[rows.metric == "loss/answer"].value.iloc[0]) == metrics["loss/answer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["codebok=kmeans"], "codebok"),
+        (["codebook.vector_lenght=4"], "vector_lenght"),
+        (["codebook=kmean"], "kmean"),
+        (["model=local", "model.path=/no/such/folder"], "/no/such/folder"),
+        (["budget.bits_per_weight=0"], "budget.bits_per_weight=0"),
+        (["method=rtn", "budget.bits_per_weight=9"], "budget.bits_per_weight=9"),
+        (["method=rtn", "calibration.num_images=3"], "num_images"),
+        (["budget.bits_per_weight=0.1"], "smallest rate"),
+    ],
+)
+def test_errors_are_one_paragraph(arguments: list[str], named: str, tmp_path: Path) -> None:
+    done = run_command(RUN, *arguments, results=tmp_path, check=False)
+    assert done.returncode in (1, 2)
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/*/DONE"))
+
+
+def test_bad_calibration_data_is_named_before_the_model_loads(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    weighted = ("method=kmeans", "codebook.weight_power=0.5", "curvature=input", "calibration=image_text",
+                f"calibration.path={rows}", "calibration.num_samples=1", "calibration.heldout_samples=0")  # fmt: skip
+
+    def refused() -> str:
+        done = run_command(RUN, *weighted, results=tmp_path, check=False)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert "loading" not in done.stderr
+        return done.stderr
+
+    rows.write_text("")
+    assert "has 0 rows" in refused()
+    (tmp_path / "note.png").write_text("this is text")
+    rows.write_text('{"image": "note.png", "question": "what is it ?", "answer": "text"}\n')
+    assert "note.png cannot be read as an image" in refused()
+    rows.write_text('{"picture": "note.png"}\n')
+    assert "row 1" in refused()
+
+
+def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:
+    """What a user brings: a model folder in the hub's format, and image-text rows; the activations weigh the codebook."""
+    shutil.copytree(ROOT / "mgvq/model/tiny/tiny_internvl", tmp_path / "mine")
+    rows = []
+    for number in range(6):
+        Image.effect_noise((64, 64), 20 + number).convert("RGB").save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "question": "how many things are there ?", "answer": "two"})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    calibration = ("calibration=image_text", f"calibration.path={tmp_path}/rows.jsonl", "calibration.num_samples=4",
+                   "calibration.heldout_samples=2", "curvature=input", "codebook.weight_power=0.5")  # fmt: skip
+    done = run_command(RUN, "model=local", f"model.path={tmp_path}/mine", *QUICK, *calibration, results=tmp_path)
+    metrics = json.loads((Path(done.stdout.splitlines()[-1]) / "metrics.json").read_text())
+    assert metrics["time/calibrate_s"] > 0
+    plain = run_command(RUN, "model=local", f"model.path={tmp_path}/mine", *QUICK, results=tmp_path)
+    other = json.loads((Path(plain.stdout.splitlines()[-1]) / "metrics.json").read_text())
+    assert metrics["checkpoint_sha256"] != other["checkpoint_sha256"]
