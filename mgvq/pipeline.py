@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
+from mgvq.errors import UserError
 from mgvq.model.sites import linear, site_weights
 from mgvq.types import Allocation, CalibrationSet, Codebook, Curvature, QuantizedWeight, Rate, Site, StatsBank
 
@@ -42,8 +43,11 @@ def quantize(
     calibrated = time.perf_counter()
     if codebook is None or allocation is None or bits_per_weight is None:
         return QuantReport({}, None, _layers(model, {}), (), {"calibrate": 0.0, "quantize": 0.0})
+    weights = site_weights(model, sites)
+    if bad := [s.name for s, w in weights.items() if not torch.isfinite(w).all()]:
+        raise UserError(f"{len(bad)} layers have weights that are not finite, the first {bad[0]}: the model's files are damaged.")
     rate = allocation(sites, codebook, bits_per_weight)
-    quantized = codebook.quantize(site_weights(model, sites), rate, bank)
+    quantized = codebook.quantize(weights, rate, bank)
     seconds = {"calibrate": calibrated - start, "quantize": time.perf_counter() - calibrated}
     return QuantReport(quantized.weights, rate, _layers(model, quantized.weights), quantized.flags, seconds)
 

@@ -11,7 +11,6 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 Tower = Literal["vision", "projector", "language"]
 Modality = Literal["image", "text"]
@@ -129,7 +128,7 @@ class Calibration(Protocol):
 class Curvature(Protocol):
     """Statistics of the calibration batches at every site."""
 
-    def collect(self, model: PreTrainedModel, sites: Sequence[Site], batches: Iterator[Batch]) -> StatsBank: ...
+    def collect(self, model: torch.nn.Module, sites: Sequence[Site], batches: Iterator[Batch]) -> StatsBank: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,4 +143,4 @@ class EvalResult:
 class Task(Protocol):
     """Evaluates a model against its full-precision reference."""
 
-    def __call__(self, model: PreTrainedModel, reference: PreTrainedModel | None, processor: Any, label: str) -> EvalResult: ...
+    def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...

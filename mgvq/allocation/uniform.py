@@ -27,4 +27,4 @@ class Uniform:
                 f"budget.bits_per_weight={bits_per_weight:g} is below the smallest rate of this codebook, {cheapest.name}, which "
                 f"stores {cost[cheapest]:.3f} bits a weight on these {len(sites)} layers. Raise the budget."
             )
-        return max(legal, key=lambda rate: cost[rate])
+        return max(legal, key=lambda rate: (cost[rate], rate.size))

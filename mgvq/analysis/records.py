@@ -47,8 +47,7 @@ def read_records(path: Path) -> pd.DataFrame:
 def metric_frame(records: pd.DataFrame) -> pd.DataFrame:
     """Records with a column for each grid key and each metric, and `points`, the grid keys' names."""
     rows = [
-        {**json.loads(r.point), "arm": r.arm, "seed": r.seed, "run": r.run, **json.loads(r.metrics)}
-        for r in records.itertuples()
+        {**json.loads(r.point), "arm": r.arm, "seed": r.seed, "run": r.run, **json.loads(r.metrics)} for r in records.itertuples()
     ]
     frame = pd.DataFrame(rows)
     frame.attrs["points"] = list(json.loads(records.point.iloc[0]))

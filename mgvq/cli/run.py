@@ -1,6 +1,7 @@
 """`mgvq-run`: one run, or with -m every combination of the given values."""
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -48,6 +49,8 @@ def hydra_main(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry point."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
     hydra_main()
 
 

@@ -65,7 +65,7 @@ class KMeans:
         for name, sites in self._tables(list(weights)).items():
             scales = {s: self._scale(weights[s]) for s in sites}
             vectors = {s: to_vectors(weights[s].float() / scales[s].float(), self.vector_length) for s in sites}
-            importance = {s: self._importance(s, bank) for s in sites}
+            importance = {s: self._importance(s, weights[s], bank, flags) for s in sites}
             table, num_reseeded = self._fit(name, list(vectors.values()), list(importance.values()), rate.size)
             if num_reseeded:
                 flags.append(f"empty_cluster:{name}:{num_reseeded}")
@@ -86,12 +86,18 @@ class KMeans:
             return torch.ones((), dtype=torch.float16, device=weight.device)
         return weight.float().square().mean().sqrt().clamp(min=2.0**-14).half()
 
-    def _importance(self, site: Site, bank: StatsBank | None) -> Float[Tensor, "n d"] | None:
-        if not self.weight_power:
+    def _importance(self, site: Site, weight: Tensor, bank: StatsBank | None, flags: list[str]) -> Float[Tensor, "n d"] | None:
+        """Weight of each coordinate; none for the padding of a row's last vector. None: all alike."""
+        energy = torch.ones(site.in_features, device=weight.device)
+        if self.weight_power:
+            assert bank is not None
+            activation = bank[site].second_moment().diagonal().clamp(min=0).to(weight.device)
+            if activation.max() > 0:
+                energy = (activation / activation.max()).float() ** self.weight_power
+            else:
+                flags.append(f"no_activation:{site.name}")
+        elif site.in_features % self.vector_length == 0:
             return None
-        assert bank is not None
-        energy = bank[site].second_moment().diagonal().clamp(min=0) ** self.weight_power
-        energy = energy / energy.mean().clamp(min=1e-30)
         return to_vectors(energy[None], self.vector_length).repeat(site.out_features, 1)
 
     def _fit(
@@ -100,7 +106,9 @@ class KMeans:
         """The fp16 table, and how many empty clusters were moved."""
         draws = generator(self.seed, "kmeans", name)
         points = torch.cat(vectors)
-        weight = None if importance[0] is None else torch.cat([w for w in importance if w is not None])
+        weight = None
+        if any(w is not None for w in importance):  # layers that share a table may differ in whether they are padded
+            weight = torch.cat([torch.ones_like(v) if w is None else w for v, w in zip(vectors, importance, strict=True)])
         if self.sample and len(points) > self.sample * num_centroids:
             chosen = torch.randperm(len(points), generator=draws)[: self.sample * num_centroids].sort().values
             chosen = chosen.to(points.device)

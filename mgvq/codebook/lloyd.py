@@ -16,7 +16,7 @@ _SUM_BITS = 62
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """Centroids, and how many clusters ran empty in the last iteration and were moved to the worst-served vector."""
+    """Centroids, and how often a cluster ran empty and was moved to the worst-served vector."""
 
     centroids: Float[Tensor, "k d"]
     num_reseeded: int
@@ -69,8 +69,8 @@ def kmeans(
         if previous is not None and torch.equal(codes, previous):
             break
         centroids = _means(vectors, codes, centroids, weight)
-        centroids, num_reseeded = _reseed(vectors, codes, distances, centroids)
-        previous = codes
+        centroids, moved = _reseed(vectors, codes, distances, centroids)
+        previous, num_reseeded = codes, num_reseeded + moved
     return Clusters(centroids, num_reseeded)
 
 
@@ -83,7 +83,7 @@ def _plus_plus(
     best = torch.full((len(vectors),), torch.inf, device=vectors.device)
     for draw in draws[1:]:
         best = torch.minimum(best, nearest(vectors, vectors[chosen[-1:]], weight)[1])
-        mass = _fixed_point(best).cumsum(0)
+        mass = _fixed_point(best)[0].cumsum(0)
         target = int(draw * int(mass[-1]))
         index = torch.searchsorted(mass, torch.tensor([target], device=mass.device), right=True)
         chosen.append(min(int(index), len(vectors) - 1))
@@ -102,15 +102,16 @@ def _means(
 
 
 def _segment_sums(values: Float[Tensor, "n d"], codes: Int[Tensor, "n"], num: int) -> Float[Tensor, "k d"]:
-    largest = values.abs().max().double().clamp(min=1e-300)
+    fixed, scale = _fixed_point(values)
     sums = torch.zeros(num, values.shape[1], dtype=torch.int64, device=values.device)
-    scale = 2.0 ** (_SUM_BITS - len(values).bit_length()) / largest
-    return sums.index_add_(0, codes, (values.double() * scale).round().long()).double() / scale
+    return sums.index_add_(0, codes, fixed).double() / scale
 
 
-def _fixed_point(values: Float[Tensor, "n"]) -> Int[Tensor, "n"]:
-    scale = 2.0 ** (_SUM_BITS - len(values).bit_length()) / values.max().double().clamp(min=1e-300)
-    return (values.double() * scale).round().long()
+def _fixed_point(values: Float[Tensor, "n *d"]) -> tuple[Int[Tensor, "n *d"], Float[Tensor, ""]]:
+    """The values as integers that can be summed over n without overflow, and the scale that makes them so."""
+    largest = values.abs().max().double()
+    scale = 2.0 ** (_SUM_BITS - len(values).bit_length()) / torch.where(largest > 0, largest, 1.0)
+    return (values.double() * scale).round().long(), scale
 
 
 def _reseed(

@@ -21,7 +21,7 @@ class Scalar:
             raise UserError(f"codebook.group_size must be a whole number >= 1 or null, got {self.group_size!r}")
 
     def rates(self) -> Sequence[Rate]:
-        return [Rate(f"int{bits}", bits, bits) for bits in range(1, 9)]
+        return [Rate(f"int{bits}", bits, float(bits)) for bits in range(1, 9)]
 
     def storage_bits(self, sites: Sequence[Site], rate: Rate) -> int:
         return sum(

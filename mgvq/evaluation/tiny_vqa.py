@@ -28,6 +28,8 @@ class TinyVQA:
     def __post_init__(self) -> None:
         if not (isinstance(self.num_questions, int) and self.num_questions >= 1):
             raise UserError(f"evaluation.num_questions must be a whole number >= 1, got {self.num_questions!r}")
+        if not (isinstance(self.seed, int) and self.seed >= 0):
+            raise UserError(f"evaluation.seed must be a whole number >= 0, got {self.seed!r}")
         if self.answers not in ("generated", "forced"):
             raise UserError(f"evaluation.answers must be generated or forced, got {self.answers!r}")
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from mgvq.formats.packing import pack, packed_bytes, unpack
 
+_HALF_MAX = 65000.0
+
 
 @dataclass(frozen=True)
 class ScalarWeight:
@@ -65,8 +67,17 @@ def min_max(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> Scal
     padded = torch.nn.functional.pad(weight.float(), (0, -num_in % group_size)).view(num_out, -1, group_size)
     top = 2**bits - 1
     low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
-    # The scale is rounded to fp16 before the codes are chosen, so that they fit what is stored.
-    scales = ((high - low) / top).clamp(min=2.0**-24).half()
+    if not (high - low).max() < _HALF_MAX * top:
+        raise ValueError(f"weights must be finite and span less than {_HALF_MAX * top:g}, got [{low.min()}, {high.max()}]")
+    # The scale is rounded to fp16 before the codes are chosen, so that they fit what is stored; upwards, so that the grid reaches
+    # the largest weight.
+    scales = _half_up(((high - low) / top).clamp(min=2.0**-24))
     zeros = (-low / scales.float()).round().clamp(0, top)
     codes = (padded / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top)
     return ScalarWeight(codes.view(num_out, -1)[:, :num_in].int(), zeros.int(), scales, bits, group_size)
+
+
+def _half_up(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The smallest fp16 numbers that are not below the values."""
+    half = values.half()
+    return torch.where(half.float() < values, torch.nextafter(half, torch.full_like(half, torch.inf)), half)

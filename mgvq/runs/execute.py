@@ -3,12 +3,14 @@
 import hashlib
 import logging
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.checkpoint.ledger import Ledger
@@ -33,6 +35,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     source = build(cfg, "model")
     drawn = parts["calibration"] and parts["calibration"].draw()
     torch.set_num_threads(cfg.threads)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = _device(cfg.device)
     with folder:

@@ -77,7 +77,8 @@ def test_identity_follows_what_moves_numbers() -> None:
     assert base == identity("method=kmeans", "budget.bits_per_weight=2")
     assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
     changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
-               "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=2", "threads=2"]  # fmt: skip
+               "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=2",
+               "threads=2"]  # fmt: skip
     assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
 
 

@@ -18,7 +18,8 @@ def test_gram_is_the_sum_over_unpadded_tokens_of_each_modality(loaded) -> None:
     chosen = [s for s in sites if s.kind in ("q_proj", "down_proj", "fc2", "linear_1")]
     seen: dict[str, torch.Tensor] = {}
     hooks = [
-        loaded.model.get_submodule(s.name).register_forward_hook(lambda _, x, __, n=s.name: seen.update({n: x[0]})) for s in chosen
+        loaded.model.get_submodule(s.name).register_forward_hook(lambda _, x, __, n=s.name: seen.update({n: x[0]}))
+        for s in chosen
     ]
     expected = {(s, m): torch.zeros(s.in_features, s.in_features, dtype=torch.float64) for s in chosen for m in ("image", "text")}
     tokens = dict.fromkeys(expected, 0)

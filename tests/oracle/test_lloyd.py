@@ -183,7 +183,7 @@ def test_an_empty_cluster_moves_to_the_vector_that_is_served_worst_and_is_report
     assert clusters.num_reseeded == 2
     assert clusters.centroids.flatten().tolist() == [3.75, 9.0, 5.0]
     settled = kmeans(vectors, 3, stream(), iterations=20)
-    assert settled.num_reseeded == 0
+    assert settled.num_reseeded == 2
     assert sorted(settled.centroids.flatten().tolist()) == [0.5, 5.0, 9.0]
 
 
@@ -214,7 +214,7 @@ def test_without_any_weight_the_centroids_are_some_of_the_vectors():
 @pytest.mark.parametrize("n", [4, 5])
 def test_fixed_point_of_nothing_is_zero(n):
     """0 x infinity is no number, and what an integer makes of that depends on the processor."""
-    assert lloyd._fixed_point(torch.zeros(n)).tolist() == [0] * n
+    assert lloyd._fixed_point(torch.zeros(n))[0].tolist() == [0] * n
 
 
 @pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])

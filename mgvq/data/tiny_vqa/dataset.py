@@ -33,7 +33,10 @@ def draw_pictures(
 
 
 def draw_picture(split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX) -> Picture:
-    """Picture `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided."""
+    """Picture `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided.
+
+    Raises ValueError where the scene has no question of any type in the mix.
+    """
     rng = generator(seed, split, index)
     scene = draw_scene(rng, split)
     types, weights = list(mix), np.fromiter(mix.values(), float)
@@ -42,6 +45,8 @@ def draw_picture(split: str, seed: int, index: int, num_questions: int, mix: Map
     attempts = 0
     while len(questions) < num_questions:
         attempts += 1
+        if attempts > 1000 * num_questions:
+            raise ValueError(f"picture {index} of {split} has no question of the types {', '.join(types)}")
         kind = types[min(int(np.searchsorted(cumulative, rng.random(), "right")), len(types) - 1)]
         question = ask(scene, kind, rng)
         repeated = question and any(question.text == q.text for q in questions)

@@ -1,0 +1,128 @@
+"""Write the model card of a shipped model: README.md beside its weights.
+
+    python experiments/train_tiny_vlms/card.py tiny_internvl --log RUN/log.jsonl
+
+Accuracy comes from the full-precision run in results/records/e00_response.parquet, the recipe from train.py, the training's
+course from its log, of which a summary is kept beside this file, so that the card can be rebuilt (a test does).
+"""
+
+import argparse
+import hashlib
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import safe_open
+from train import Recipe
+
+from mgvq.analysis.records import metric_frame, read_records
+from mgvq.data.tiny_vqa.dataset import draw_test, fingerprint
+from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, TRAINING_MIX, num_answers
+from mgvq.data.tiny_vqa.scene import SPLITS
+from mgvq.model.source import SHIPPED
+from mgvq.runs.places import results_folder
+
+STUDY = "e00_response"
+TITLES = {
+    "tiny_llava_onevision": "LLaVA-OneVision layout: SigLIP tower (patch 16), MLP projector, Qwen2 language model",
+    "tiny_internvl": "InternVL layout: InternViT tower (patch 8), pixel shuffle, MLP projector, Qwen2 language model",
+}
+
+
+def summary(name: str) -> Path:
+    """Where the summary of a model's training is kept; not beside its weights, whose folder is part of every run's identity."""
+    return Path(__file__).with_name(f"{name}.json")
+
+
+def summarise(log: Path) -> dict[str, object]:
+    """What the card tells of the training: steps, speed, and validation at every tenth of the run."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    validated = [r for r in rows if "validation" in r]
+    course = {str(r["step"]): round(r["validation"]["headline"], 3) for r in validated}
+    return {"steps": rows[-1]["step"], "seconds_per_step": round(rows[-1]["seconds_per_step"], 3), "headline_validation": course}
+
+
+def card(name: str) -> str:
+    """The whole text; equal inputs give equal bytes."""
+    folder = SHIPPED / name
+    weights = folder / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with safe_open(weights, "pt") as tensors:
+        sizes = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
+        num_parameters = sum(math.prod(s.get_shape()) for s in sizes)
+        dtype = sizes[0].get_dtype()
+    training = json.loads(summary(name).read_text())
+    records = read_records(results_folder() / "records" / f"{STUDY}.parquet")
+    frame = metric_frame(records)
+    run = frame[(frame.model == name) & (frame.arm == "full precision") & (frame.scope == "all")].iloc[0]
+    num_questions = int(records[records.run == run["run"]].num_samples.iloc[0])
+    recipe = Recipe(steps=training["steps"], vision_steps=training["steps"] // 10)
+    course = " | ".join(f"{step}: {value:.3f}" for step, value in training["headline_validation"].items())
+    settings = ", ".join(f"{k} {v}" for k, v in asdict(recipe).items())
+    digits = "; ".join(f"{split} {r.start} to {r.stop - 1}" for split, (_, r) in SPLITS.items())
+    mix = ", ".join(f"{k} {v}" for k, v in TRAINING_MIX.items())
+    return f"""---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: image-text-to-text
+---
+# {name}
+{TITLES[name]}. {num_parameters / 1e6:.2f} million parameters, {dtype}. A research object for the study of quantisation: it answers questions
+about drawn 64 x 64 pictures, in the words of its templates, and nothing else.
+
+SHA-256 of model.safetensors: `{digest}`
+
+## Accuracy
+Exact match of the whole answer, generated greedily through lmms-eval; {num_questions:,} test questions (`evaluation.seed=0`), run `{run["run"]}`.
+**Headline {100 * run["tiny_vqa/accuracy"]:.1f} %**: the mean over the headline types.
+
+{_accuracy_table(run, num_questions)}
+
+Chance: one over the number of different answers; majority: always the most frequent answer of the test. Lists have too many answers for a chance
+level. `{100 * run["tiny_vqa/unparsed"]:.2f} %` of the answers are none of the words that answers of their type are made of.
+
+## Data
+Procedurally drawn scenes of three to eight things on a 4 x 4 grid: seven shapes, eight colours, two sizes, four background textures, noise; and real
+handwriting (scikit-learn's `load_digits`, slightly turned, sheared and scaled). Splits are disjoint in layouts (by checksum) and in handwriting: digits
+{digits}. Fingerprint of the first 100 test questions: `{fingerprint(draw_test("test", 0, 100))[:16]}`.
+
+## Recipe
+From scratch, one run of `experiments/train_tiny_vlms/train.py {name}`: {settings}. AdamW, bf16 autocast, float32 master
+weights, fresh pictures at every step; {training["seconds_per_step"]} s a step on one thread of a shared two-core machine.
+Mix of question types: {mix}.
+Validation headline by step (teacher-forced, bf16): {course}.
+"""
+
+
+def _accuracy_table(run: Mapping[str, float], num_questions: int) -> str:
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for picture in draw_test("test", 0, num_questions):
+        for question in picture.questions:
+            answers[question.type][question.answer] += 1
+    lines = ["| type | | n | accuracy % | chance % | majority % |", "|---|---|---|---|---|---|"]
+    for role, kinds in (("headline", HEADLINE), ("control", CONTROLS)):
+        for kind in kinds:
+            count = answers[kind].total()
+            majority = 100 * answers[kind].most_common(1)[0][1] / count
+            chance = f"{100 / n:.1f}" if (n := num_answers(kind)) else "-"
+            accuracy = 100 * run[f"tiny_vqa/accuracy/{kind}"]
+            lines.append(f"| {kind} | {role} | {count} | {accuracy:.1f} | {chance} | {majority:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Keep the log's summary, write the card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=list(TITLES))
+    parser.add_argument("--log", type=Path, help="log.jsonl of the training; without it the kept summary is used")
+    arguments = parser.parse_args()
+    if arguments.log:
+        summary(arguments.model).write_text(json.dumps(summarise(arguments.log), indent=1) + "\n")
+    (SHIPPED / arguments.model / "README.md").write_text(card(arguments.model))
+
+
+if __name__ == "__main__":
+    main()
