@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError

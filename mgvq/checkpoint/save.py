@@ -52,7 +52,8 @@ def save(
             tensors[name] = stored.contiguous().cpu()
             part = next((t for t, prefix in towers.items() if name.startswith(f"{prefix}.")), "other")
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
-    save_file(tensors, folder / TENSORS, metadata={"format": "mgvq", "version": str(VERSION)})
+    # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
+    save_file(tensors, folder / TENSORS, metadata={"mgvq": str(VERSION)})
     index = {"version": VERSION, "layers": layers, "source_dtype": str(loaded.stored_dtype).removeprefix("torch.")}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     loaded.model.config.save_pretrained(folder)

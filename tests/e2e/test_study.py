@@ -1,0 +1,74 @@
+"""`mgvq-study` and `mgvq-report`: what is missing is run, failures are shown, tables come out."""
+
+from pathlib import Path
+
+import pytest
+from conftest import run_command
+
+from mgvq.errors import UserError
+from mgvq.studies.spec import read_study
+
+QUICK = """
+name: quick
+question: does it run?
+common: [scope=language_projector, evaluation.num_questions=8, evaluation.answers=forced, codebook.sample=64]
+grid: {model: [tiny_internvl]}
+arms: {two bits: [method=kmeans], three bits: [method=kmeans, budget.bits_per_weight=3]}
+seeds: [0, 1]
+"""
+
+
+def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(QUICK)
+    results = tmp_path / "results"
+    planned = run_command("mgvq.cli.study", str(study), "--dry", results=results)
+    assert "4 runs, 0 done, 4 to run" in planned.stdout
+    unfinished = run_command("mgvq.cli.report", str(study), results=results, check=False)
+    assert unfinished.returncode == 2
+    assert "not finished" in unfinished.stderr
+    first = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=results)
+    again = run_command("mgvq.cli.study", str(study), results=results)
+    assert "4 runs, 4 done, 0 to run" in again.stdout
+    assert first.stdout.split("\n\n", 1)[1] == again.stdout.split("\n\n", 1)[1]
+    rows = [line for line in again.stdout.splitlines() if line.startswith("| tiny_internvl")]
+    assert len(rows) == 2
+    assert all("+-" in row for row in rows)
+    run_command("mgvq.cli.report", str(study), results=results)
+    table = (results / "tables" / "quick.md").read_bytes()
+    run_command("mgvq.cli.report", str(study), "--from-records", results=results)
+    assert (results / "tables" / "quick.md").read_bytes() == table
+
+
+def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
+    """A budget below the smallest rate shows only when the layers are known: at run time."""
+    study = tmp_path / "study.yaml"
+    study.write_text(QUICK.replace("three bits: [method=kmeans, budget.bits_per_weight=3]", "tiny: [budget.bits_per_weight=0.1]"))
+    done = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=tmp_path / "results", check=False)
+    assert done.returncode == 1
+    assert "smallest rate" in done.stderr
+    assert "2 runs failed" in done.stderr
+    assert len(list(tmp_path.glob("results/runs/*/DONE"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (QUICK.replace("method=kmeans]", "method=kmean]"), "kmean"),
+        (QUICK.replace("seeds: [0, 1]", "seeds: []"), "seeds is empty"),
+        (QUICK.replace("seeds", "seed"), "seed"),
+        (QUICK.replace("budget.bits_per_weight=3", "budget.bits_per_weight=9"), "arm three bits"),
+    ],
+)
+def test_a_bad_study_is_refused_before_its_first_run(content: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(content)
+    done = run_command("mgvq.cli.study", str(tmp_path / "study.yaml"), results=tmp_path / "results", check=False)
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_missing_study_is_named() -> None:
+    with pytest.raises(UserError, match="no/such/study"):
+        read_study(Path("no/such/study.yaml"))

@@ -1,0 +1,32 @@
+"""The wheel carries configuration and models, and runs from anywhere."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from conftest import FAMILIES, ROOT
+
+
+def test_an_installed_wheel_finds_its_configuration_and_models(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("mgvq-*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    assert (site / "mgvq/conf/config.yaml").is_file()
+    for family in FAMILIES:
+        assert (site / "mgvq/model/tiny" / family / "model.safetensors").is_file()
+    code = (
+        "import mgvq, sys; from mgvq.runs.places import conf_folder, results_folder;"
+        "print(mgvq.__file__, conf_folder(), results_folder(), sep='\\n')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "MGVQ_RESULTS"} | {"PYTHONPATH": str(site)}
+    places = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert places.stdout.split() == [str(site / "mgvq/__init__.py"), str(site / "mgvq/conf"), str(tmp_path / "results")]
+    shown = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "method=kmeans", "--cfg", "job", "--resolve"], **run)
+    assert f"path: {site}/mgvq/model/tiny/tiny_internvl" in shown.stdout

@@ -1,0 +1,86 @@
+"""What is committed is current and holds: tables and README from records, model cards from weights, the promised response."""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import FAMILIES, ROOT
+
+from mgvq.analysis.records import metric_frame, read_records
+from mgvq.analysis.report import with_tables, write_tables
+from mgvq.data.tiny_vqa.questions import HEADLINE
+from mgvq.studies.plan import distinct, expand
+from mgvq.studies.spec import read_study
+
+RESULTS = ROOT / "results"
+STUDIES = sorted(p.stem for p in (RESULTS / "records").glob("*.parquet"))
+
+
+def records(study: str) -> pd.DataFrame:
+    return read_records(RESULTS / "records" / f"{study}.parquet")
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_tables_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path) -> None:
+    rebuilt = write_tables(study, records(study), tmp_path)
+    assert rebuilt.read_bytes() == (RESULTS / "tables" / f"{study}.md").read_bytes()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_records_are_of_the_runs_that_the_study_names_today(study: str) -> None:
+    """A changed setting, weight file or question makes other runs: then the study has to be run and reported again."""
+    planned = distinct(expand(read_study(ROOT / "experiments" / study / "study.yaml")))
+    assert sorted(run.folder.path.name for run in planned) == sorted(records(study).run)
+
+
+def test_the_readme_shows_the_current_tables() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert with_tables(text, RESULTS / "tables") == text
+    assert "| tiny_internvl" in text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_model_cards_are_current(name: str) -> None:
+    """In a process of its own: the card's script imports its neighbours by their bare names."""
+    code = f"from card import card; import sys; sys.stdout.write(card({name!r}))"
+    folder = ROOT / "experiments" / "train_tiny_vlms"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights = ROOT / "mgvq/model/tiny" / name / "model.safetensors"
+    assert done.stdout == (weights.parent / "README.md").read_text()
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in done.stdout
+    assert weights.stat().st_size < 10_000_000
+
+
+def response(model: str, scope: str) -> pd.Series:
+    """Headline accuracy in points by arm, mean over seeds."""
+    frame = metric_frame(records("e00_response"))
+    part = frame[(frame.model == model) & (frame.scope == scope)]
+    return 100 * part.groupby("arm")["tiny_vqa/accuracy"].mean()
+
+
+def bits(model: str, arm: str) -> pd.Series:
+    frame = metric_frame(records("e00_response"))
+    return frame[(frame.model == model) & (frame.scope == "all") & (frame.arm == arm)]["bits/quantized_layers"]
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_models_answer_and_respond_to_quantisation(model: str) -> None:
+    """The conditions under which the other studies mean anything, on 2,600 questions and two seeds."""
+    assert records("e00_response").num_samples.min() >= 2000
+    accuracy = response(model, "all")
+    full = accuracy["full precision"]
+    assert full >= 85
+    assert max(accuracy["rtn 4 bits, groups of 64"], accuracy["rtn 4 bits, per channel"]) >= full - 2
+    assert max(accuracy["rtn 2 bits, groups of 64"], accuracy["rtn 2 bits, per channel"]) <= full - 10
+    assert accuracy["kmeans 2 bits"] <= full - 5
+    assert bits(model, "kmeans 2 bits").between(1.98, 2.02).all()
+    for arm in ("rtn 2 bits, groups of 64", "rtn 2 bits, per channel"):
+        assert (bits(model, arm) <= 2.3).all()
+
+
+def test_the_headline_is_the_committed_one() -> None:
+    assert dict.fromkeys(("count", "cmp_count", "where", "list_row", "list_color", "list_all", "digit"), 1) == HEADLINE
