@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from mgvq.errors import UserError
 from mgvq.types import Codebook, Rate, Site
 
+_MIN_USE = 0.75  # a rate that leaves more of the budget unused is not what was asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
@@ -27,4 +29,11 @@ class Uniform:
                 f"budget.bits_per_weight={bits_per_weight:g} is below the smallest rate of this codebook, {cheapest.name}, which "
                 f"stores {cost[cheapest]:.3f} bits a weight on these {len(sites)} layers. Raise the budget."
             )
-        return max(legal, key=lambda rate: (cost[rate], rate.size))
+        best = max(legal, key=lambda rate: (cost[rate], rate.size))
+        over = min((r for r in cost if r not in legal), key=lambda rate: cost[rate], default=None)
+        if over and cost[best] < _MIN_USE * bits_per_weight:
+            raise UserError(
+                f"budget.bits_per_weight={bits_per_weight:g} falls between two rates of this codebook: {best.name} stores "
+                f"{cost[best]:.3f} bits a weight, {over.name} {cost[over]:.3f}. Ask for one of them."
+            )
+        return best

@@ -1,5 +1,6 @@
-"""The compact record of a study: one row a distinct run, enough to rebuild every table without the run folders."""
+"""The compact record of a study: one row a cell and distinct run, enough to rebuild every table without the run folders."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,16 +8,18 @@ from pathlib import Path
 import pandas as pd
 
 from mgvq.errors import UserError
-from mgvq.studies.plan import PlannedRun, distinct
+from mgvq.studies.plan import PlannedRun
 
 
 def collect(runs: Sequence[PlannedRun]) -> pd.DataFrame:
-    """Columns: `run, arm, point, seed, overrides, num_samples, samples, metrics`; the structured ones as JSON text.
+    """Columns: `run, arm, point, seed, overrides, num_samples, samples, metrics, identity, scores, losses`.
 
-    `samples` is a digest of the questions that were answered. Raises UserError where a run is not done, or where runs answered
-    different questions: their numbers do not belong into one table.
+    `point`, `metrics` and `identity` are JSON text; `scores` and rounded `losses` are lists with an entry a question; `samples`
+    is a digest of the questions. Raises UserError where a run is not done, or where runs answered different questions: their
+    numbers do not belong into one table.
     """
-    records = pd.DataFrame([_record(run) for run in distinct(runs)])
+    cells = {(run.arm, json.dumps(run.point), run.folder.path): run for run in reversed(runs)}  # the first seed of each run
+    records = pd.DataFrame([_record(run) for run in reversed(cells.values())])
     if records.samples.nunique() > 1:
         raise UserError(f"the runs answered different test questions: {records.groupby('samples').run.first().to_dict()}")
     return records
@@ -24,7 +27,7 @@ def collect(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
 def _record(run: PlannedRun) -> dict[str, object]:
     metrics = run.folder.metrics()
-    samples = pd.read_parquet(run.folder.path / "samples.parquet", columns=["sample_hash"]).sample_hash
+    samples = pd.read_parquet(run.folder.path / "samples.parquet")
     return {
         "run": run.folder.path.name,
         "arm": run.arm,
@@ -32,8 +35,11 @@ def _record(run: PlannedRun) -> dict[str, object]:
         "seed": run.seed,
         "overrides": " ".join(run.overrides),
         "num_samples": len(samples),
-        "samples": f"{pd.util.hash_pandas_object(samples, index=False).sum():016x}",
+        "samples": hashlib.sha256("".join(samples.sample_hash).encode()).hexdigest()[:16],
         "metrics": json.dumps(metrics),
+        "identity": (run.folder.path / "identity.json").read_text(),
+        "scores": (samples.score > 0).to_list(),
+        "losses": samples.loss.round(3).astype("float32").to_list(),
     }
 
 
@@ -47,7 +53,8 @@ def read_records(path: Path) -> pd.DataFrame:
 def metric_frame(records: pd.DataFrame) -> pd.DataFrame:
     """Records with a column for each grid key and each metric, and `points`, the grid keys' names."""
     rows = [
-        {**json.loads(r.point), "arm": r.arm, "seed": r.seed, "run": r.run, **json.loads(r.metrics)} for r in records.itertuples()
+        {**json.loads(row["point"]), "arm": row["arm"], "seed": row["seed"], "run": row["run"], **json.loads(row["metrics"])}
+        for row in records[["point", "arm", "seed", "run", "metrics"]].to_dict("records")
     ]
     frame = pd.DataFrame(rows)
     frame.attrs["points"] = list(json.loads(records.point.iloc[0]))

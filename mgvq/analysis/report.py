@@ -17,9 +17,10 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> Path:
 
 
 def with_tables(text: str, tables: Path) -> str:
-    """`text` with what stands between `<!-- table NAME -->` and `<!-- end -->` replaced by the table of that name."""
+    """`text` with what stands between `<!-- table NAME -->` and `<!-- end -->` replaced by that table, if there is one."""
 
     def current(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{(tables / f'{match[2]}.md').read_text()}{match[3]}"
+        table = tables / f"{match[2]}.md"
+        return f"{match[1]}\n{table.read_text()}{match[3]}" if table.is_file() else match[0]
 
     return re.sub(r"(<!-- table (\w+) -->)\n.*?(<!-- end -->)", current, text, flags=re.DOTALL)

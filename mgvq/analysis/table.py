@@ -23,10 +23,10 @@ def table(records: pd.DataFrame) -> pd.DataFrame:
     frame = metric_frame(records)
     keys = [*frame.attrs["points"], "arm"]
     rows = []
-    for _, part in frame.groupby(keys, sort=False):
+    for _, part in frame.groupby(keys, sort=False, dropna=False):
         row = {key.rsplit(".", 1)[-1]: part[key].iloc[0] for key in keys}
         for column, (metric, factor, decimals) in COLUMNS.items():
-            row[column] = _spread(part[metric].to_numpy() * factor, decimals)
+            row[column] = _spread(part[metric].to_numpy(float) * factor, decimals)
         rows.append({**row, "runs": len(part), "flags": sum(map(len, part["flags"])) or "-"})
     return pd.DataFrame(rows)
 

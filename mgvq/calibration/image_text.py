@@ -35,7 +35,11 @@ class ImageText:
         file = Path(self.path)
         if not file.is_file():
             raise UserError(f"calibration.path={self.path} is not a file; give a .jsonl with rows of {', '.join(_FIELDS)}.")
-        rows = [r for r in file.read_text().splitlines() if r.strip()]
+        try:
+            lines = enumerate(file.read_text().splitlines(), start=1)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not a text file ({error}); give JSON lines.") from error
+        rows = [(number, line) for number, line in lines if line.strip()]
         wanted = self.num_samples + self.heldout_samples
         if len(rows) < wanted:
             raise UserError(
@@ -43,17 +47,19 @@ class ImageText:
                 "an empty or short set cannot calibrate. Lower the two numbers or add rows."
             )
         order = torch.randperm(len(rows), generator=generator(self.seed, "calibration"))[:wanted].tolist()
-        examples = [_example(file, number, rows[number]) for number in order]
+        examples = [_example(file, *rows[index]) for index in order]
         return ExampleSet(examples[: self.num_samples], examples[self.num_samples :])
 
 
 def _example(file: Path, number: int, line: str) -> Example:
-    place = f"{file}, row {number + 1}"
+    place = f"{file}, line {number}"
     try:
         row = json.loads(line)
         image, question, answer = (row[f] for f in _FIELDS)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{place}: needs a JSON object with {', '.join(_FIELDS)}; {type(error).__name__}: {error}") from error
+    if not all(isinstance(value, str) for value in (image, question, answer)):
+        raise UserError(f"{place}: {', '.join(_FIELDS)} must be texts, got {[image, question, answer]}")
     path = file.parent / image
     try:
         with Image.open(path) as opened:

@@ -1,23 +1,28 @@
 """A linear layer that keeps its weight packed and decodes it at every call."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mgvq.types import QuantizedWeight
-
 
 class PackedLinear(torch.nn.Module):
-    """Slower than a decoded layer, but memory stays at the stored size."""
+    """Slower than a decoded layer, but memory stays at the stored size; tables that layers share stay shared."""
 
-    def __init__(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, format_class: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None
+    ) -> None:
         super().__init__()
-        self.packed, self.bias, self.dtype = weight, bias, dtype
-        self.out_features, self.in_features = weight.shape
+        self.format_class, self.settings, self.roles, self.bias = format_class, dict(settings), tuple(tensors), bias
+        for role, tensor in tensors.items():
+            self.register_buffer(role, tensor)
+        self.out_features, self.in_features = settings["shape"]
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight (out, in)."""
-        return self.packed.decode().to(self.dtype)
+        """The decoded weight (out, in), float32."""
+        return self.format_class.load({role: self.get_buffer(role) for role in self.roles}, **self.settings).decode()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.nn.functional.linear(inputs, self.weight, self.bias)
+        return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)

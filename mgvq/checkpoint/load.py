@@ -1,7 +1,10 @@
 """Reading a packed checkpoint back into a transformers model."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +16,6 @@ from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.errors import UserError
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.vector import VectorWeight
-from mgvq.types import QuantizedWeight
 
 FORMATS = {f.format: f for f in (ScalarWeight, VectorWeight)}
 
@@ -31,9 +33,9 @@ def load(
     Raises UserError where `path` is no packed checkpoint, is of another version, or lacks tensors.
     """
     path = Path(path)
-    weights, tensors = read(path)
+    layers, tensors = read(path)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, local_files_only=True), dtype=dtype)
-    state = {f"{name}.weight": weight.decode() for name, weight in weights.items()}
+    state = {f"{layer.name}.weight": layer.decode() for layer in layers}
     result = model.load_state_dict({**tensors, **state}, strict=False)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
@@ -43,28 +45,41 @@ def load(
             f"{path / TENSORS} does not fit its config.json: missing {missing[:3]}, unexpected {result.unexpected_keys[:3]}."
         )
     if packed:
-        for name, weight in weights.items():
-            linear = model.get_submodule(name)
-            model.set_submodule(name, PackedLinear(weight, linear.bias, dtype))
+        for layer in layers:
+            bias = model.get_submodule(layer.name).bias
+            model.set_submodule(layer.name, PackedLinear(FORMATS[layer.format], layer.settings, layer.tensors, bias))
     model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
     return model.eval().requires_grad_(False).to(device)
 
 
-def read(path: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
-    """The quantised layers by name, and the tensors that are stored as they are."""
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantised layer as the checkpoint holds it."""
+
+    name: str
+    format: str
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    def decode(self) -> Tensor:
+        """The weight (out, in), float32."""
+        return FORMATS[self.format].load(self.tensors, **self.settings).decode()
+
+
+def read(path: Path) -> tuple[list[StoredLayer], dict[str, Tensor]]:
+    """The quantised layers, and the tensors that are stored as they are."""
     if not (path / INDEX).is_file() or not (path / TENSORS).is_file():
         raise UserError(f"{path} is no mgvq checkpoint: it needs {INDEX} and {TENSORS}; a run keeps it in RUN/checkpoint.")
     index = json.loads((path / INDEX).read_text())
     if index["version"] != VERSION:
         raise UserError(f"{path / INDEX} has version {index['version']}; this mgvq reads version {VERSION}.")
-    tensors = load_file(path / TENSORS)
-    weights: dict[str, QuantizedWeight] = {}
+    stored = load_file(path / TENSORS)
+    layers = []
     used = set()
-    for name, layer in index["layers"].items():
-        roles = layer.pop("tensors")
-        if lacking := set(roles.values()) - set(tensors):
+    for name, entry in index["layers"].items():
+        roles = entry.pop("tensors")
+        if lacking := set(roles.values()) - set(stored):
             raise UserError(f"{path / TENSORS} lacks {sorted(lacking)} of layer {name}; the checkpoint is damaged.")
         used |= set(roles.values())
-        format_class = FORMATS[layer.pop("format")]
-        weights[name] = format_class.load({role: tensors[key] for role, key in roles.items()}, **layer)
-    return weights, {name: t for name, t in tensors.items() if name not in used}
+        layers.append(StoredLayer(name, entry.pop("format"), entry, {role: stored[key] for role, key in roles.items()}))
+    return layers, {name: t for name, t in stored.items() if name not in used}

@@ -7,7 +7,7 @@ from pathlib import Path
 from mgvq.analysis.records import collect, read_records
 from mgvq.analysis.report import with_tables, write_tables
 from mgvq.errors import UserError
-from mgvq.runs.places import results_folder
+from mgvq.runs.places import checkout, results_folder
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import read_study
 
@@ -32,8 +32,9 @@ def main() -> None:
         print(f"mgvq-report: {error}", file=sys.stderr)
         sys.exit(2)
     print(write_tables(study.name, records, results))
-    readme = results.parent / "README.md"
-    if readme.is_file():
+    root = checkout()
+    if root and results == root / "results":  # not where MGVQ_RESULTS points
+        readme = root / "README.md"
         readme.write_text(with_tables(readme.read_text(), results / "tables"))
 
 

@@ -41,7 +41,7 @@ def hydra_main(cfg: DictConfig) -> None:
         print(f"mgvq-run: {error}", file=sys.stderr)
         sys.exit(2)
     metrics = folder.metrics()
-    print("  ".join(f"{name} {metrics[name]:.4g}" for name in SUMMARY if name in metrics))
+    print("  ".join(f"{name} {metrics[name]:.4g}" for name in SUMMARY if metrics.get(name) is not None))
     if metrics["flags"]:
         print(f"flags: {', '.join(metrics['flags'])}")
     print(folder.path)

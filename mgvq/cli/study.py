@@ -12,6 +12,12 @@ from mgvq.studies.plan import distinct, expand
 from mgvq.studies.spec import read_study
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
 def main() -> None:
     """Entry point: exits with 0 when every run is done, 1 where one failed, 2 for a bad study."""
     parser = argparse.ArgumentParser(
@@ -20,7 +26,7 @@ def main() -> None:
         epilog="Finished runs are never run again; after a failure, or a kill, the same command goes on where it stopped.",
     )
     parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each with one thread (default: 1)")
+    parser.add_argument("--jobs", type=_positive, default=1, help="runs side by side, each with one thread (default: 1)")
     parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
     arguments = parser.parse_args()
     try:

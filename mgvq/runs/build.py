@@ -10,6 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mgvq.errors import UserError
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
+SCOPES = ("language", "language_projector", "all")
+GROUPS = ("paths", "model", "calibration", "curvature", "allocation", "codebook", "evaluation", "tracker", "budget")
+SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics"}
 
 
 def build(cfg: DictConfig, group: str) -> Any:
@@ -37,6 +40,17 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"the configuration cannot be resolved: {error}") from error
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"{' and '.join(missing)} must be given: {' '.join(f'{key}=...' for key in missing)}")
+    for key in ("seed", "threads"):
+        least = 0 if key == "seed" else 1
+        if not (type(cfg[key]) is int and cfg[key] >= least):
+            raise UserError(f"{key} must be a whole number >= {least}, got {cfg[key]!r}")
+    if cfg.scope not in SCOPES:
+        raise UserError(f"scope must be one of {', '.join(SCOPES)}; got {cfg.scope!r}")
+    if unknown := sorted(set(map(str, cfg)) - SETTINGS):
+        raise UserError(f"{', '.join(unknown)}: there is no such setting, so it would have no effect; leave it out.")
+    for group in GROUPS:
+        if cfg[group] is None:
+            raise UserError(f"{group}=null is no variant; {group}=none is the one that leaves it out.")
     quantizes, bits = chosen(cfg, "codebook"), cfg.budget.bits_per_weight
     if not quantizes and (bits is not None or chosen(cfg, "allocation")):
         raise UserError(

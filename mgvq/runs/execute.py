@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 import resource
 import sys
 import time
@@ -40,6 +41,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     device = _device(cfg.device)
     with folder:
+        if folder.is_done():  # by another process, while this one was starting
+            return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         folder.write_json("identity.json", scientific_settings(cfg))
         folder.write_json("provenance.json", provenance())
@@ -67,11 +70,12 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         started = time.perf_counter()
         model = load_checkpoint(folder.checkpoint, dtype=getattr(torch, source.dtype), device=device)
         digest = file_digest(folder.checkpoint / TENSORS)
-        reference = loaded.model if report.weights else None
-        result = parts["evaluation"](model, reference, load_processor(str(folder.checkpoint)), digest)
+        result = parts["evaluation"](model, loaded.model, load_processor(str(folder.checkpoint)), digest)
         folder.write_table("samples.parquet", result.samples)
+        broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
         metrics = {
             **result.metrics,
+            **dict.fromkeys(broken),
             **ledger.bits(),
             "bytes/checkpoint": ledger.num_bytes,
             "time/calibrate_s": report.seconds["calibrate"],
@@ -80,7 +84,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "memory/peak_gb": _peak_gb(device),
             "rate": report.rate.name if report.rate else "full_precision",
             "checkpoint_sha256": digest,
-            "flags": list(report.flags),
+            "flags": [*report.flags, *(f"non_finite:{name}" for name in broken)],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)

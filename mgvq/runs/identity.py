@@ -1,7 +1,9 @@
 """The name of a run: a hash of every resolved setting that can change its numbers."""
 
+import contextlib
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +20,7 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 
     Raises UserError where the model's folder is missing.
     """
-    settings = {
+    settings: dict[str, Any] = {
         str(key): OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in cfg
         if key not in NOT_IN_IDENTITY
@@ -26,7 +28,21 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     model = cfg.model
     source = Source(name=model.name, path=model.path, revision=model.revision, dtype=model.dtype)
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
+    if (rows := settings["calibration"].get("path")) is not None:
+        settings["calibration"]["path"] = _data_digest(Path(rows))
+    if settings["codebook"]["_target_"] is None:
+        del settings["scope"]  # nothing is quantised in any scope
     return _canonical(settings)
+
+
+def _data_digest(rows: Path) -> str:
+    """SHA-256 over a calibration file and the images that its rows name; a missing one is reported later."""
+    content = rows.read_bytes() if rows.is_file() else b""
+    digest = hashlib.sha256(content)
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
+            digest.update((rows.parent / json.loads(line)["image"]).read_bytes())
+    return digest.hexdigest()
 
 
 def run_id(cfg: DictConfig) -> str:

@@ -8,20 +8,25 @@ from omegaconf import OmegaConf
 from mgvq.model.source import SHIPPED
 
 _PACKAGE = Path(__file__).parents[1]
-_CHECKOUT = _PACKAGE.parent
+
+
+def checkout() -> Path | None:
+    """The root of the source checkout, None for an installed wheel."""
+    root = _PACKAGE.parent
+    return root if (root / "conf").is_dir() and (root / "pyproject.toml").is_file() else None
 
 
 def conf_folder() -> Path:
     """`conf/` of the checkout, or `mgvq/conf` of the wheel."""
-    installed = _PACKAGE / "conf"
-    return installed if installed.is_dir() else _CHECKOUT / "conf"
+    root = checkout()
+    return root / "conf" if root else _PACKAGE / "conf"
 
 
 def results_folder() -> Path:
     """`MGVQ_RESULTS` where it is set, `results/` of the checkout, or `results/` of the working directory for a wheel."""
     if chosen := os.environ.get("MGVQ_RESULTS"):
         return Path(chosen).absolute()
-    return (_CHECKOUT if (_CHECKOUT / "conf").is_dir() else Path.cwd()) / "results"
+    return (checkout() or Path.cwd()) / "results"
 
 
 def register_resolvers() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from mgvq.runs.places import checkout
+
 _PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
@@ -25,8 +27,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
+    if (root := checkout()) is None:
+        return None
     try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,10 +1,10 @@
 """The folder of a run: claimed by a lock, filled, and declared done last of all."""
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +18,10 @@ from mgvq.errors import UserError
 
 
 class RunFolder:
-    """`results/runs/<id>/`. Used as a context: entering claims the folder, leaving it without an error writes DONE.
+    """`results/runs/<id>/`. Used as a context: entering claims and empties the folder, leaving it without an error writes DONE.
 
-    A folder without DONE is no result: nothing reads it, and the next run of the same settings starts it afresh. DONE holds
-    the SHA-256 of every file beside it.
+    A folder that is done when it is entered stays as it is. A folder without DONE is no result: nothing reads it, and the next
+    run of the same settings starts it afresh. DONE holds the SHA-256 of every file beside it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,43 +41,31 @@ class RunFolder:
         return json.loads((self.path / "metrics.json").read_text())
 
     def __enter__(self) -> "RunFolder":
-        """Raises UserError where another live process holds the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = self.path / "LOCK"
-        mine = f"{socket.gethostname()} {os.getpid()}"
-        while True:
-            try:
-                with lock.open("x") as file:
-                    file.write(mine)
-                break
-            except FileExistsError:
-                self._break_stale(lock)
-        for left in self.path.iterdir():  # what an interrupted run left behind
-            if left.name != "LOCK":
+        """Raises UserError where another process holds the folder. The kernel drops the lock of a process that dies."""
+        locks = self.path.parent / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        self._lock = (locks / self.path.name).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise UserError(f"{self.path} is being written by another process; wait for it or stop it.") from None
+        self.path.mkdir(exist_ok=True)
+        self._was_done = self.is_done()
+        if not self._was_done:
+            for left in self.path.iterdir():  # what an interrupted run left behind
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         return self
 
-    @staticmethod
-    def _break_stale(lock: Path) -> None:
-        try:
-            host, pid = lock.read_text().split()
-        except (FileNotFoundError, ValueError):
-            host, pid = "", ""
-        if host and host != socket.gethostname():
-            raise UserError(f"{lock} is held by process {pid} on {host}. If that one is gone, delete the file and run again.")
-        if pid and Path(f"/proc/{pid}").exists() and int(pid) != os.getpid():
-            raise UserError(f"{lock.parent} is being written by process {pid} of this machine; wait for it or stop it.")
-        lock.unlink(missing_ok=True)
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is None:
-            self._finish()
-        else:
+        if error is not None:
             self._write("FAILED", "".join(traceback.format_exception(kind, error, trace)).encode())
-        (self.path / "LOCK").unlink(missing_ok=True)
+        elif not self._was_done:
+            self._finish()
+        self._lock.close()
 
     def _finish(self) -> None:
-        files = sorted(f for f in self.path.rglob("*") if f.is_file() and f.name != "LOCK")
+        files = sorted(f for f in self.path.rglob("*") if f.is_file())
         digests = {}
         for file in files:
             with file.open("rb") as stream:

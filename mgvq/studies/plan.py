@@ -45,7 +45,7 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _plan(study: Study, arm: str, point: dict[str, Any], seed: int) -> PlannedRun:
-    values = [f"{key}={value}" for key, value in point.items()]
+    values = [f"{key}={'null' if value is None else value}" for key, value in point.items()]
     overrides = [*study.common, *values, *study.arms[arm], f"seed={seed}"]
     try:
         cfg = compose("config", overrides)

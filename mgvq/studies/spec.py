@@ -28,6 +28,10 @@ class Study:
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
+        lists = {"seeds": self.seeds, "common": self.common, **self.arms, **self.grid}
+        for name, value in lists.items():
+            if not isinstance(value, list):
+                raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values."""
@@ -38,8 +42,7 @@ def read_study(path: Path) -> Study:
     """Raises UserError for a missing file, unknown or missing keys."""
     if not path.is_file():
         raise UserError(f"{path} is no study file; the studies lie in experiments/*/study.yaml.")
-    content = yaml.safe_load(path.read_text())
     try:
-        return Study(**content)
-    except TypeError as error:
+        return Study(**yaml.safe_load(path.read_text()))
+    except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no valid study: {error}") from error

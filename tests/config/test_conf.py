@@ -82,6 +82,21 @@ def test_identity_follows_what_moves_numbers() -> None:
     assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
 
 
+def test_edited_calibration_data_is_another_run(tmp_path: Path) -> None:
+    rows, image = tmp_path / "rows.jsonl", tmp_path / "a.png"
+    rows.write_text('{"image": "a.png", "question": "q", "answer": "a"}\n')
+    ids = []
+    for content in (b"one", b"two"):
+        image.write_bytes(content)
+        data = ("calibration=image_text", f"calibration.path={rows}", "curvature=input", "codebook.weight_power=0.5")
+        ids.append(identity(*data))
+    assert ids[0] != ids[1]
+
+
+def test_without_a_codebook_every_scope_is_one_run() -> None:
+    assert identity("method=full_precision", "scope=all") == identity("method=full_precision", "scope=language")
+
+
 @pytest.mark.parametrize("method", ["rtn", "full_precision"])
 def test_where_nothing_is_random_all_seeds_are_one_run(method: str) -> None:
     assert identity(f"method={method}", "seed=0") == identity(f"method={method}", "seed=5")
@@ -107,6 +122,10 @@ def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> Non
         (["codebook.weight_power=0.5"], "curvature=input"),
         (["allocation=none"], "allocation=uniform"),
         (["model=local"], "model.path"),
+        (["scope=everything"], "scope"),
+        (["seed=abc"], "seed"),
+        (["threads=0"], "threads"),
+        (["+speling=1"], "speling"),
     ],
 )
 def test_bad_combinations_are_refused_before_any_work(overrides: list[str], named: str) -> None:

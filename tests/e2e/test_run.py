@@ -15,6 +15,8 @@ from conftest import ROOT, run_command
 from PIL import Image
 
 from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
+from mgvq.errors import UserError
+from mgvq.runs.store import RunFolder
 
 RUN = "mgvq.cli.run"
 QUICK = ("method=kmeans", "scope=language", "codebook.sample=64", "evaluation.num_questions=8", "evaluation.answers=forced")
@@ -42,7 +44,6 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert {"task", "sample_id", "sample_hash", "type", "prediction", "score"} <= set(samples)
     done = json.loads((finished / "DONE").read_text())
     assert {"metrics.json", "config.yaml", "identity.json", "provenance.json", "checkpoint/mgvq.safetensors"} <= set(done)
-    assert not (finished / "LOCK").exists()
 
 
 def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
@@ -74,9 +75,9 @@ def test_equal_settings_give_equal_bytes_and_another_seed_does_not(tmp_path: Pat
     assert runs[0].name == runs[1].name != runs[2].name
 
 
-@pytest.mark.parametrize("waiting_for", ["LOCK", "config.yaml", "checkpoint", "samples.parquet"])
+@pytest.mark.parametrize("waiting_for", ["identity.json", "checkpoint", "ledger.parquet"])
 def test_a_killed_run_is_no_result_and_its_rerun_completes(waiting_for: str, tmp_path: Path) -> None:
-    """`kill -9` as soon as a file appears, from the claim of the folder to the last table before the metrics."""
+    """`kill -9` as soon as a file appears: before the model loads, while the checkpoint is written, before the evaluation."""
     environment = {**os.environ, "MGVQ_RESULTS": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-m", RUN, *QUICK], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -93,16 +94,31 @@ def test_a_killed_run_is_no_result_and_its_rerun_completes(waiting_for: str, tmp
 
 
 def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
-    (run,) = [Path(run_command(RUN, *QUICK, results=tmp_path).stdout.splitlines()[-1])]
-    (run / "DONE").unlink()
-    (run / "LOCK").write_text(f"{os.uname().nodename} {os.getpid()}")
-    refused = run_command(RUN, *QUICK, results=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert f"process {os.getpid()}" in refused.stderr
-    (run / "LOCK").write_text("another-machine 1")
-    refused = run_command(RUN, *QUICK, results=tmp_path, check=False)
-    assert refused.returncode == 2
-    assert "another-machine" in refused.stderr
+    folder = RunFolder(tmp_path / "runs" / "some")
+    with folder:
+        folder.write_json("metrics.json", {"bits": 2})
+        with pytest.raises(UserError, match="another process"), RunFolder(folder.path):
+            pass
+    with folder:  # done in the meantime: kept as it is
+        assert folder.is_done()
+    assert folder.metrics() == {"bits": 2}
+
+
+def test_a_failed_run_keeps_its_traceback_and_is_no_result(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "some")
+
+    def fail() -> None:
+        with folder:
+            folder.write_json("metrics.json", {})
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert "in the middle" in (folder.path / "FAILED").read_text()
+    with pytest.raises(UserError, match="not finished"):
+        folder.metrics()
+    with folder:
+        assert [f.name for f in folder.path.iterdir()] == []
 
 
 def test_a_sweep_runs_every_combination_and_outlives_a_bad_one(tmp_path: Path) -> None:
@@ -159,7 +175,7 @@ def test_bad_calibration_data_is_named_before_the_model_loads(tmp_path: Path) ->
     rows.write_text('{"image": "note.png", "question": "what is it ?", "answer": "text"}\n')
     assert "note.png cannot be read as an image" in refused()
     rows.write_text('{"picture": "note.png"}\n')
-    assert "row 1" in refused()
+    assert "line 1" in refused()
 
 
 def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:

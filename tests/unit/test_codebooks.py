@@ -239,12 +239,16 @@ def test_uniform_takes_the_best_rate_that_fits(name, tolerance):
     least, most = min(costs.values()), max(costs.values())
     chosen = []
     for budget in [least, most, *(least * (most / least) ** (i / 20) for i in range(1, 22))]:
-        rate = Uniform(tolerance=tolerance)(SITES, codebook, budget)
         limit = budget * (1 + tolerance)
+        if max(cost for cost in costs.values() if cost <= limit) < 0.75 * budget and limit < most:
+            with pytest.raises(UserError, match="between two rates"):
+                Uniform(tolerance=tolerance)(SITES, codebook, budget)
+            continue
+        rate = Uniform(tolerance=tolerance)(SITES, codebook, budget)
         assert costs[rate] <= limit
         assert all(cost > limit for other, cost in costs.items() if other.size > rate.size)
         chosen.append(rate)
-    assert set(chosen) == set(costs)
+    assert {codebook.rates()[0], codebook.rates()[-1]} <= set(chosen)
 
 
 def test_uniform_takes_the_finest_of_rates_that_cost_the_same():
