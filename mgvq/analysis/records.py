@@ -54,7 +54,7 @@ def metric_frame(records: pd.DataFrame) -> pd.DataFrame:
     """Records with a column for each grid key and each metric, and `points`, the grid keys' names."""
     rows = [
         {**json.loads(row["point"]), "arm": row["arm"], "seed": row["seed"], "run": row["run"], **json.loads(row["metrics"])}
-        for row in records[["point", "arm", "seed", "run", "metrics"]].to_dict("records")
+        for row in records.to_dict(orient="records")
     ]
     frame = pd.DataFrame(rows)
     frame.attrs["points"] = list(json.loads(records.point.iloc[0]))
