@@ -133,7 +133,7 @@ class Curvature(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Metrics by name, and one row a sample: `task, sample_id, sample_hash, type, prediction, target, score`."""
+    """Metrics by name, and one row a sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
 
     metrics: Mapping[str, float]
     samples: pd.DataFrame = field(repr=False)

@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 from mgvq.errors import UserError
-from mgvq.runs.build import build, check
+from mgvq.model.sites import TOWERS
+from mgvq.runs.build import SCOPES, build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder
 from mgvq.studies.plan import expand
@@ -164,6 +165,10 @@ def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) ->
 def test_a_component_names_its_bad_setting(group: str, override: str) -> None:
     with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
         build(composed(override), group)
+
+
+def test_the_scopes_that_are_checked_are_those_that_exist() -> None:
+    assert tuple(TOWERS) == SCOPES
 
 
 def test_no_torch_for_planning() -> None:

@@ -1,6 +1,7 @@
 """Evaluation through lmms-eval: generation and teacher forcing agree, nothing stale, nothing from the network."""
 
 import copy
+import socket
 
 import pytest
 import torch
@@ -25,6 +26,14 @@ def test_teacher_forced_exact_match_is_greedy_exact_match(loaded) -> None:
     assert generated.samples.score.tolist() == forced.samples.score.tolist()
     assert generated.metrics["tiny_vqa/accuracy"] == forced.metrics["tiny_vqa/accuracy"]
     assert generated.metrics["kl/full_precision"] == 0
+
+
+def test_an_evaluation_asks_nobody(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: socket.socket, address: object) -> None:
+        raise AssertionError(f"a connection to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    evaluate(loaded.model, loaded.processor, TinyVQATask(documents(0, 4)), "x", 4)
 
 
 def test_our_metric_is_the_one_lmms_eval_reports(loaded) -> None:
