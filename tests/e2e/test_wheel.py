@@ -24,9 +24,8 @@ def test_an_installed_wheel_finds_its_configuration_and_models(tmp_path: Path) -
         "print(mgvq.__file__, conf_folder(), results_folder(), sep='\\n')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MGVQ_RESULTS"} | {"PYTHONPATH": str(site)}
-    places = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
+    places = subprocess.run([sys.executable, "-c", code], **run)
     assert places.stdout.split() == [str(site / "mgvq/__init__.py"), str(site / "mgvq/conf"), str(tmp_path / "results")]
     shown = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "method=kmeans", "--cfg", "job", "--resolve"], **run)
     assert f"path: {site}/mgvq/model/tiny/tiny_internvl" in shown.stdout
