@@ -3,61 +3,157 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.sites import linear, site_weights
-from mgvq.types import Allocation, CalibrationSet, Codebook, Curvature, QuantizedWeight, Rate, Site, StatsBank
+from mgvq.formats.grouped import GroupedWeight, pack_groups
+from mgvq.model.sites import site_weights
+from mgvq.types import (
+    Allocation,
+    Codebook,
+    Compensation,
+    Curvature,
+    FittedPiece,
+    Grouping,
+    Metric,
+    Needs,
+    QuantizedWeight,
+    RateTable,
+    Sensitivity,
+    Site,
+    StatsBank,
+)
+from mgvq.units import Fits, Unit, cut_units, rate_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One variant of each stage: together a quantisation method."""
+
+    curvature: Curvature | None
+    sensitivity: Sensitivity
+    grouping: Grouping
+    allocation: Allocation
+    codebook: Codebook
+    compensation: Compensation
+
+    @property
+    def needs(self) -> Needs:
+        """The statistics that its stages read."""
+        curvature = self.curvature.needs if self.curvature else Needs()
+        return curvature | self.sensitivity.needs | self.grouping.needs
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The quantised layers, the rate they got, one row a layer, the fallbacks taken, and the seconds of each part."""
+    """The quantised layers; the bits they were predicted to take; a row a layer, a piece and a channel; fallbacks; seconds."""
 
     weights: Mapping[Site, QuantizedWeight]
-    rate: Rate | None
+    stored_bits: int
     layers: pd.DataFrame
+    allocation: pd.DataFrame
+    channels: pd.DataFrame
     flags: tuple[str, ...]
-    seconds: Mapping[str, float]
+    seconds: float
 
 
 def quantize(
-    model: PreTrainedModel,
-    processor: Any,
-    sites: Sequence[Site],
-    *,
-    calibration: CalibrationSet | None,
-    curvature: Curvature | None,
-    allocation: Allocation | None,
-    codebook: Codebook | None,
-    bits_per_weight: float | None,
+    model: PreTrainedModel, sites: Sequence[Site], bank: StatsBank, method: Method, bits_per_weight: float
 ) -> QuantReport:
-    """Quantise the weights of `sites`; `model` itself stays as it is. Without a codebook nothing is quantised."""
+    """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
+
+    `bank` holds what `method.needs` asks for. Raises UserError for weights that are not finite, and where the budget cannot be
+    met.
+    """
     start = time.perf_counter()
-    bank: StatsBank | None = None
-    if calibration is not None and curvature is not None:
-        bank = curvature.collect(model, sites, calibration.batches(processor))
-    calibrated = time.perf_counter()
-    if codebook is None or allocation is None or bits_per_weight is None:
-        return QuantReport({}, None, _layers(model, {}), (), {"calibrate": 0.0, "quantize": 0.0})
     weights = site_weights(model, sites)
     if bad := [s.name for s, w in weights.items() if not torch.isfinite(w).all()]:
         raise UserError(f"{len(bad)} layers have weights that are not finite, the first {bad[0]}: the model's files are damaged.")
-    rate = allocation(sites, codebook, bits_per_weight)
-    quantized = codebook.quantize(weights, rate, bank)
-    seconds = {"calibrate": calibrated - start, "quantize": time.perf_counter() - calibrated}
-    return QuantReport(quantized.weights, rate, _layers(model, quantized.weights), quantized.flags, seconds)
+    flags: list[str] = []
+    metrics = method.curvature.fuse(bank) if method.curvature else {}
+    scores = {site: score.cpu() for site, score in method.sensitivity(weights, bank).items()}
+    if bad := [s.name for s, score in scores.items() if not (torch.isfinite(score).all() and (score >= 0).all())]:
+        raise UserError(f"sensitivity: {len(bad)} layers have scores that are negative or not finite, the first {bad[0]}.")
+    groups = method.grouping(scores, bank)
+
+    units = cut_units(groups, scores, method.codebook)
+    fits = Fits(units, method.codebook, weights, {site: metric.channel_energy() for site, metric in metrics.items()})
+    table = rate_table(fits, scores, method.allocation.distortion)
+    ids = {site.reads: pack_groups(group) for site, group in groups.items() if group.max() > 0}
+    id_bits = sum(8 * packed.nbytes for packed in ids.values())
+    budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - id_bits
+    chosen = method.allocation(table, budget_bits).tolist()
+
+    fitted: dict[Site, list[FittedPiece]] = {site: [] for site in sites}
+    for u, unit in enumerate(units):
+        codebooks, taken = fits(u, table.rates[chosen[u]])
+        flags += taken
+        for piece, codebook in zip(unit.pieces, codebooks, strict=True):
+            fitted[piece.site].append(FittedPiece(piece, codebook))
+    quantized: dict[Site, QuantizedWeight] = {}
+    for site in sites:
+        pieces = sorted(fitted[site], key=lambda f: f.piece.group)
+        codes = method.compensation.round(weights[site], metrics.get(site), pieces, scores[site], flags)
+        stored = [f.codebook.weight(c) for f, c in zip(pieces, codes, strict=True)]
+        quantized[site] = stored[0] if site.reads not in ids else GroupedWeight(tuple(stored), ids[site.reads], site.in_features)  # type: ignore[arg-type]
+
+    return QuantReport(
+        weights=quantized,
+        stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
+        layers=_layers(weights, quantized, metrics),
+        allocation=_allocation(units, table, chosen),
+        channels=_channels(scores, groups),
+        flags=tuple(flags),
+        seconds=time.perf_counter() - start,
+    )
 
 
-def _layers(model: PreTrainedModel, weights: Mapping[Site, QuantizedWeight]) -> pd.DataFrame:
-    """Relative squared error of each layer's weight."""
+def _layers(
+    weights: Mapping[Site, Tensor], quantized: Mapping[Site, QuantizedWeight], metrics: Mapping[Site, Metric]
+) -> pd.DataFrame:
+    """Relative squared error of each layer's weight, and of its output in the metric (proxy error; NaN without one)."""
     rows = []
-    for site, quantized in weights.items():
-        weight = linear(model, site).weight.detach().float()
-        error = (quantized.decode().to(weight.device) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
-        rows.append((site.name, site.tower, site.kind, site.block, site.num_weights, error.item()))
-    return pd.DataFrame(rows, columns=["site", "tower", "kind", "block", "num_weights", "relative_error"])
+    for site, stored in quantized.items():
+        weight = weights[site].float()
+        error = stored.decode().to(weight.device) - weight
+        relative = error.square().sum() / weight.square().sum().clamp(min=1e-30)
+        proxy = float("nan")
+        if metric := metrics.get(site):
+            proxy = _quadratic(error, metric) / max(_quadratic(weight, metric), 1e-30)
+        rows.append((site.name, site.tower, site.kind, site.block, site.num_weights, relative.item(), proxy))
+    return pd.DataFrame(rows, columns=["site", "tower", "kind", "block", "num_weights", "relative_error", "proxy_error"])
+
+
+def _quadratic(matrix: Tensor, metric: Metric) -> float:
+    """`sum_k tr(D_k h_in[k] D_k^T)`, the input side of the metric."""
+    size = -(-len(matrix) // len(metric.h_in))
+    runs = zip(matrix.split(size), metric.h_in, strict=True)
+    return sum(float(((part @ h.to(part)) * part).sum()) for part, h in runs)
+
+
+def _allocation(units: Sequence[Unit], table: RateTable, chosen: Sequence[int]) -> pd.DataFrame:
+    """A row a piece; what belongs to the unit (`unit_bits`, `predicted_loss`, `score`) is the same in all rows of the unit."""
+    rows = []
+    for u, unit in enumerate(units):
+        info, rate = unit.info, table.rates[chosen[u]]
+        known = {"depth": info.depth, "quantile": info.quantile, "score": info.score, "rate": rate.name}
+        costs = {"index_bits": rate.index_bits, "unit_bits": int(table.bits[u, chosen[u]])}
+        loss = {"predicted_loss": float(table.loss[u, chosen[u]])}
+        for p in unit.pieces:
+            where = {"unit": info.name, "site": p.site.name, "group": p.group, "tower": p.site.tower, "kind": p.site.kind}
+            sizes = {"block": p.site.block, "num_channels": len(p.columns), "num_weights": p.num_weights}
+            rows.append({**where, **sizes, **known, **costs, **loss})
+    return pd.DataFrame(rows)
+
+
+def _channels(scores: Mapping[Site, Tensor], groups: Mapping[Site, Tensor]) -> pd.DataFrame:
+    """Score and group of every input channel."""
+    parts = [
+        pd.DataFrame({"site": s.name, "channel": range(len(score)), "score": score.numpy(), "group": groups[s].numpy()})
+        for s, score in scores.items()
+    ]
+    return pd.concat(parts, ignore_index=True)

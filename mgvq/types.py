@@ -1,6 +1,11 @@
 """The carriers that the stages hand to each other, and the protocols that the variants of a stage meet.
 
-Dimension names: `out in` features of a linear layer, `n` vectors, `d` vector length, `k` centroids, `b` batch, `s` sequence.
+Dimension names: `out in` features of a linear layer, `c` columns (input channels) of one piece, `v` vectors in a row of a piece,
+`n` vectors, `d` vector length, `k` centroids, `b` batch, `s` sequence, `u` units, `r` rates.
+
+The words of the method, from small to large. A *channel* is one input channel, a column of a weight. A *piece* is the columns of
+one channel group in one layer. A *unit* is the pieces that share a codebook table, hence a rate: what the allocation decides
+about.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,16 +14,21 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Tower = Literal["vision", "projector", "language"]
 Modality = Literal["image", "text"]
+MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """One quantisable linear layer. `block` is None outside the blocks; `kind` is the layer's own name (`q_proj`)."""
+    """One quantisable linear layer. `block` is None outside the blocks; `kind` is the layer's own name (`q_proj`).
+
+    `reads` names the activations that the layer multiplies: equal for layers that read the same (q, k and v of an attention),
+    which therefore share their Gram and their channel groups. Empty: nobody else reads them.
+    """
 
     name: str
     tower: Tower
@@ -26,6 +36,11 @@ class Site:
     block: int | None
     out_features: int
     in_features: int
+    reads: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.reads:
+            object.__setattr__(self, "reads", self.name)
 
     @property
     def num_weights(self) -> int:
@@ -48,12 +63,65 @@ class Batch:
         return Batch(inputs, image_mask, loss_mask, valid_mask, self.sample_ids)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Which statistics a variant reads. `a | b` is what both read together; every pass over the data collects one such set.
+
+    `gram`: the inputs' Gram by modality (forward passes only). `gradients`: output Fisher, gradient and saliency too.
+    `channel_groups`: as many Grams weighted by the squared gradients of groups of output channels (GuidedQuant; 1: by token).
+    `sequences`: Kronecker factors of whole sequences (YAQA sketch B). `power_rounds`: rounds of the token-wise power iteration
+    (YAQA sketch A), each a further pass over the data.
+    """
+
+    gram: bool = False
+    gradients: bool = False
+    channel_groups: int = 0
+    sequences: bool = False
+    power_rounds: int = 0
+
+    def __or__(self, other: "Needs") -> "Needs":
+        """Raises ValueError for two different numbers of channel groups or rounds: one pass collects one of each."""
+        merged: dict[str, Any] = {}
+        for name in ("channel_groups", "power_rounds"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine and theirs and mine != theirs:
+                raise ValueError(f"{name} of {mine} and of {theirs} cannot be collected together")
+            merged[name] = mine or theirs
+        for name in ("gram", "gradients", "sequences"):
+            merged[name] = getattr(self, name) or getattr(other, name)
+        return Needs(**merged)
+
+    def __bool__(self) -> bool:
+        return self != Needs()
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """Two factors whose Kronecker product estimates the Fisher of the mean answer loss, scale included."""
+
+    h_in: Float[Tensor, "in in"]
+    h_out: Float[Tensor, "out out"]
+
+
 @dataclass(frozen=True, slots=True)
 class SiteStats:
-    """Sums over the calibration tokens at one layer, by modality: tokens seen, and the Gram `sum x x^T` (not divided)."""
+    """Statistics of one layer over the calibration tokens, by modality; sums, not means (`num_tokens`, `num_answers` divide
+    them).
+
+    With x the layer's input at a token, y its output, `num_answers` the answer tokens of all samples: g is the gradient of the
+    *summed* cross-entropy with respect to y, of labels *sampled from the model* for `fisher`, of the right answers for the
+    others. What was not asked for (`Needs`) is empty or None.
+    """
 
     num_tokens: Mapping[Modality, int]
-    gram: Mapping[Modality, Float[Tensor, "in in"]]
+    gram: Mapping[Modality, Float[Tensor, "in in"]]  # sum x x^T
+    num_answers: int = 0
+    fisher: Mapping[Modality, Float[Tensor, "out out"]] = field(default_factory=dict)  # sum g g^T
+    saliency: Mapping[Modality, float] = field(default_factory=dict)  # sum over tokens of the mean |g| over output channels
+    gradient: Float[Tensor, "out in"] | None = None  # of the mean answer loss: sum g x^T / num_answers
+    channel_gram: Float[Tensor, "k in in"] | None = None  # sum of (mean g^2 over the k-th run of output channels) x x^T
+    sequence: Kronecker | None = None  # YAQA sketch B
+    token: Kronecker | None = None  # YAQA sketch A
 
     def second_moment(self) -> Float[Tensor, "in in"]:
         """`E[x x^T]` over the tokens of both modalities."""
@@ -63,9 +131,28 @@ class SiteStats:
 StatsBank = Mapping[Site, SiteStats]
 
 
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What rounding minimises: `1/2 sum_k tr(h_out D_k h_in[k] D_k^T)` of the error D, its rows in `len(h_in)` runs of equal
+    size.
+
+    `h_out` None is the identity. Where it is given the value is in nats of the mean answer loss.
+    """
+
+    h_in: tuple[Float[Tensor, "in in"], ...]
+    h_out: Float[Tensor, "out out"] | None = None
+
+    def channel_energy(self) -> Float[Tensor, "in"]:
+        """The mean diagonal of `h_in`: how much an error of an input channel counts."""
+        return torch.stack([h.diagonal() for h in self.h_in]).mean(0).clamp(min=0)
+
+
 @runtime_checkable
 class QuantizedWeight(Protocol):
-    """A weight as it is stored. `tensors` are written as they are, so their bytes are what the weight costs."""
+    """A weight as it is stored. `tensors` are written as they are, so their bytes are what the weight costs.
+
+    A tensor object that several weights hold (a shared table) is stored once.
+    """
 
     format: ClassVar[str]
 
@@ -78,41 +165,186 @@ class QuantizedWeight(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One precision that a codebook offers: a name for people, its size parameter, and nominal index bits a weight."""
+    """One precision that a codebook offers: a name for people, and nominal index bits a weight."""
 
     name: str
-    size: int
     index_bits: float
 
 
 @dataclass(frozen=True, slots=True)
-class Quantized:
-    """What a codebook made of the layers it was given, and the fallbacks it took (empty clusters, say)."""
+class Piece:
+    """The columns of one channel group in one layer, in ascending order."""
 
-    weights: Mapping[Site, QuantizedWeight]
-    flags: tuple[str, ...] = ()
+    site: Site
+    group: int
+    columns: Int[Tensor, "c"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.site.out_features, len(self.columns)
+
+    @property
+    def num_weights(self) -> int:
+        return self.site.out_features * len(self.columns)
+
+
+@runtime_checkable
+class FittedCodebook(Protocol):
+    """A codebook fitted to one piece. Its columns are encoded in runs of `vector_length`, the last one padded with zeros."""
+
+    vector_length: int
+
+    def encode(
+        self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
+    ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
+        """Codes (integers, "out v" or "out v stages") of the vectors `first`, `first + 1`, ... of every row, and what they stand
+        for.
+
+        Each vector x takes the code c that is nearest in |root (x - c)|; None: as the codebook itself weighs its channels.
+        """
+        ...
+
+    def rows(self, part: slice) -> "FittedCodebook":
+        """The same for a run of the piece's rows."""
+        ...
+
+    def weight(self, codes: Tensor) -> QuantizedWeight:
+        """The stored piece from the codes of all its vectors."""
+        ...
 
 
 @runtime_checkable
 class Codebook(Protocol):
-    """Quantises layers at one of its rates, and predicts the exact bits of that from the shapes alone."""
+    """Offers rates; fits the pieces of a unit at one of them, and predicts the exact bits of that from the shapes alone.
 
+    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike. `needs_energy` says whether it is
+    looked at. `name` names the unit: the random stream of the fit. Fallbacks that were taken are appended to `flags`.
+    """
+
+    @property
+    def needs_energy(self) -> bool: ...
     def rates(self) -> Sequence[Rate]: ...
-    def storage_bits(self, sites: Sequence[Site], rate: Rate) -> int: ...
-    def quantize(self, weights: Mapping[Site, Tensor], rate: Rate, bank: StatsBank | None) -> Quantized: ...
+    def unit(self, piece: Piece) -> str:
+        """Pieces of one name share a table and a rate."""
+        ...
+
+    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int: ...
+    def fit(
+        self,
+        name: str,
+        weights: Sequence[Float[Tensor, "out c"]],
+        rate: Rate,
+        energy: Sequence[Float[Tensor, "c"] | None],
+        flags: list[str],
+    ) -> Sequence[FittedCodebook]: ...
+
+
+@runtime_checkable
+class Sensitivity(Protocol):
+    """A score >= 0 for every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
+
+    Read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
+    """
+
+    @property
+    def needs(self) -> Needs: ...
+    def __call__(
+        self, weights: Mapping[Site, Float[Tensor, "out in"]], bank: StatsBank
+    ) -> Mapping[Site, Float[Tensor, "in"]]: ...
+
+
+@runtime_checkable
+class Grouping(Protocol):
+    """Cuts the input channels of every layer into groups: the group of each channel, 0 .. `num_groups` - 1.
+
+    Layers that read the same activations get the same groups, and a channel's scores are added up over them.
+    """
+
+    num_groups: int
+
+    @property
+    def needs(self) -> Needs: ...
+    def __call__(self, scores: Mapping[Site, Float[Tensor, "in"]], bank: StatsBank) -> Mapping[Site, Int[Tensor, "in"]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class UnitInfo:
+    """What an allocation may know of a unit beside its costs. `quantile`: of its mean channel score within its tower, in [0,
+    1]."""
+
+    name: str
+    tower: Tower
+    kind: str
+    block: int | None
+    depth: float  # of the first piece's block in its tower, 0 .. 1; outside the blocks: .5
+    group: int
+    num_weights: int
+    score: float  # sum of the channel scores
+    quantile: float
+
+
+@dataclass(frozen=True, slots=True)
+class RateTable:
+    """For every unit and every rate: stored bits, exact with tables and scales, and the predicted loss. Rates by ascending index
+    bits.
+
+    `loss` is `sum_c score_c * relative squared error of channel c`, measured on the fitted codebook, or modelled as `score *
+    2^(-2 bits)`.
+    """
+
+    units: Sequence[UnitInfo]
+    rates: Sequence[Rate]
+    bits: Int[Tensor, "u r"]
+    loss: Float[Tensor, "u r"]
 
 
 @runtime_checkable
 class Allocation(Protocol):
-    """Chooses the rate under the budget: stored bits of all layers in scope."""
+    """The rate of every unit (an index into `table.rates`), all of them within `budget_bits` stored bits.
 
-    def __call__(self, sites: Sequence[Site], codebook: Codebook, bits_per_weight: float) -> Rate: ...
+    `distortion`: how the table's loss is to be predicted, None where it is not looked at. Raises UserError where no choice fits.
+    """
+
+    @property
+    def distortion(self) -> Literal["measured", "gaussian"] | None: ...
+    def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPiece:
+    """A piece with its codebook."""
+
+    piece: Piece
+    codebook: FittedCodebook
+
+
+@runtime_checkable
+class Compensation(Protocol):
+    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to."""
+
+    @property
+    def needs_metric(self) -> bool: ...
+    @property
+    def uses_score(self) -> bool: ...
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric | None,
+        pieces: Sequence[FittedPiece],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+    ) -> Sequence[Tensor]: ...
 
 
 @runtime_checkable
 class CalibrationSet(Protocol):
-    """The gradient samples and the held-out samples, disjoint from each other and from every test question."""
+    """The gradient samples and the held-out samples, disjoint from each other and from every test question.
 
+    `label_seed`: of the answers that are sampled from the model where the statistics ask for them.
+    """
+
+    @property
+    def label_seed(self) -> int: ...
     def batches(self, processor: Any) -> Iterator[Batch]: ...
     def heldout(self, processor: Any) -> Iterator[Batch]: ...
 
@@ -126,9 +358,11 @@ class Calibration(Protocol):
 
 @runtime_checkable
 class Curvature(Protocol):
-    """Statistics of the calibration batches at every site."""
+    """Turns the statistics of all layers into the metric that rounding minimises."""
 
-    def collect(self, model: torch.nn.Module, sites: Sequence[Site], batches: Iterator[Batch]) -> StatsBank: ...
+    @property
+    def needs(self) -> Needs: ...
+    def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]: ...
 
 
 @dataclass(frozen=True, slots=True)

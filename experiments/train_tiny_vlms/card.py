@@ -12,15 +12,15 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors import safe_open
-from train import Recipe
+from train import RECIPES
 
 from mgvq.analysis.records import metric_frame, read_records
 from mgvq.data.tiny_vqa.dataset import draw_test, fingerprint
-from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, TRAINING_MIX, num_answers
+from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, num_answers
 from mgvq.data.tiny_vqa.scene import SPLITS
 from mgvq.model.source import SHIPPED
 from mgvq.runs.places import results_folder
@@ -59,11 +59,11 @@ def card(name: str) -> str:
     frame = metric_frame(records)
     run = frame[(frame.model == name) & (frame.arm == "full precision") & (frame.scope == "all")].iloc[0]
     num_questions = int(records[records.run == run["run"]].num_samples.iloc[0])
-    recipe = Recipe(steps=training["steps"], vision_steps=training["steps"] // 10)
+    recipe = replace(RECIPES[name], steps=training["steps"])
     course = " | ".join(f"{step}: {value:.3f}" for step, value in training["headline_validation"].items())
-    settings = ", ".join(f"{k} {v}" for k, v in asdict(recipe).items())
+    settings = ", ".join(f"{k} {v}" for k, v in asdict(recipe).items() if k != "mix")
     digits = "; ".join(f"{split} {r.start} to {r.stop - 1}" for split, (_, r) in SPLITS.items())
-    mix = ", ".join(f"{k} {v}" for k, v in TRAINING_MIX.items())
+    mix = ", ".join(f"{k} {v}" for k, v in recipe.mix.items())
     return f"""---
 license: apache-2.0
 library_name: transformers

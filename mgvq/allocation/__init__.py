@@ -1,1 +1,1 @@
-"""Allocation: how many bits each layer gets under the byte budget."""
+"""Allocation: the rate of every unit of the whole model under one budget of stored bits."""

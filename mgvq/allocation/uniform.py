@@ -1,39 +1,66 @@
-"""One rate for all layers: the highest whose stored bits, tables and scales included, fit the budget."""
+"""One rate for all units: the highest whose stored bits, tables and scales included, fit the budget; or two, blind to scores."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mgvq.allocation.budget import below_smallest, per_weight
 from mgvq.errors import UserError
-from mgvq.types import Codebook, Rate, Site
+from mgvq.types import RateTable
 
 _MIN_USE = 0.75  # a rate that leaves more of the budget unused is not what was asked for
 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """`tolerance`: by which share the stored bits may exceed the budget."""
+    """`tolerance`: by which share the stored bits may exceed the budget.
+
+    `spread`: the budget is met between two rates. All units take the lower, and as many as fit, evenly spread over the model, the
+    higher: so the tables of many channel groups are paid for without a look at their scores.
+    """
 
     tolerance: float
+    spread: bool
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance <= 0.5:
             raise UserError(f"allocation.tolerance must lie in [0, 0.5], got {self.tolerance!r}")
+        if not isinstance(self.spread, bool):
+            raise UserError(f"allocation.spread must be true or false, got {self.spread!r}")
 
-    def __call__(self, sites: Sequence[Site], codebook: Codebook, bits_per_weight: float) -> Rate:
-        num_weights = sum(s.num_weights for s in sites)
-        cost = {rate: codebook.storage_bits(sites, rate) / num_weights for rate in codebook.rates()}
-        legal = [rate for rate in cost if cost[rate] <= bits_per_weight * (1 + self.tolerance)]
+    @property
+    def distortion(self) -> None:
+        return None
+
+    def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
+        """Raises UserError for a budget below the smallest rate, or far between two rates."""
+        costs: list[int] = table.bits.sum(0).tolist()
+        legal = [r for r, cost in enumerate(costs) if cost <= budget_bits * (1 + self.tolerance)]
         if not legal:
-            cheapest = min(cost, key=lambda rate: cost[rate])
-            raise UserError(
-                f"budget.bits_per_weight={bits_per_weight:g} is below the smallest rate of this codebook, {cheapest.name}, which "
-                f"stores {cost[cheapest]:.3f} bits a weight on these {len(sites)} layers. Raise the budget."
+            least = min(range(len(costs)), key=costs.__getitem__)
+            raise below_smallest(table, budget_bits, table.rates[least].name, costs[least])
+        best = max(legal, key=lambda r: (table.rates[r].index_bits, costs[r]))
+        over = min((r for r in range(len(costs)) if r not in legal), key=costs.__getitem__, default=None)
+        if self.spread and over is not None:
+            return (
+                _spread(table.bits[:, best], table.bits[:, over], int(budget_bits * (1 + self.tolerance))) * (over - best) + best
             )
-        best = max(legal, key=lambda rate: (cost[rate], rate.size))
-        over = min((r for r in cost if r not in legal), key=lambda rate: cost[rate], default=None)
-        if over and cost[best] < _MIN_USE * bits_per_weight:
+        if over is not None and costs[best] < _MIN_USE * budget_bits:
             raise UserError(
-                f"budget.bits_per_weight={bits_per_weight:g} falls between two rates of this codebook: {best.name} stores "
-                f"{cost[best]:.3f} bits a weight, {over.name} {cost[over]:.3f}. Ask for one of them."
+                f"budget.bits_per_weight={per_weight(table, budget_bits):.4g} falls between two rates of this codebook: "
+                f"{table.rates[best].name} stores {per_weight(table, costs[best]):.3f} bits a weight, {table.rates[over].name} "
+                f"{per_weight(table, costs[over]):.3f}. Ask for one of them."
             )
-        return best
+        return torch.full((len(table.units),), best)
+
+
+def _spread(low: Int[Tensor, "u"], high: Int[Tensor, "u"], budget_bits: int) -> Int[Tensor, "u"]:
+    """1 for the units that take the higher rate: as many as fit, at even distances."""
+    places, chosen = torch.arange(len(low)), torch.zeros(len(low), dtype=torch.int64)
+    for number in range(len(low), 0, -1):
+        chosen = ((places + 1) * number // len(low) > places * number // len(low)).long()
+        if int(torch.where(chosen.bool(), high, low).sum()) <= budget_bits:
+            return chosen
+    return torch.zeros_like(chosen)

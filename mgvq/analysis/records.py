@@ -2,38 +2,56 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from mgvq.errors import UserError
 from mgvq.studies.plan import PlannedRun
+from mgvq.studies.spec import Study
 
 
-def collect(runs: Sequence[PlannedRun]) -> pd.DataFrame:
-    """Columns: `run, arm, point, seed, overrides, num_samples, samples, metrics, identity, scores, losses`.
+def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
+    """Columns: `run, arm, point, seeds, overrides, num_samples, samples, metrics, identity, scores, losses`.
 
-    `point`, `metrics` and `identity` are JSON text; `scores` and rounded `losses` are lists with an entry a question; `samples`
-    is a digest of the questions. Raises UserError where a run is not done, or where runs answered different questions: their
-    numbers do not belong into one table.
+    `point`, `metrics` and `identity` are JSON text; `seeds` are all that the run stands for, `overrides` the command's words at
+    the first of them; `scores` and rounded `losses` are lists with an entry a question; `samples` is a digest of the questions.
+    What the rows have in common is in the `attrs`, which the parquet file keeps: the study's `baseline` (the first of its
+    `baselines`) and `primary`, and what
+    `questions` reads. Raises UserError where a run is not done, or where runs answered different questions: their numbers do
+    not belong into one table.
     """
-    cells = {(run.arm, json.dumps(run.point), run.folder.path): run for run in reversed(runs)}  # the first seed of each run
-    records = pd.DataFrame([_record(run) for run in reversed(cells.values())])
+    cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
+    for run in runs:
+        cells.setdefault((run.arm, json.dumps(run.point), run.folder.path), []).append(run)
+    records = pd.DataFrame([_record(cell) for cell in cells.values()])
     if records.samples.nunique() > 1:
         raise UserError(f"the runs answered different test questions: {records.groupby('samples').run.first().to_dict()}")
+    baseline = next(iter(study.baselines), None)
+    common = {"baseline": baseline, "baselines": study.baselines, "primary": study.primary}
+    records.attrs = {**common, "questions": _describe(_samples(runs[0]))}
     return records
 
 
-def _record(run: PlannedRun) -> dict[str, object]:
-    metrics = run.folder.metrics()
-    samples = pd.read_parquet(run.folder.path / "samples.parquet")
+def against(records: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """The same records with another baseline; the study's primary comparison is not one of these."""
+    other = records.copy()
+    other.attrs = {**records.attrs, "baseline": baseline, "primary": None}
+    return other
+
+
+def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
+    run = cell[0]
+    metrics, samples = run.folder.metrics(), _samples(run)
     return {
         "run": run.folder.path.name,
         "arm": run.arm,
         "point": json.dumps(run.point),
-        "seed": run.seed,
-        "overrides": " ".join(run.overrides),
+        "seeds": [planned.seed for planned in cell],
+        "overrides": shlex.join(run.overrides),
         "num_samples": len(samples),
         "samples": hashlib.sha256("".join(samples.sample_hash).encode()).hexdigest()[:16],
         "metrics": json.dumps(metrics),
@@ -41,6 +59,29 @@ def _record(run: PlannedRun) -> dict[str, object]:
         "scores": (samples.score > 0).to_list(),
         "losses": samples.loss.round(3).astype("float32").to_list(),
     }
+
+
+def _samples(run: PlannedRun) -> pd.DataFrame:
+    return pd.read_parquet(run.folder.path / "samples.parquet")
+
+
+def _describe(samples: pd.DataFrame) -> dict[str, str]:
+    """A word a question: its type, the tokens of its answer, its picture (a sample id without its last part)."""
+    pictures, _ = pd.factorize(samples.sample_id.str.rpartition("-")[0])
+    columns = {"type": samples.type, "num_tokens": samples.num_tokens, "picture": pictures}
+    return {name: " ".join(map(str, column)) for name, column in columns.items()}
+
+
+def questions(records: pd.DataFrame) -> pd.DataFrame:
+    """One row a question: `type`, `num_tokens` of the right answer, and the number of its `picture`."""
+    columns = {name: words.split() for name, words in records.attrs["questions"].items()}
+    return pd.DataFrame(columns).astype({"num_tokens": int, "picture": int})
+
+
+def write_records(records: pd.DataFrame, path: Path) -> None:
+    """One parquet file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.to_parquet(path, index=False, compression="zstd")
 
 
 def read_records(path: Path) -> pd.DataFrame:
@@ -51,11 +92,19 @@ def read_records(path: Path) -> pd.DataFrame:
 
 
 def metric_frame(records: pd.DataFrame) -> pd.DataFrame:
-    """Records with a column for each grid key and each metric, and `points`, the grid keys' names."""
+    """A row a record with a column for each grid key and each metric; `attrs["points"]` are the grid keys' names."""
     rows = [
-        {**json.loads(row["point"]), "arm": row["arm"], "seed": row["seed"], "run": row["run"], **json.loads(row["metrics"])}
+        {**json.loads(row["point"]), "arm": row["arm"], "run": row["run"], **json.loads(row["metrics"])}
         for row in records.to_dict(orient="records")
     ]
     frame = pd.DataFrame(rows)
     frame.attrs["points"] = list(json.loads(records.point.iloc[0]))
     return frame
+
+
+def values_by_seed(records: pd.DataFrame, column: str) -> np.ndarray:
+    """`scores` or `losses` of one arm at one grid point: a row a seed in ascending order, or one if all seeds are one run."""
+    if len(records) == 1:
+        return np.array([records[column].iloc[0]], float)
+    rows = {seed: row for seeds, row in zip(records.seeds, records[column], strict=True) for seed in seeds}
+    return np.array([rows[seed] for seed in sorted(rows)], float)

@@ -5,15 +5,24 @@ from pathlib import Path
 
 import pandas as pd
 
-from mgvq.analysis.table import markdown
+from mgvq.analysis.records import against
+from mgvq.analysis.render import latex, markdown, plain
 
 
-def write_tables(name: str, records: pd.DataFrame, results: Path) -> Path:
-    """`tables/NAME.md` under `results`; equal records give equal bytes."""
-    path = results / "tables" / f"{name}.md"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(records))
-    return path
+def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
+    """`tables/NAME.md`, `.csv` and `.tex` under `results`, and `NAME_vs_ARM` for every further baseline; the Markdown files.
+
+    Equal records give equal bytes.
+    """
+    tables = {name: records}
+    for baseline in records.attrs.get("baselines", [])[1:]:
+        tables[f"{name}_vs_{re.sub('[^a-z0-9]+', '_', baseline.lower())}"] = against(records, baseline)
+    folder = results / "tables"
+    folder.mkdir(parents=True, exist_ok=True)
+    for table, rows in tables.items():
+        for suffix, render in ((".md", markdown), (".csv", plain), (".tex", latex)):
+            (folder / f"{table}{suffix}").write_text(render(rows))
+    return [folder / f"{table}.md" for table in tables]
 
 
 def with_tables(text: str, tables: Path) -> str:

@@ -1,42 +1,112 @@
-"""The table of a study: a row an arm and grid point, mean and spread over the distinct runs of its seeds."""
+"""The numbers of a study's table: a row an arm and grid point, with the comparison to the baseline."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.records import metric_frame
+from mgvq.analysis.compare import Comparison, compare
 
-# Column -> metric, factor, decimals.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A metric times `factor`, with `decimals` digits; `better` (max | min) where the best arm is of interest.
+
+    `measure` is the name under which it is compared with the baseline.
+    """
+
+    metric: str
+    factor: int
+    decimals: int
+    better: str | None = None
+    measure: str | None = None
+
+
 COLUMNS = {
-    "accuracy %": ("tiny_vqa/accuracy", 100, 1),
-    "loss": ("loss/answer", 1, 3),
-    "KL": ("kl/full_precision", 1, 3),
-    "bits, layers": ("bits/quantized_layers", 1, 3),
-    "bits, model": ("bits/model", 1, 2),
-    "quantise s": ("time/quantize_s", 1, 1),
-    "evaluate s": ("time/evaluate_s", 1, 1),
+    "accuracy %": Column(metric="tiny_vqa/accuracy", factor=100, decimals=1, better="max", measure="accuracy"),
+    "loss": Column(metric="loss/answer", factor=1, decimals=3, better="min", measure="loss"),
+    "KL": Column(metric="kl/full_precision", factor=1, decimals=3, better="min"),
+    "bits, layers": Column(metric="bits/quantized_layers", factor=1, decimals=3),
+    "bits, model": Column(metric="bits/model", factor=1, decimals=2),
+    "quantise s": Column(metric="time/quantize_s", factor=1, decimals=1),
+    "evaluate s": Column(metric="time/evaluate_s", factor=1, decimals=1),
 }
-_NOTE = "Mean +- standard deviation over runs; a method in which nothing is random has one run."
 
 
-def table(records: pd.DataFrame) -> pd.DataFrame:
-    """Strings ready to print: `mean +- sd` over n runs; a single run has no spread. `flags` counts the fallbacks taken."""
-    frame = metric_frame(records)
-    keys = [*frame.attrs["points"], "arm"]
-    rows = []
-    for _, part in frame.groupby(keys, sort=False, dropna=False):
-        row = {key.rsplit(".", 1)[-1]: part[key].iloc[0] for key in keys}
-        for column, (metric, factor, decimals) in COLUMNS.items():
-            row[column] = _spread(part[metric].to_numpy(float) * factor, decimals)
-        rows.append({**row, "runs": len(part), "flags": sum(map(len, part["flags"])) or "-"})
-    return pd.DataFrame(rows)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One arm at one grid point: the columns' values of its runs, times their factor.
+
+    `gap_closed`: how much, in percent, of the baseline's loss above full precision the arm avoids; None where the point has no
+    full-precision arm or the baseline loses nothing, and for those two themselves.
+    """
+
+    point: dict[str, Any]
+    arm: str
+    values: dict[str, list[float]]
+    comparisons: dict[str, Comparison]  # by column; the baseline has none
+    gap_closed: float | None
+    full_precision: bool
+    runs: tuple[str, ...]
+    commands: tuple[str, ...]
+    flags: int  # fallbacks that the runs took
+
+    def mean(self, column: str) -> float:
+        return float(np.mean(self.values[column]))
+
+    def sd(self, column: str) -> float | None:
+        values = self.values[column]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def markdown(records: pd.DataFrame) -> str:
-    """The table with a line that says what its numbers are."""
-    drawn = f"{records.num_samples.iloc[0]:,} test questions, the same for every run. {_NOTE}"
-    return f"{table(records).to_markdown(index=False, disable_numparse=True)}\n\n{drawn}\n"
+def rows(records: pd.DataFrame) -> list[Row]:
+    """In the order of the study file."""
+    comparisons = compare(records)
+    baseline = records.attrs.get("baseline")
+    table: list[Row] = []
+    for point, at_point in records.groupby("point", sort=False):
+        metrics = {str(arm): [json.loads(text) for text in part.metrics] for arm, part in at_point.groupby("arm", sort=False)}
+        gaps = _gaps_closed(metrics, baseline)
+        for arm, found in metrics.items():
+            mine = at_point[at_point["arm"] == arm]
+            compared = {name: comparisons.get((str(c.measure), str(point), arm)) for name, c in COLUMNS.items()}
+            table.append(
+                Row(
+                    point={key.rsplit(".", 1)[-1]: value for key, value in json.loads(str(point)).items()},
+                    arm=arm,
+                    values={name: list(_numbers(found, c.metric) * c.factor) for name, c in COLUMNS.items()},
+                    comparisons={name: comparison for name, comparison in compared.items() if comparison},
+                    gap_closed=gaps.get(arm),
+                    full_precision=_is_full_precision(found),
+                    runs=tuple(mine["run"]),
+                    commands=tuple(f"mgvq-run {overrides}" for overrides in mine["overrides"]),
+                    flags=sum(len(m["flags"]) for m in found),
+                )
+            )
+    return table
 
 
-def _spread(values: np.ndarray, decimals: int) -> str:
-    mean = f"{values.mean():.{decimals}f}"
-    return mean if len(values) == 1 else f"{mean} +- {values.std(ddof=1):.{decimals}f}"
+def _gaps_closed(metrics: dict[str, list[dict[str, Any]]], baseline: str | None) -> dict[str, float]:
+    """By arm; see `Row.gap_closed`."""
+    full = [arm for arm, found in metrics.items() if _is_full_precision(found)]
+    if baseline is None or len(full) != 1:
+        return {}
+    low, high = _loss(metrics[full[0]]), _loss(metrics[baseline])
+    others = [arm for arm in metrics if arm not in (baseline, full[0])]
+    return {arm: 100 * (high - _loss(metrics[arm])) / (high - low) for arm in others} if low < high else {}
+
+
+def _loss(found: Sequence[dict[str, Any]]) -> float:
+    return _numbers(found, "loss/answer").mean()
+
+
+def _is_full_precision(found: Sequence[dict[str, Any]]) -> bool:
+    return all(m["rate"] == "full_precision" for m in found)
+
+
+def _numbers(found: Sequence[dict[str, Any]], metric: str) -> np.ndarray:
+    """NaN for a metric that was not finite, which the run's file keeps as null."""
+    return np.array([m[metric] for m in found], float)

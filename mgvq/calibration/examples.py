@@ -17,6 +17,7 @@ class ExampleSet:
 
     examples: Sequence[Example]
     heldout_examples: Sequence[Example]
+    label_seed: int
 
     def __post_init__(self) -> None:
         if not self.examples:

@@ -17,12 +17,16 @@ _FIELDS = ("image", "question", "answer")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageText:
-    """`num_samples` rows drawn without replacement, then `heldout_samples` more. Image paths are relative to the file."""
+    """`num_samples` rows drawn without replacement, then `heldout_samples` more. Image paths are relative to the file.
+
+    `label_seed` draws the answers that are sampled from the model for its Fisher.
+    """
 
     path: str
     num_samples: int
     heldout_samples: int
     seed: int
+    label_seed: int
 
     def __post_init__(self) -> None:
         if self.num_samples < 1 or self.heldout_samples < 0:
@@ -48,7 +52,7 @@ class ImageText:
             )
         order = torch.randperm(len(rows), generator=generator(self.seed, "calibration"))[:wanted].tolist()
         examples = [_example(file, *rows[index]) for index in order]
-        return ExampleSet(examples[: self.num_samples], examples[self.num_samples :])
+        return ExampleSet(examples[: self.num_samples], examples[self.num_samples :], self.label_seed)
 
 
 def _example(file: Path, number: int, line: str) -> Example:

@@ -13,12 +13,16 @@ from mgvq.rng import entropy
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVQA:
-    """`num_images` pictures with `questions_per_image` questions each, then `heldout_images` more."""
+    """`num_images` pictures with `questions_per_image` questions each, then `heldout_images` more.
+
+    `label_seed` draws the answers that are sampled from the model for its Fisher.
+    """
 
     num_images: int
     questions_per_image: int
     heldout_images: int
     seed: int
+    label_seed: int
 
     def __post_init__(self) -> None:
         for name in ("num_images", "questions_per_image", "heldout_images"):
@@ -32,7 +36,8 @@ class TinyVQA:
         seed = entropy(self.seed, "calibration")
         pictures = draw_pictures("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
         parts = pictures[: self.num_images], pictures[self.num_images :]
-        return ExampleSet(*([e for p in part for e in _examples(p)] for part in parts))
+        examples, heldout = ([e for p in part for e in _examples(p)] for part in parts)
+        return ExampleSet(examples, heldout, self.label_seed)
 
 
 def _examples(picture: Picture) -> list[Example]:

@@ -15,14 +15,15 @@ class PackedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.format_class, self.settings, self.roles, self.bias = format_class, dict(settings), tuple(tensors), bias
-        for role, tensor in tensors.items():
-            self.register_buffer(role, tensor)
+        for number, tensor in enumerate(tensors.values()):  # a role may have dots in it, a buffer's name may not
+            self.register_buffer(f"packed_{number}", tensor)
         self.out_features, self.in_features = settings["shape"]
 
     @property
     def weight(self) -> Tensor:
         """The decoded weight (out, in), float32."""
-        return self.format_class.load({role: self.get_buffer(role) for role in self.roles}, **self.settings).decode()
+        tensors = {role: self.get_buffer(f"packed_{number}") for number, role in enumerate(self.roles)}
+        return self.format_class.load(tensors, **self.settings).decode()
 
     def forward(self, inputs: Tensor) -> Tensor:
         return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)

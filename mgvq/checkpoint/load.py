@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.errors import UserError
-from mgvq.formats.scalar import ScalarWeight
-from mgvq.formats.vector import VectorWeight
+from mgvq.formats.grouped import PIECES, GroupedWeight
 
-FORMATS = {f.format: f for f in (ScalarWeight, VectorWeight)}
+FORMATS = {**PIECES, GroupedWeight.format: GroupedWeight}
 
 
 def load(

@@ -1,6 +1,7 @@
 """Writing a packed checkpoint: `mgvq.safetensors`, `mgvq.json`, and the source's config, tokenizer and processor."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,10 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.ledger import Entry, Ledger
+from mgvq.formats.grouped import GroupedWeight
 from mgvq.model.load import Loaded
 from mgvq.types import QuantizedWeight, Site, Tower
 
-VERSION = 1
+VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
 
 
@@ -31,18 +33,17 @@ def save(
     tensors: dict[str, Tensor] = {}
     entries: list[Entry] = []
     layers = {}
-    shared: dict[int, str] = {}  # id of a table -> the name it is stored under
+    named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
     for site, weight in weights.items():
         roles = {}
+        num_weights = _num_weights(weight)
         for role, tensor in weight.tensors().items():
-            name = shared.get(id(tensor), f"{site.name}.{role}")
-            roles[role] = name
-            if name not in tensors:
-                if role == "table":
-                    shared[id(tensor)] = name
+            if id(tensor) not in named:
+                name = f"{site.name}.{role}"
+                named[id(tensor)] = tensor, name
                 tensors[name] = tensor.contiguous().cpu()
-                num_weights = site.num_weights if role == "codes" else 0
-                entries.append(Entry(name, site.tower, True, tensor.nbytes, num_weights))
+                entries.append(Entry(name, site.tower, True, tensor.nbytes, num_weights.get(role, 0)))
+            roles[role] = named[id(tensor)][1]
         layers[site.name] = {"format": weight.format, **weight.settings(), "tensors": roles}
     in_scope = {f"{s.name}.weight" for s in sites}
     packed = {f"{s.name}.weight" for s in weights}
@@ -60,6 +61,13 @@ def save(
     loaded.model.generation_config.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     return _close(folder, entries)
+
+
+def _num_weights(weight: QuantizedWeight) -> Mapping[str, int]:
+    """How many weights the codes of each role stand for."""
+    if isinstance(weight, GroupedWeight):
+        return {f"{g}.codes": math.prod(piece.shape) for g, piece in enumerate(weight.pieces)}
+    return {"codes": math.prod(weight.shape)}
 
 
 def _persistent_buffers(loaded: Loaded) -> list[tuple[str, Tensor]]:

@@ -1,10 +1,10 @@
-"""`mgvq-report`: a study's record and table from its finished runs, and the table in README.md."""
+"""`mgvq-report`: a study's record and tables (md, csv, tex) from its finished runs, and the tables in README.md."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from mgvq.analysis.records import collect, read_records
+from mgvq.analysis.records import collect, read_records, write_records
 from mgvq.analysis.report import with_tables, write_tables
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
@@ -25,13 +25,12 @@ def main() -> None:
         if arguments.from_records:
             records = read_records(path)
         else:
-            records = collect(expand(study))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            records.to_parquet(path, index=False)
+            records = collect(study, expand(study))
+            write_records(records, path)
     except UserError as error:
         print(f"mgvq-report: {error}", file=sys.stderr)
         sys.exit(2)
-    print(write_tables(study.name, records, results))
+    print(*write_tables(study.name, records, results), sep="\n")
     root = checkout()
     if root and results == root / "results":  # not where MGVQ_RESULTS points
         readme = root / "README.md"

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from mgvq.analysis.bits import bits_by_kind
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
@@ -41,6 +42,8 @@ def hydra_main(cfg: DictConfig) -> None:
         print(f"mgvq-run: {error}", file=sys.stderr)
         sys.exit(2)
     metrics = folder.metrics()
+    if not (bits := bits_by_kind(folder.path)).empty:
+        print(bits.to_string(index=False, float_format="{:.3f}".format))
     print("  ".join(f"{name} {metrics[name]:.4g}" for name in SUMMARY if metrics.get(name) is not None))
     if metrics["flags"]:
         print(f"flags: {', '.join(metrics['flags'])}")

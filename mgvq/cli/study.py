@@ -4,9 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from mgvq.analysis.forecast import detectable, predicted_seconds
 from mgvq.analysis.records import collect
-from mgvq.analysis.table import markdown
+from mgvq.analysis.render import markdown
 from mgvq.errors import UserError
+from mgvq.runs.places import results_folder
 from mgvq.studies.launch import launch
 from mgvq.studies.plan import distinct, expand
 from mgvq.studies.spec import read_study
@@ -37,7 +39,10 @@ def main() -> None:
         sys.exit(2)
     once = distinct(runs)
     missing = sum(not run.folder.is_done() for run in once)
-    print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run")
+    seconds = predicted_seconds(runs, arguments.jobs)
+    duration = "unknown, no run has finished here yet" if seconds is None else f"about {seconds / 60:.1f} min"
+    print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
+    print(detectable(study, runs, results_folder() / "records"), flush=True)
     if arguments.dry:
         for run in once:
             print("done   " if run.folder.is_done() else "missing", run.folder.path, " ".join(run.overrides))
@@ -48,7 +53,7 @@ def main() -> None:
     if failures:
         print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
         sys.exit(1)
-    print(f"\n{markdown(collect(runs))}\nrun folders: {runs[0].folder.path.parent}")
+    print(f"\n{markdown(collect(study, runs))}\nrun folders: {runs[0].folder.path.parent}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Weighted k-means whose result does not depend on thread count, chunk size, process or order of the sums.
 
-Distances are sums of elementwise products in a fixed order, never a matrix product. Cluster sums are taken in 64-bit integers
-(fixed point), which add up to the same number in any order.
+Assignments are exact (`Nearest`). Sums are of whole numbers below 2^53 in float64 (fixed point), which add up to the same in any
+order.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-_CHUNK = 1 << 14  # vectors at a time: what a core's cache holds
-_SUM_BITS = 62
+from mgvq.codebook.nearest import Nearest
+
+_SUM_BITS = 52
+_SEED_SAMPLE = 8  # vectors per centroid that the seeds are drawn from
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,29 +23,6 @@ class Clusters:
 
     centroids: Float[Tensor, "k d"]
     num_reseeded: int
-
-
-def nearest(
-    vectors: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"], weight: Float[Tensor, "n d"] | None = None
-) -> tuple[Int[Tensor, "n"], Float[Tensor, "n"]]:
-    """Index of the nearest centroid in `sum_j weight_j (x_j - c_j)^2` (the lowest index among equals), and that distance."""
-    codes = torch.zeros(len(vectors), dtype=torch.long, device=vectors.device)
-    distances = torch.full((len(vectors),), torch.inf, device=vectors.device)
-    columns = vectors.T.contiguous()
-    weights = None if weight is None else weight.T.contiguous()
-    rows = centroids.tolist()
-    for at in range(0, len(vectors), _CHUNK):
-        part = slice(at, at + _CHUNK)
-        best, code = distances[part], codes[part]
-        for k, row in enumerate(rows):
-            total = torch.zeros_like(best)
-            for j, value in enumerate(row):
-                difference = columns[j, part] - value
-                squared = difference.mul_(difference)
-                total += squared if weights is None else squared.mul_(weights[j, part])
-            code.masked_fill_(total < best, k)
-            torch.minimum(best, total, out=best)
-    return codes, distances
 
 
 def kmeans(
@@ -55,39 +35,62 @@ def kmeans(
     """k-means++ seeds, then Lloyd's iterations until nothing moves; minimises `sum weight (x - c)^2`.
 
     `weight` is >= 0 and per coordinate; a coordinate of no weight in a whole cluster keeps its centroid. An empty cluster moves
-    to the vector that is served worst. With fewer distinct vectors than centroids the rest repeat some of them.
+    to the vector that is served worst. Without more vectors than centroids, each vector is one, and the rest repeat some of them.
     Raises ValueError for no vectors, non-finite ones, or negative weights.
     """
     if not len(vectors) or not torch.isfinite(vectors).all():
         raise ValueError(f"k-means needs finite vectors, got {tuple(vectors.shape)} with non-finite or no entries")
     if weight is not None and not (torch.isfinite(weight).all() and (weight >= 0).all()):
         raise ValueError("k-means weights must be finite and >= 0")
+    if len(vectors) <= num_centroids:
+        return Clusters(vectors[torch.arange(num_centroids, device=vectors.device) % len(vectors)].float(), 0)
     centroids = _plus_plus(vectors, num_centroids, generator, weight)
     previous, num_reseeded = None, 0
     for _ in range(iterations):
-        codes, distances = nearest(vectors, centroids, weight)
+        codes = Nearest(centroids)(vectors, weight)
         if previous is not None and torch.equal(codes, previous):
             break
-        centroids = _means(vectors, codes, centroids, weight)
-        centroids, moved = _reseed(vectors, codes, distances, centroids)
-        previous, num_reseeded = codes, num_reseeded + moved
+        moved = _means(vectors, codes, centroids, weight)
+        empty = torch.nonzero(torch.bincount(codes, minlength=num_centroids) == 0).flatten()
+        if len(empty):
+            distances = _distances(vectors, centroids[codes], weight)
+            worst = torch.argsort(distances, descending=True, stable=True)[: len(empty)]
+            worst = worst[distances[worst] > 0]  # a vector that is met exactly gains nothing
+            moved[empty[: len(worst)]] = vectors[worst]
+            num_reseeded += len(worst)
+        centroids, previous = moved, codes
     return Clusters(centroids, num_reseeded)
+
+
+def exact_sum(values: Float[Tensor, "..."]) -> float:
+    """The sum to 2^-52 of the largest value, whatever the order in which threads add it."""
+    whole, scale = _fixed_point(values, values.numel())
+    return float(whole.sum()) / scale
 
 
 def _plus_plus(
     vectors: Float[Tensor, "n d"], num_centroids: int, generator: torch.Generator, weight: Float[Tensor, "n d"] | None
 ) -> Float[Tensor, "k d"]:
-    """Each next seed is drawn with probability proportional to its distance to the nearest seed so far."""
+    """Each next seed is drawn with probability proportional to its distance to the nearest seed so far.
+
+    In numpy, on the CPU: thousands of short steps, each of which depends on the last, and whose sums numpy takes in order.
+    """
     draws = torch.rand(num_centroids, generator=generator, dtype=torch.float64).tolist()
-    chosen = [int(draws[0] * len(vectors))]
-    best = torch.full((len(vectors),), torch.inf, device=vectors.device)
+    candidates = torch.arange(len(vectors))
+    if len(vectors) > _SEED_SAMPLE * num_centroids:
+        candidates = torch.randperm(len(vectors), generator=generator)[: _SEED_SAMPLE * num_centroids]
+    candidates = candidates.to(vectors.device)
+    columns = vectors[candidates].T.double().cpu().numpy()
+    weights = 1.0 if weight is None else weight[candidates].T.double().cpu().numpy()
+    chosen = [int(draws[0] * len(candidates))]
+    best = np.full(len(candidates), np.inf)
     for draw in draws[1:]:
-        best = torch.minimum(best, nearest(vectors, vectors[chosen[-1:]], weight)[1])
-        mass = _fixed_point(best)[0].cumsum(0)
-        target = int(draw * int(mass[-1]))
-        index = torch.searchsorted(mass, torch.tensor([target], device=mass.device), right=True)
-        chosen.append(min(int(index), len(vectors) - 1))
-    return vectors[chosen].clone()
+        difference = columns - columns[:, chosen[-1:]]
+        np.minimum(best, (weights * difference * difference).sum(0), out=best)
+        mass = best.cumsum()
+        index = int(np.searchsorted(mass, draw * mass[-1], side="right"))
+        chosen.append(min(index, len(candidates) - 1))
+    return vectors[candidates[chosen]].float()
 
 
 def _means(
@@ -96,32 +99,33 @@ def _means(
     centroids: Float[Tensor, "k d"],
     weight: Float[Tensor, "n d"] | None,
 ) -> Float[Tensor, "k d"]:
-    weight = torch.ones_like(vectors) if weight is None else weight
-    total, mass = (_segment_sums(t, codes, len(centroids)) for t in (vectors * weight, weight))
+    if weight is None:
+        mass = torch.bincount(codes, minlength=len(centroids)).double()[:, None]
+        total = _segment_sums(vectors, codes, len(centroids))
+    else:
+        mass, total = (_segment_sums(t, codes, len(centroids)) for t in (weight, vectors * weight))
     return torch.where(mass > 0, total / mass.clamp(min=1e-300), centroids.double()).float()
 
 
 def _segment_sums(values: Float[Tensor, "n d"], codes: Int[Tensor, "n"], num: int) -> Float[Tensor, "k d"]:
-    fixed, scale = _fixed_point(values)
-    sums = torch.zeros(num, values.shape[1], dtype=torch.int64, device=values.device)
-    return sums.index_add_(0, codes, fixed).double() / scale
+    whole, scale = _fixed_point(values, len(values))
+    sums = torch.zeros(num, values.shape[1], dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, codes, whole) / scale
 
 
-def _fixed_point(values: Float[Tensor, "n *d"]) -> tuple[Int[Tensor, "n *d"], Float[Tensor, ""]]:
-    """The values as integers that can be summed over n without overflow, and the scale that makes them so."""
-    largest = values.abs().max().double()
-    scale = 2.0 ** (_SUM_BITS - len(values).bit_length()) / torch.where(largest > 0, largest, 1.0)
-    return (values.double() * scale).round().long(), scale
+def _fixed_point(values: Float[Tensor, "..."], count: int) -> tuple[Float[Tensor, "..."], float]:
+    """The values as whole numbers in float64, `count` of which add up to less than 2^53, and the scale that makes them so."""
+    largest = float(values.abs().max())
+    scale = 2.0 ** (_SUM_BITS - count.bit_length()) / (largest or 1.0)
+    return (values.double() * scale).round_(), scale
 
 
-def _reseed(
-    vectors: Float[Tensor, "n d"],
-    codes: Int[Tensor, "n"],
-    distances: Float[Tensor, "n"],
-    centroids: Float[Tensor, "k d"],
-) -> tuple[Float[Tensor, "k d"], int]:
-    empty = torch.nonzero(torch.bincount(codes, minlength=len(centroids)) == 0).flatten()
-    worst = torch.argsort(distances, descending=True, stable=True)[: len(empty)]
-    worst = worst[distances[worst] > 0]  # a vector that is met exactly gains nothing
-    centroids[empty[: len(worst)]] = vectors[worst]
-    return centroids, len(worst)
+def _distances(
+    vectors: Float[Tensor, "n d"], centroids: Float[Tensor, "n d"], weight: Float[Tensor, "n d"] | None
+) -> Float[Tensor, "n"]:
+    """`sum_j weight_j (x_j - c_j)^2`, column by column: a sum over a dimension has no fixed order."""
+    terms = (vectors - centroids).square() * (1 if weight is None else weight)
+    total = torch.zeros_like(terms[:, 0])
+    for column in terms.T:
+        total += column
+    return total

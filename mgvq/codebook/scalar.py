@@ -1,36 +1,123 @@
-"""Round to nearest (RTN) on a uniform grid per output channel or per group of input channels; no data needed."""
+"""Uniform grids per output channel or per group of input channels; no data needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.errors import UserError
-from mgvq.formats.scalar import ScalarWeight, min_max
-from mgvq.types import Quantized, Rate, Site, StatsBank
+from mgvq.formats.scalar import ScalarWeight
+from mgvq.types import Piece, Rate
+
+_HALF_MAX = 65000.0
+_FACTORS = {"min_max": (1.0,), "mse": tuple(1 - i / 20 for i in range(16))}  # of the range, by `clip`
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedScalar:
+    """The grids of one piece."""
+
+    zeros: Int[Tensor, "out groups"]
+    scales: Float[Tensor, "out groups"]  # fp16
+    bits: int
+    group_size: int
+
+    vector_length: ClassVar[int] = 1
+
+    def encode(
+        self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
+    ) -> tuple[Int[Tensor, "out v"], Float[Tensor, "out v 1"]]:
+        """See `FittedCodebook`; in one dimension every root gives the same code."""
+        columns = torch.arange(first, first + targets.shape[1], device=targets.device) // self.group_size
+        scales, zeros = self.scales[:, columns].float(), self.zeros[:, columns]
+        codes = _codes(targets[:, :, 0], zeros, scales, self.bits)
+        return codes.int(), (scales * (codes - zeros))[:, :, None]
+
+    def rows(self, part: slice) -> "FittedScalar":
+        return FittedScalar(zeros=self.zeros[part], scales=self.scales[part], bits=self.bits, group_size=self.group_size)
+
+    def weight(self, codes: Int[Tensor, "out v"]) -> ScalarWeight:
+        return ScalarWeight(codes, self.zeros, self.scales, self.bits, self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scalar:
-    """Asymmetric min-max grid. `group_size` input channels share a scale and a zero point; null: the whole row does."""
+    """Asymmetric grid; `group_size` input channels share a scale and a zero point; null: the whole row of a piece does.
+
+    `clip`: `min_max` spans all weights of a group; `mse` the share of that range, 100 % to 25 % in steps of 5 %, that has the
+    least squared error of round to nearest. 0 is always on the grid.
+    """
 
     group_size: int | None
+    clip: str  # min_max | mse
+
+    needs_energy: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
             raise UserError(f"codebook.group_size must be a whole number >= 1 or null, got {self.group_size!r}")
+        if self.clip not in _FACTORS:
+            raise UserError(f"codebook.clip must be min_max or mse, got {self.clip!r}")
 
     def rates(self) -> Sequence[Rate]:
-        return [Rate(f"int{bits}", bits, float(bits)) for bits in range(1, 9)]
+        return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
-    def storage_bits(self, sites: Sequence[Site], rate: Rate) -> int:
-        return sum(
-            ScalarWeight.storage_bits((s.out_features, s.in_features), rate.size, self._group(s.in_features)) for s in sites
-        )
+    def unit(self, piece: Piece) -> str:
+        """Every piece has grids of its own."""
+        return f"{piece.site.name}/{piece.group}"
 
-    def quantize(self, weights: Mapping[Site, Tensor], rate: Rate, bank: StatsBank | None) -> Quantized:
-        del bank  # the grid follows from the weights
-        return Quantized({s: min_max(w, rate.size, self._group(w.shape[1])) for s, w in weights.items()})
+    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+        return sum(ScalarWeight.storage_bits(p.shape, int(rate.index_bits), self._size(p.shape[1])) for p in pieces)
 
-    def _group(self, num_in: int) -> int:
+    def fit(
+        self,
+        name: str,
+        weights: Sequence[Float[Tensor, "_ _"]],
+        rate: Rate,
+        energy: Sequence[Float[Tensor, "_"] | None],
+        flags: list[str],
+    ) -> Sequence[FittedScalar]:
+        """Raises ValueError for weights that are not finite or too large for fp16 scales."""
+        return [_fit(w.float(), int(rate.index_bits), self._size(w.shape[1]), _FACTORS[self.clip]) for w in weights]
+
+    def _size(self, num_in: int) -> int:
         return min(num_in, self.group_size or num_in)
+
+
+def _fit(weight: Float[Tensor, "out c"], bits: int, group_size: int, factors: Sequence[float]) -> FittedScalar:
+    grouped = torch.nn.functional.pad(weight, (0, -weight.shape[1] % group_size)).unflatten(1, (-1, group_size))
+    top = 2**bits - 1
+    low, high = grouped.amin(2).clamp(max=0), grouped.amax(2).clamp(min=0)
+    if not (high - low).max() < _HALF_MAX * top:
+        raise ValueError(f"weights must be finite and span less than {_HALF_MAX * top:g}, got [{low.min()}, {high.max()}]")
+    scales, zeros = _grid(low, high, bits)
+    if len(factors) > 1:
+        least = torch.full_like(low, torch.inf, dtype=torch.float64)
+        for factor in factors:
+            tried = _grid(low * factor, high * factor, bits)
+            wide, shift = tried[0].float()[..., None], tried[1][..., None]
+            error = (wide * (_codes(grouped, shift, wide, bits) - shift) - grouped).square().sum(2, dtype=torch.float64)
+            better = error < least
+            scales, zeros = torch.where(better, tried[0], scales), torch.where(better, tried[1], zeros)
+            least = torch.where(better, error, least)
+    return FittedScalar(zeros=zeros.int(), scales=scales, bits=bits, group_size=group_size)
+
+
+def _grid(low: Float[Tensor, "out g"], high: Float[Tensor, "out g"], bits: int) -> tuple[Tensor, Tensor]:
+    """fp16 scales and zero points. Scales are rounded before anything is chosen by them, and upwards: the grid reaches `high`."""
+    top = 2**bits - 1
+    scales = _half_up(((high - low) / top).clamp(min=2.0**-24))
+    return scales, (-low / scales.float()).round().clamp(0, top)
+
+
+def _codes(values: Float[Tensor, "..."], zeros: Tensor, scales: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
+    return (values / scales + zeros).round().clamp(0, 2**bits - 1)
+
+
+def _half_up(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """The smallest fp16 numbers that are not below the values."""
+    half = values.half()
+    return torch.where(half.float() < values, torch.nextafter(half, torch.full_like(half, torch.inf)), half)

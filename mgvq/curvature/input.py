@@ -1,64 +1,30 @@
-"""The Gram of each layer's inputs, by modality (the Hessian of GPTQ): one streamed forward pass, padding masked."""
+"""The second moment of the inputs, the Hessian of GPTQ."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from mgvq.types import Batch, Modality, Site, SiteStats, StatsBank
-
-_MODALITIES: tuple[Modality, ...] = ("image", "text")
+from mgvq.curvature.fusion import equal_weights, mbq_weights, pooled
+from mgvq.errors import UserError
+from mgvq.types import Metric, Needs, Site, StatsBank
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """`sum x x^T` in float64 at every site. Vision tower and projector see image tokens only."""
+    """`h_in = E[x x^T]` over the tokens, no `h_out`: all output channels count the same (method: GPTQ, Frantar et al. 2023).
 
-    def collect(self, model: PreTrainedModel, sites: Sequence[Site], batches: Iterator[Batch]) -> StatsBank:
-        device = next(model.parameters()).device
-        sums: dict[Site, dict[Modality, _Sum]] = {s: {m: _Sum(s.in_features, device) for m in _MODALITIES} for s in sites}
-        masks: dict[Modality, Tensor] = {}
-        hooks = [model.get_submodule(s.name).register_forward_pre_hook(_adder(s, sums[s], masks)) for s in sites]
-        try:
-            with torch.inference_mode():
-                for batch in batches:
-                    batch = batch.to(device)
-                    masks["image"] = batch.image_mask
-                    masks["text"] = batch.valid_mask & ~batch.image_mask
-                    model(**batch.inputs, use_cache=False, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return {s: _stats(parts) for s, parts in sums.items()}
+    `fusion` is `none`, every token alike, or `mbq_ratio`, image tokens weighted by their gradients (`fusion.mbq_weights`).
+    """
 
+    fusion: str  # none | mbq_ratio
 
-class _Sum:
-    def __init__(self, num_in: int, device: torch.device) -> None:
-        self.count = 0
-        self.gram = torch.zeros(num_in, num_in, dtype=torch.float64, device=device)
+    def __post_init__(self) -> None:
+        if self.fusion not in ("none", "mbq_ratio"):
+            raise UserError(f"curvature.fusion must be none or mbq_ratio with curvature=input, got {self.fusion!r}")
 
-    def add(self, tokens: Tensor) -> None:
-        self.count += len(tokens)
-        wide = tokens.double()
-        self.gram += wide.T @ wide
+    @property
+    def needs(self) -> Needs:
+        return Needs(gram=True, gradients=self.fusion == "mbq_ratio")
 
-
-def _stats(parts: dict[Modality, _Sum]) -> SiteStats:
-    num_tokens: dict[Modality, int] = {m: total.count for m, total in parts.items()}
-    gram: dict[Modality, Tensor] = {m: total.gram.cpu() for m, total in parts.items()}
-    return SiteStats(num_tokens, gram)
-
-
-def _adder(site: Site, parts: dict[Modality, _Sum], masks: dict[Modality, Tensor]) -> Callable[..., None]:
-    def add(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        tokens = args[0]
-        if site.tower == "language":
-            for modality, total in parts.items():
-                total.add(tokens[masks[modality]])
-        else:
-            parts["image"].add(tokens.reshape(-1, site.in_features))
-
-    return add
+    def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
+        weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)
+        return {site: Metric((pooled(stats, weights[site]),)) for site, stats in bank.items()}

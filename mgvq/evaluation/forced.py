@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.model.answers import answer_logits
+from mgvq.model.pack import PackedBatch
 from mgvq.types import Batch
 
 
@@ -25,20 +25,12 @@ class Forced:
     predicted: tuple[int, ...]  # the first choices, end-of-sequence token included
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> Float[Tensor, "answers vocabulary"]:
-    """Logits that predict the answer tokens of the batch, row by row."""
-    longest = int(batch.loss_mask.sum(1).max())
-    logits = model(**batch.inputs, use_cache=False, logits_to_keep=longest + 1).logits
-    return logits[:, :-1][batch.loss_mask[:, -longest:]].float()
-
-
 @torch.inference_mode()
-def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: Iterable[Batch]) -> dict[str, Forced]:
+def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: Iterable[Batch | PackedBatch]) -> dict[str, Forced]:
     """By sample id. `kl` is KL(reference || model), 0 without a reference."""
-    device = next(model.parameters()).device
     scored: dict[str, Forced] = {}
     for batch in batches:
-        batch = batch.to(device)
+        batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
         logs = answer_logits(model, batch).log_softmax(-1)
         losses = -logs.gather(1, targets[:, None])[:, 0]
@@ -47,7 +39,7 @@ def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: It
             expected = answer_logits(reference, batch).log_softmax(-1)
             divergence = (expected.exp() * (expected - logs)).sum(-1)
         chosen = logs.argmax(-1)
-        sizes = batch.loss_mask.sum(1).tolist()
+        sizes = list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask.sum(1).tolist()
         columns = (t.split(sizes) for t in (losses, divergence, chosen, targets))
         for sample_id, loss, kl, choice, target in zip(batch.sample_ids, *columns, strict=True):
             exact = bool(torch.equal(choice, target))

@@ -4,13 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.formats.packing import pack, packed_bytes, unpack
-
-_HALF_MAX = 65000.0
 
 
 @dataclass(frozen=True)
@@ -59,25 +56,3 @@ class ScalarWeight:
         num_out, num_in = shape
         num_groups = num_out * -(-num_in // group_size)
         return 8 * (packed_bytes(num_out * num_in, bits) + packed_bytes(num_groups, bits) + 2 * num_groups)
-
-
-def min_max(weight: Float[Tensor, "out in"], bits: int, group_size: int) -> ScalarWeight:
-    """Round to nearest on the grid between minimum and maximum of each group; 0 is always on the grid."""
-    num_out, num_in = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -num_in % group_size)).view(num_out, -1, group_size)
-    top = 2**bits - 1
-    low, high = padded.amin(2).clamp(max=0), padded.amax(2).clamp(min=0)
-    if not (high - low).max() < _HALF_MAX * top:
-        raise ValueError(f"weights must be finite and span less than {_HALF_MAX * top:g}, got [{low.min()}, {high.max()}]")
-    # The scale is rounded to fp16 before the codes are chosen, so that they fit what is stored; upwards, so that the grid reaches
-    # the largest weight.
-    scales = _half_up(((high - low) / top).clamp(min=2.0**-24))
-    zeros = (-low / scales.float()).round().clamp(0, top)
-    codes = (padded / scales.float()[..., None] + zeros[..., None]).round().clamp(0, top)
-    return ScalarWeight(codes.view(num_out, -1)[:, :num_in].int(), zeros.int(), scales, bits, group_size)
-
-
-def _half_up(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """The smallest fp16 numbers that are not below the values."""
-    half = values.half()
-    return torch.where(half.float() < values, torch.nextafter(half, torch.full_like(half, torch.inf)), half)

@@ -1,28 +1,33 @@
-"""Vector codes: each run of `d` input channels of a row is one index into a table of `k` centroids."""
+"""Vector codes: each run of `d` input channels of a row is an index into a table of `k` centroids, or the sum of several."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mgvq.formats.packing import pack, packed_bytes, unpack
 
+TABLES = ("fp16", "int8")
+
 
 @dataclass(frozen=True)
 class VectorWeight:
-    """One layer's codes and the table they point into; layers that share a table hold the same tensor object.
+    """Codes and the tables they point into; weights that share tables hold the same tensor objects.
 
-    `scale` (fp16, one number) multiplies the centroids of a shared table; a layer with a table of its own has none.
+    With `t` tables and codes of `s` stages there are t / s turns: vector v of a row is the sum over its stages i of an entry of
+    table `(v % turns) * s + i`. One table: plain vector quantisation; t > 1 and s = 1: product; t = s > 1: residual.
+    `step` (one number a table) multiplies int8 centroids. `scale` (one number) multiplies the vectors where tables are shared.
     The last vector of a row is padded where `in` is not a multiple of `d`; its code is stored and counted.
     """
 
-    codes: Int[Tensor, "out vectors"]
-    table: Float[Tensor, "k d"]  # fp16
+    codes: Int[Tensor, "out vectors stages"]
+    table: Shaped[Tensor, "t k d"]  # fp16 or int8
     num_in: int
-    scale: Float[Tensor, ""] | None = None
+    step: Float[Tensor, "t"] | None = None  # fp16
+    scale: Float[Tensor, ""] | None = None  # fp16
 
     format: ClassVar[str] = "vector"
 
@@ -32,41 +37,68 @@ class VectorWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """float32; exact for every device."""
-        weight = self.table.float()[self.codes.long()].flatten(1)[:, : self.num_in]
+        _, num_vectors, stages = self.codes.shape
+        tables = centroids(self.table, self.step)
+        turn = torch.arange(num_vectors, device=self.codes.device) % (len(tables) // stages)
+        vectors = torch.zeros((), device=tables.device)
+        for i in range(stages):
+            vectors = vectors + tables[turn * stages + i, self.codes[:, :, i].long()]
+        weight = vectors.flatten(1)[:, : self.num_in]
         return weight if self.scale is None else weight * self.scale.float()
 
     def tensors(self) -> Mapping[str, Tensor]:
-        stored = {"codes": pack(self.codes.flatten(), index_width(len(self.table))), "table": self.table}
-        return stored if self.scale is None else {**stored, "scale": self.scale}
+        codes = pack(self.codes.flatten(), index_width(self.table.shape[1]))
+        stored = {"codes": codes, "table": self.table, "step": self.step, "scale": self.scale}
+        return {role: tensor for role, tensor in stored.items() if tensor is not None}
 
     def settings(self) -> Mapping[str, Any]:
-        return {"shape": list(self.shape)}
+        return {"shape": list(self.shape), "stages": self.codes.shape[2]}
 
     @classmethod
-    def load(cls, tensors: Mapping[str, Tensor], shape: list[int]) -> "VectorWeight":
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> "VectorWeight":
         num_out, num_in = shape
-        table = tensors["table"]
-        num_vectors = -(-num_in // table.shape[1])
-        codes = unpack(tensors["codes"], index_width(len(table)), num_out * num_vectors)
-        return cls(codes.view(num_out, num_vectors), table, num_in, tensors.get("scale"))
+        _, num_centroids, length = tensors["table"].shape
+        sizes = num_out, -(-num_in // length), stages
+        codes = unpack(tensors["codes"], index_width(num_centroids), sizes[0] * sizes[1] * sizes[2])
+        return cls(codes.view(sizes), tensors["table"], num_in, tensors.get("step"), tensors.get("scale"))
 
 
-def index_width(num_centroids: int) -> int:
-    """Bits of an index into a table of `num_centroids`."""
-    return max(1, (num_centroids - 1).bit_length())
+def index_width(number: int) -> int:
+    """Bits of an index into `number` entries."""
+    return max(1, (number - 1).bit_length())
 
 
-def codes_bits(shape: tuple[int, int], vector_length: int, num_centroids: int) -> int:
-    """Exact size of a layer's packed codes in bits, table not counted."""
+def codes_bits(shape: tuple[int, int], vector_length: int, num_centroids: int, stages: int = 1) -> int:
+    """Exact size of a weight's packed codes in bits, tables not counted."""
     num_vectors = shape[0] * -(-shape[1] // vector_length)
-    return 8 * packed_bytes(num_vectors, index_width(num_centroids))
+    return 8 * packed_bytes(num_vectors * stages, index_width(num_centroids))
 
 
-def table_bits(vector_length: int, num_centroids: int) -> int:
-    """Exact size of a table of fp16 centroids in bits."""
-    return 16 * vector_length * num_centroids
+def table_bits(vector_length: int, num_centroids: int, table: str) -> int:
+    """Exact size in bits of one table that is stored as `table` (one of TABLES)."""
+    numbers = vector_length * num_centroids
+    return 16 * numbers if table == "fp16" else 8 * numbers + 16
 
 
-def to_vectors(weight: Float[Tensor, "out in"], vector_length: int) -> Float[Tensor, "n d"]:
-    """Rows cut into runs of input channels, the last padded with zeros: (out * ceil(in / d), d)."""
-    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % vector_length)).view(-1, vector_length)
+def to_vectors(weight: Float[Tensor, "out in"], vector_length: int) -> Float[Tensor, "out v d"]:
+    """Rows cut into runs of input channels, the last padded with zeros."""
+    return torch.nn.functional.pad(weight, (0, -weight.shape[1] % vector_length)).unflatten(1, (-1, vector_length))
+
+
+def store_table(table: Float[Tensor, "k d"], kind: str) -> tuple[Shaped[Tensor, "k d"], Float[Tensor, ""] | None]:
+    """The table as it is stored: fp16, or int8 between the largest magnitude and its negative, with the fp16 step of that.
+
+    Raises ValueError for centroids beyond the range of fp16.
+    """
+    largest = table.abs().max()
+    if not largest < torch.finfo(torch.float16).max:
+        raise ValueError(f"centroids must stay below {torch.finfo(torch.float16).max:g} for fp16, got {float(largest):g}")
+    if kind == "fp16":
+        return table.half(), None
+    step = (largest / 127).clamp(min=2.0**-24).half()
+    return (table / step.float()).round().clamp(-127, 127).to(torch.int8), step
+
+
+def centroids(table: Shaped[Tensor, "*t k d"], step: Float[Tensor, "*t"] | None) -> Float[Tensor, "*t k d"]:
+    """What stored tables stand for, float32."""
+    return table.float() if step is None else table.float() * step.float()[..., None, None]

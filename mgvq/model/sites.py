@@ -27,6 +27,8 @@ FAMILIES: Mapping[str, Mapping[Tower, str]] = {
     for family in ("llava_onevision", "internvl")
 }
 _BLOCK = re.compile(r"\.layers?\.(\d+)\.")
+# Siblings that read the same activations; curvature/statistics.py checks that they do.
+_READ_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 def list_sites(model: PreTrainedModel, scope: Scope) -> list[Site]:
@@ -46,9 +48,10 @@ def list_sites(model: PreTrainedModel, scope: Scope) -> list[Site]:
         for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
             if isinstance(module, torch.nn.Linear):
                 block = _BLOCK.search(name)
-                kind = name.rsplit(".", 1)[-1]
+                parent, kind = name.rsplit(".", 1)
                 num_block = int(block[1]) if block else None
-                sites.append(Site(name, tower, kind, num_block, module.out_features, module.in_features))
+                reads = f"{parent}.{_READ_TOGETHER.get(kind, kind)}"
+                sites.append(Site(name, tower, kind, num_block, module.out_features, module.in_features, reads))
     return sites
 
 

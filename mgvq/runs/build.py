@@ -11,8 +11,11 @@ from mgvq.errors import UserError
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
-GROUPS = ("paths", "model", "calibration", "curvature", "allocation", "codebook", "evaluation", "tracker", "budget")
+STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation")  # what a method is made of
+GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
 SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics"}
+# The variants that a group has where it does nothing.
+_IDLE = {"sensitivity": "Uniform", "grouping": "One", "compensation": "NoCompensation"}
 
 
 def build(cfg: DictConfig, group: str) -> Any:
@@ -28,12 +31,12 @@ def build(cfg: DictConfig, group: str) -> Any:
 
 
 def chosen(cfg: DictConfig, group: str) -> bool:
-    """Whether the group has a variant other than `none`."""
+    """Whether the group has a variant with something to build."""
     return cfg[group].get("_target_") is not None
 
 
 def check(cfg: DictConfig) -> None:
-    """Settings that no single group can judge; raises UserError before a model is loaded."""
+    """Settings that no single group can judge; raises UserError before anything is imported or loaded."""
     try:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:
@@ -51,40 +54,34 @@ def check(cfg: DictConfig) -> None:
     for group in GROUPS:
         if cfg[group] is None:
             raise UserError(f"{group}=null is no variant; {group}=none is the one that leaves it out.")
-    quantizes, bits = chosen(cfg, "codebook"), cfg.budget.bits_per_weight
-    if not quantizes and (bits is not None or chosen(cfg, "allocation")):
+    if chosen(cfg, "codebook"):
+        _check_quantising(cfg)
+    else:
+        _check_full_precision(cfg)
+
+
+def _check_full_precision(cfg: DictConfig) -> None:
+    bits = cfg.budget.bits_per_weight
+    idle = [group for group in STAGES if group != "codebook" and _does_something(cfg, group)]
+    idle += ["calibration"] if chosen(cfg, "calibration") else []
+    if bits is not None or idle:
+        named = [f"budget.bits_per_weight={bits}"] if bits is not None else []
         raise UserError(
-            f"nothing is quantised (codebook=none), so budget.bits_per_weight={bits} and the allocation have no effect: "
-            "leave them out, or choose a codebook."
+            f"nothing is quantised (codebook=none), so {' and '.join([*named, *idle])} would have no effect: leave it out, or "
+            "choose a codebook."
         )
-    if quantizes and not _is_bit_width(bits):
+
+
+def _check_quantising(cfg: DictConfig) -> None:
+    bits = cfg.budget.bits_per_weight
+    if not (isinstance(bits, int | float) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS):
         raise UserError(
             f"budget.bits_per_weight={bits} is no bit width: give a number of {MIN_BITS} to {MAX_BITS}, the stored bits for "
             "each quantised weight with tables and scales."
         )
-    if quantizes and not chosen(cfg, "allocation"):
+    if not chosen(cfg, "allocation"):
         raise UserError("allocation=none with a codebook: choose allocation=uniform, or method=full_precision.")
-    if chosen(cfg, "calibration") != chosen(cfg, "curvature"):
-        raise UserError(
-            "calibration and curvature go together: data without statistics has no effect, statistics without data cannot be "
-            f"taken. Got calibration {_state(cfg, 'calibration')}, curvature {_state(cfg, 'curvature')}."
-        )
-    weighted = bool(cfg.codebook.get("weight_power", 0))
-    if chosen(cfg, "curvature") and not weighted:
-        raise UserError(
-            "calibration and curvature have no effect: nothing in this run uses the statistics. Leave them out, or set "
-            "codebook.weight_power above 0."
-        )
-    if weighted and not chosen(cfg, "curvature"):
-        raise UserError(
-            f"codebook.weight_power={cfg.codebook.weight_power} weighs channels by their activations: add curvature=input and a "
-            "calibration set such as calibration=tiny_vqa, or set it to 0."
-        )
 
 
-def _is_bit_width(bits: Any) -> bool:
-    return isinstance(bits, int | float) and not isinstance(bits, bool) and MIN_BITS <= bits <= MAX_BITS
-
-
-def _state(cfg: DictConfig, group: str) -> str:
-    return "set" if chosen(cfg, group) else "none"
+def _does_something(cfg: DictConfig, group: str) -> bool:
+    return chosen(cfg, group) and not cfg[group]["_target_"].endswith(f".{_IDLE.get(group)}")

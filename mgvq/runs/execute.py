@@ -6,7 +6,8 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,19 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
-from mgvq.checkpoint.ledger import Ledger
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import TENSORS, save
-from mgvq.model.load import load, load_processor
+from mgvq.curvature.statistics import collect
+from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.sites import FAMILIES, list_sites
-from mgvq.pipeline import quantize
+from mgvq.pipeline import Method, QuantReport, quantize
 from mgvq.runs.build import build
+from mgvq.runs.cache import statistics
 from mgvq.runs.identity import scientific_settings
+from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
-from mgvq.types import Codebook, Rate, Site
+from mgvq.types import CalibrationSet, Site, SiteStats
 
 SCHEMA_VERSION = 1
 log = logging.getLogger(__name__)
@@ -32,9 +35,9 @@ log = logging.getLogger(__name__)
 
 def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     """Fill the folder and return its metrics. Bad settings and bad data raise UserError before the model is loaded."""
-    parts = {name: build(cfg, name) for name in ("calibration", "curvature", "allocation", "codebook", "evaluation")}
-    source = build(cfg, "model")
-    drawn = parts["calibration"] and parts["calibration"].draw()
+    method = build_method(cfg)
+    task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
+    drawn = calibration.draw() if calibration else None
     torch.set_num_threads(cfg.threads)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -49,28 +52,28 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         log.info("loading %s", source.path)
         loaded = load(source, device)
         sites = list_sites(loaded.model, cfg.scope)
-        log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-        report = quantize(
-            loaded.model,
-            loaded.processor,
-            sites,
-            calibration=drawn,
-            curvature=parts["curvature"],
-            allocation=parts["allocation"],
-            codebook=parts["codebook"],
-            bits_per_weight=cfg.budget.bits_per_weight,
-        )
-        towers = FAMILIES[loaded.model.config.model_type]
-        ledger = save(folder.checkpoint, loaded, sites, report.weights, towers)
-        _check_prediction(parts["codebook"], report.rate, sites, ledger)
-        folder.write_table("layers.parquet", report.layers)
+        clock = Clock()
+        report = None
+        if method is not None:
+            bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
+            clock.lap("calibrate")
+            log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
+            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight)
+            clock.lap("quantize")
+            for name in ("layers", "allocation", "channels"):
+                folder.write_table(f"{name}.parquet", getattr(report, name))
+        weights = report.weights if report else {}
+        ledger = save(folder.checkpoint, loaded, sites, weights, FAMILIES[loaded.model.config.model_type])
+        if report and ledger.scope_bits() != report.stored_bits:
+            raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
         folder.write_table("ledger.parquet", ledger.frame())
 
         log.info("evaluating %s", folder.checkpoint)
-        started = time.perf_counter()
+        clock.lap("save")
         model = load_checkpoint(folder.checkpoint, dtype=getattr(torch, source.dtype), device=device)
         digest = file_digest(folder.checkpoint / TENSORS)
-        result = parts["evaluation"](model, loaded.model, load_processor(str(folder.checkpoint)), digest)
+        result = task(model, loaded.model, load_processor(str(folder.checkpoint)), digest)
+        clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
         metrics = {
@@ -78,25 +81,51 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             **dict.fromkeys(broken),
             **ledger.bits(),
             "bytes/checkpoint": ledger.num_bytes,
-            "time/calibrate_s": report.seconds["calibrate"],
-            "time/quantize_s": report.seconds["quantize"],
-            "time/evaluate_s": time.perf_counter() - started,
+            **{f"time/{name}_s": clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize", "evaluate")},
             "memory/peak_gb": _peak_gb(device),
-            "rate": report.rate.name if report.rate else "full_precision",
+            "rate": _rate(report),
             "checkpoint_sha256": digest,
-            "flags": [*report.flags, *(f"non_finite:{name}" for name in broken)],
+            "flags": [*(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
     return metrics
 
 
-def _check_prediction(codebook: Codebook | None, rate: Rate | None, sites: Sequence[Site], ledger: Ledger) -> None:
-    """What allocation was told a rate costs is what it came to on disk."""
-    if codebook is not None and rate is not None:
-        stored, predicted = ledger.scope_bits(), codebook.storage_bits(sites, rate)
-        if stored != predicted:
-            raise AssertionError(f"{rate.name} was predicted at {predicted} bits and stored in {stored}")
+class Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now
+
+
+def _statistics(
+    cfg: DictConfig, method: Method, loaded: Loaded, sites: Sequence[Site], drawn: CalibrationSet
+) -> Mapping[Site, SiteStats]:
+    """From the cache that all runs of the results folder share, or by one pass over the calibration samples."""
+    settings = scientific_settings(cfg)
+    kept = ("model", "calibration", "scope", "threads", "numerics")
+    key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
+
+    def compute() -> Mapping[Site, SiteStats]:
+        batches = drawn.batches(loaded.processor)
+        return collect(loaded.model, sites, batches, method.needs, drawn.label_seed)
+
+    return statistics(Path(cfg.paths.results) / "cache" / "statistics", key, compute, sites)
+
+
+def _rate(report: QuantReport | None) -> str:
+    """The rate's name, `mixed` where there are several."""
+    if report is None:
+        return "full_precision"
+    rates = set(report.allocation.rate)
+    return rates.pop() if len(rates) == 1 else "mixed"
 
 
 def _device(name: str) -> torch.device:

@@ -30,9 +30,17 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
     if (rows := settings["calibration"].get("path")) is not None:
         settings["calibration"]["path"] = _data_digest(Path(rows))
-    if settings["codebook"]["_target_"] is None:
-        del settings["scope"]  # nothing is quantised in any scope
+    if (rule := settings["allocation"].get("source")) is not None:
+        settings["allocation"]["source"] = _file_digest(Path(rule))
+    if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
+        for name in ("scope", "sensitivity", "grouping", "compensation"):
+            del settings[name]
     return _canonical(settings)
+
+
+def _file_digest(file: Path) -> str:
+    """SHA-256 of a file; a missing one is reported later."""
+    return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
 
 
 def _data_digest(rows: Path) -> str:

@@ -26,6 +26,7 @@ class PlannedRun:
     seed: int
     overrides: tuple[str, ...]
     folder: RunFolder
+    num_questions: int | None  # of the evaluation, where it says so
 
 
 def expand(study: Study) -> list[PlannedRun]:
@@ -53,4 +54,4 @@ def _plan(study: Study, arm: str, point: dict[str, Any], seed: int) -> PlannedRu
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
-    return PlannedRun(arm, point, seed, tuple(overrides), folder)
+    return PlannedRun(arm, point, seed, tuple(overrides), folder, cfg.evaluation.get("num_questions"))

@@ -9,12 +9,17 @@ import yaml
 
 from mgvq.errors import UserError
 
+METRICS = ("accuracy", "loss")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
     """`common` overrides of every run, `arms` by name, `grid` of values that every arm is run at, and the seeds.
 
     Arms are rows of the table, values of the grid its sections. An arm in which nothing is random is one run for all seeds.
+    The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
+    metric: accuracy | loss}` names the one comparison with the first of them that was planned before a run was started, which is
+    therefore not corrected for the others.
     """
 
     name: str
@@ -23,6 +28,8 @@ class Study:
     seeds: list[int]
     common: list[str] = field(default_factory=list)
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    baseline: str | list[str] | None = None
+    primary: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
@@ -32,6 +39,27 @@ class Study:
         for name, value in lists.items():
             if not isinstance(value, list):
                 raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
+        for baseline in self.baselines:
+            if baseline not in self.arms:
+                raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
+        if self.primary is not None:
+            self._check_primary(self.primary)
+
+    @property
+    def baselines(self) -> list[str]:
+        """None, one or several arms."""
+        return self.baseline if isinstance(self.baseline, list) else [self.baseline] if self.baseline else []
+
+    def _check_primary(self, primary: dict[str, str]) -> None:
+        if not self.baselines:
+            raise UserError(f"study {self.name}: primary compares an arm with the baseline; name one with baseline: ARM.")
+        if not (isinstance(primary, dict) and set(primary) == {"arm", "metric"}):
+            raise UserError(f"study {self.name}: primary must be {{arm: ..., metric: {' | '.join(METRICS)}}}, got {primary!r}.")
+        others = [arm for arm in self.arms if arm != self.baselines[0]]
+        if primary["arm"] not in others:
+            raise UserError(f"study {self.name}: primary.arm must be one of {', '.join(others)}; got {primary['arm']!r}.")
+        if primary["metric"] not in METRICS:
+            raise UserError(f"study {self.name}: primary.metric must be {' or '.join(METRICS)}, got {primary['metric']!r}.")
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values."""

@@ -10,21 +10,30 @@ from omegaconf import DictConfig
 
 from mgvq.errors import UserError
 from mgvq.model.sites import TOWERS
-from mgvq.runs.build import SCOPES, build, check
+from mgvq.runs.build import SCOPES, STAGES, build, check
 from mgvq.runs.identity import run_id
+from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import read_study
 
 CONF = conf_folder()
 ROOT = Path(__file__).parents[2]
-GROUPS = ("model", "calibration", "curvature", "allocation", "codebook", "evaluation", "tracker")
+GROUPS = ("model", "calibration", *STAGES, "evaluation", "tracker")
 VARIANTS = [(g, f.stem) for g in GROUPS for f in sorted((CONF / g).glob("*.yaml"))]
 METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
 # What a variant without a default needs before it can be built.
-NEEDS = {("model", "local"): ["model.path=."], ("calibration", "image_text"): ["calibration.path=rows.jsonl"]}
+NEEDS = {
+    ("model", "local"): ["model.path=."],
+    ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
+    ("allocation", "transfer"): [f"allocation.source={ROOT / 'tests/config/allocation.parquet'}"],
+}
 NOT_STAGES = {"model": "mgvq.model.source", "tracker": "mgvq.runs.tracking"}
-HELPERS = {"calibration": {"examples"}, "codebook": {"lloyd"}, "evaluation": {"forced", "harness"}}
+HELPERS = {
+    "calibration": {"examples"}, "codebook": {"lloyd", "nearest", "vector"}, "curvature": {"fusion", "passes", "statistics"},
+    "evaluation": {"documents", "forced", "harness"},
+    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget"}, "compensation": {"ldl", "vectors"},
+}  # fmt: skip
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -42,7 +51,7 @@ def identity(*overrides: str) -> str:
 def test_every_variant_builds_from_its_own_module(group: str, variant: str) -> None:
     cfg = composed(f"{group}={variant}", *NEEDS.get((group, variant), []))
     part = build(cfg, group)
-    if variant == "none":
+    if variant == "none" and group != "compensation":
         assert part is None
     else:
         assert type(part).__module__ == NOT_STAGES.get(group, f"mgvq.{group}.{variant}")
@@ -51,7 +60,8 @@ def test_every_variant_builds_from_its_own_module(group: str, variant: str) -> N
 @pytest.mark.parametrize("group", [g for g in GROUPS if g not in NOT_STAGES])
 def test_every_module_of_a_stage_has_its_yaml(group: str) -> None:
     modules = {f.stem for f in (ROOT / "mgvq" / group).glob("*.py")} - {"__init__"} - HELPERS.get(group, set())
-    assert modules == {v for g, v in VARIANTS if g == group} - {"none"}
+    nothing = set() if group == "compensation" else {"none"}
+    assert modules == {v for g, v in VARIANTS if g == group} - nothing
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,7 +88,7 @@ def test_identity_follows_what_moves_numbers() -> None:
     assert base == identity("method=kmeans", "budget.bits_per_weight=2")
     assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
     changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
-               "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=2",
+               "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=9",
                "threads=2"]  # fmt: skip
     assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
 
@@ -118,9 +128,9 @@ def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> Non
         (["budget.bits_per_weight=9"], "budget.bits_per_weight=9"),
         (["budget.bits_per_weight=two"], "budget.bits_per_weight=two"),
         (["method=full_precision", "budget.bits_per_weight=2"], "no effect"),
-        (["calibration=tiny_vqa"], "go together"),
-        (["calibration=tiny_vqa", "curvature=input"], "no effect"),
-        (["codebook.weight_power=0.5"], "curvature=input"),
+        (["method=full_precision", "calibration=tiny_vqa"], "calibration would have no effect"),
+        (["method=full_precision", "compensation=hessian"], "compensation would have no effect"),
+        (["method=full_precision", "sensitivity=wanda", "grouping=score"], "sensitivity and grouping would have no effect"),
         (["allocation=none"], "allocation=uniform"),
         (["model=local"], "model.path"),
         (["scope=everything"], "scope"),
@@ -132,6 +142,32 @@ def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> Non
 def test_bad_combinations_are_refused_before_any_work(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         check(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["calibration=tiny_vqa"], "calibration has no effect"),
+        (["calibration=tiny_vqa", "curvature=input"], "curvature has no effect"),
+        (["codebook.weight_power=0.5"], "curvature=input"),
+        (["compensation=hessian"], "compensation weigh errors by the curvature"),
+        (["calibration=tiny_vqa", "sensitivity=wanda"], "sensitivity has no effect"),
+        (["sensitivity=wanda", "grouping=score"], "sensitivity reads statistics"),
+        (["sensitivity=weight_norm", "grouping=modality"], "sensitivity has no effect"),
+        (["grouping=modality"], "grouping reads statistics"),
+        (["method=kmeans_ldlq", "calibration=none"], "curvature reads statistics"),
+    ],
+)
+def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named: str) -> None:
+    cfg = composed(*overrides)
+    check(cfg)
+    with pytest.raises(UserError, match=named):
+        build_method(cfg)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_preset_is_a_method_whose_stages_fit(method: str) -> None:
+    assert (build_method(composed(f"method={method}")) is None) == (method == "full_precision")
 
 
 @pytest.mark.parametrize(
@@ -179,5 +215,5 @@ def test_no_torch_for_planning() -> None:
 def test_the_shipped_default_is_what_help_shows() -> None:
     done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    for word in ("codebook: kmeans, none, scalar", "method=kmeans", "bits_per_weight: 2.0"):
+    for word in ("codebook: kmeans, none, product, residual, scalar", "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout

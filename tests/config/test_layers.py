@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[2] / "mgvq"
-STAGES = ("calibration", "curvature", "allocation", "codebook", "checkpoint", "evaluation")
+STAGES = (
+    "calibration",
+    "curvature",
+    "sensitivity",
+    "grouping",
+    "allocation",
+    "codebook",
+    "compensation",
+    "checkpoint",
+    "evaluation",
+)
 # Each may import itself and what stands below it.
-LAYERS = [["cli"], ["analysis"], ["studies"], ["runs"], ["pipeline"], list(STAGES), ["model"], ["types"],
+LAYERS = [["cli"], ["analysis"], ["studies"], ["runs"], ["pipeline"], ["units"], list(STAGES), ["model"], ["types"],
           ["data", "formats", "rng", "errors"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HYDRA_ALLOWED = ("cli", "studies", "runs")

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.evaluation.documents import documents
 from mgvq.evaluation.forced import score
 from mgvq.evaluation.harness import evaluate
-from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask, documents
+from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask
 from mgvq.evaluation.tiny_vqa import TinyVQA
+from mgvq.model.answers import answer_logits
 from mgvq.model.encode import Example, batches, encode
+from mgvq.model.pack import can_pack, packed_batches
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -66,6 +69,23 @@ def test_losses_do_not_depend_on_batches(loaded) -> None:
     for key in one:
         assert one[key].loss == pytest.approx(many[key].loss, abs=1e-4)
         assert one[key].exact == many[key].exact
+
+
+def test_all_questions_of_a_picture_in_one_row_are_those_of_single_rows(loaded) -> None:
+    assert can_pack(loaded.model)
+    asked = examples(60)
+    single, packed = (
+        score(loaded.model, None, b) for b in (batches(loaded.processor, asked, 20), packed_batches(loaded.processor, asked, 4))
+    )
+    assert list(packed) == [e.sample_id for e in asked]
+    for key in single:
+        assert packed[key].loss == pytest.approx(single[key].loss, abs=1e-4)
+        assert packed[key].predicted == single[key].predicted
+    (batch,) = packed_batches(loaded.processor, asked[:3], 3)
+    with torch.no_grad():
+        together = answer_logits(loaded.model, batch)
+        alone = torch.cat([answer_logits(loaded.model, encode(loaded.processor, [e])) for e in asked[:3]])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
 
 
 def test_kl_is_that_of_the_definition(loaded) -> None:

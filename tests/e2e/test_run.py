@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT, run_command
 from PIL import Image
 
+from mgvq.analysis.bits import bits_by_kind
 from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
@@ -194,3 +195,35 @@ def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:
     plain = run_command(RUN, "model=local", f"model.path={tmp_path}/mine", *QUICK, results=tmp_path)
     other = json.loads((Path(plain.stdout.splitlines()[-1]) / "metrics.json").read_text())
     assert metrics["checkpoint_sha256"] != other["checkpoint_sha256"]
+
+
+def test_mixed_precision_from_statistics_to_checkpoint(tmp_path: Path) -> None:
+    """The whole first half of the method; a second run with another sensitivity takes the statistics from the cache."""
+    few = ("method=mgvq_no_gradient", "scope=language", "calibration.num_images=2", "calibration.heldout_images=1",
+           "codebook.iterations=2", "evaluation.num_questions=8", "evaluation.answers=forced")  # fmt: skip
+    done = run_command(RUN, *few, results=tmp_path)
+    run = Path(done.stdout.splitlines()[-1])
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.01)
+    assert metrics["bits/quantized_layers"] <= 2.0
+    assert metrics["rate"] == "mixed"
+    pieces = pd.read_parquet(run / "allocation.parquet")
+    assert pieces.groupby("site").group.nunique().eq(4).all()
+    assert pieces.index_bits.nunique() > 3
+    channels = pd.read_parquet(run / "channels.parquet")
+    assert set(channels.site) == set(pieces.site)
+    groups = {site: tuple(part.group) for site, part in channels.groupby("site")}
+    attention = [site for site in groups if ".layers.0.self_attn." in site and "o_proj" not in site]
+    assert len(attention) == 3
+    assert len({groups[site] for site in attention}) == 1, "q, k and v read the same activations"
+    assert pd.read_parquet(run / "layers.parquet").proxy_error.between(0, 1).all()
+    kinds = bits_by_kind(run)
+    assert sum(kinds["stored bits"] * kinds["M weights"]) / kinds["M weights"].sum() == pytest.approx(
+        metrics["bits/quantized_layers"]
+    )
+    assert all(f"{kind} " in done.stdout for kind in kinds.kind)
+    (cached,) = (tmp_path / "cache" / "statistics").glob("*.safetensors")
+    stamp = cached.stat().st_mtime_ns
+    run_command(RUN, *few, "sensitivity=wanda", results=tmp_path)
+    assert cached.stat().st_mtime_ns == stamp
+    assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1

@@ -16,28 +16,43 @@ grid: {model: [tiny_internvl]}
 arms: {two bits: [method=kmeans], three bits: [method=kmeans, budget.bits_per_weight=3]}
 seeds: [0, 1]
 """
+COMPARED = (
+    QUICK
+    + """
+baseline: two bits
+primary: {arm: three bits, metric: loss}
+"""
+)
 
 
 def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     study = tmp_path / "study.yaml"
-    study.write_text(QUICK)
+    study.write_text(COMPARED)
     results = tmp_path / "results"
     planned = run_command("mgvq.cli.study", str(study), "--dry", results=results)
-    assert "4 runs, 0 done, 4 to run" in planned.stdout
+    assert "4 runs, 0 done, 4 to run (time: unknown" in planned.stdout
+    assert "2 seeds x 2 pictures, Holm over 1 arm; spread assumed" in planned.stdout
     unfinished = run_command("mgvq.cli.report", str(study), results=results, check=False)
     assert unfinished.returncode == 2
     assert "not finished" in unfinished.stderr
     first = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=results)
+    assert [line.split()[:2] for line in first.stderr.splitlines() if "done after" in line] == [
+        [f"{i}/4", "done"] for i in range(1, 5)
+    ]
     again = run_command("mgvq.cli.study", str(study), results=results)
-    assert "4 runs, 4 done, 0 to run" in again.stdout
+    assert "4 runs, 4 done, 0 to run (time: about 0.0 min" in again.stdout
     assert first.stdout.split("\n\n", 1)[1] == again.stdout.split("\n\n", 1)[1]
-    rows = [line for line in again.stdout.splitlines() if line.startswith("| tiny_internvl")]
+    rows = [line for line in again.stdout.splitlines() if line.startswith("| t")]
     assert len(rows) == 2
     assert all("+-" in row for row in rows)
+    assert "All rows: model tiny_internvl." in again.stdout
+    assert again.stdout.count(" (planned) ") == 1
     run_command("mgvq.cli.report", str(study), results=results)
-    table = (results / "tables" / "quick.md").read_bytes()
+    written = {file.name: file.read_bytes() for file in (results / "tables").iterdir()}
+    assert set(written) == {"quick.md", "quick.csv", "quick.tex"}
     run_command("mgvq.cli.report", str(study), "--from-records", results=results)
-    assert (results / "tables" / "quick.md").read_bytes() == table
+    assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written
+    assert "spread of quick" in run_command("mgvq.cli.study", str(study), "--dry", results=results).stdout
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
@@ -58,6 +73,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
         (QUICK.replace("seeds: [0, 1]", "seeds: []"), "seeds is empty"),
         (QUICK.replace("seeds", "seed"), "seed"),
         (QUICK.replace("budget.bits_per_weight=3", "budget.bits_per_weight=9"), "arm three bits"),
+        (COMPARED.replace("baseline: two bits", "baseline: one bit"), "baseline must be one of the arms"),
+        (COMPARED.replace("{arm: three bits, metric: loss}", "three bits"), "primary must be {arm: ..."),
     ],
 )
 def test_a_bad_study_is_refused_before_its_first_run(content: str, named: str, tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ def records(study: str) -> pd.DataFrame:
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_tables_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path) -> None:
-    rebuilt = write_tables(study, records(study), tmp_path)
-    assert rebuilt.read_bytes() == (RESULTS / "tables" / f"{study}.md").read_bytes()
+    for rebuilt in write_tables(study, records(study), tmp_path):
+        for file in (rebuilt, rebuilt.with_suffix(".csv"), rebuilt.with_suffix(".tex")):
+            assert file.read_bytes() == (RESULTS / "tables" / file.name).read_bytes()
 
 
 @pytest.mark.parametrize("study", STUDIES)

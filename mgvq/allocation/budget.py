@@ -1,0 +1,143 @@
+"""What the policies share: the legal rates, the rates worth climbing, and the climb within the budget."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mgvq.errors import UserError
+from mgvq.types import RateTable
+
+_KV = ("k_proj", "v_proj")  # under grouped queries every row of theirs serves several heads (method 3.7)
+_DEAD = 2.0**-40  # of the largest score: a dead channel has a logarithm too, some 20 bits below the most important one
+
+
+def check_positive(**settings: Any) -> None:
+    """Raises UserError for a setting of `allocation` that is neither None nor a finite number > 0."""
+    for name, value in settings.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (value is None or (number and 0 < value < math.inf)):
+            raise UserError(f"allocation.{name} must be a number > 0 or null, got {value!r}")
+
+
+def legal_rates(table: RateTable, budget_bits: int, min_bits: float | None, min_bits_kv: float | None) -> Bool[Tensor, "u r"]:
+    """Which rates have the index bits that the floors ask for (`min_bits_kv`: of k_proj and v_proj units alone).
+
+    Raises UserError where a floor is above every rate or about no unit, and where the cheapest legal choice exceeds the budget.
+    """
+    offered = [rate.index_bits for rate in table.rates]
+    if min_bits_kv is not None and not any(unit.kind in _KV for unit in table.units):
+        raise UserError(f"allocation.min_bits_kv={min_bits_kv:g} has no effect: no layer in scope is a {' or '.join(_KV)}.")
+    floors = {"min_bits": min_bits, "min_bits_kv": min_bits_kv}
+    given = {name: floor for name, floor in floors.items() if floor is not None}
+    for name, floor in given.items():
+        if floor > max(offered):
+            raise UserError(
+                f"allocation.{name}={floor:g} is above the highest rate of this codebook, {table.rates[-1].name} with "
+                f"{max(offered):g} index bits. Lower it, or null: no floor."
+            )
+    least = [max(min_bits or 0, (min_bits_kv or 0) if unit.kind in _KV else 0) for unit in table.units]
+    legal = torch.tensor([[bits >= floor for bits in offered] for floor in least], dtype=torch.bool)
+    cost = int(table.bits.masked_fill(~legal, torch.iinfo(table.bits.dtype).max).amin(1).sum())
+    if cost > budget_bits:
+        held = " and ".join(f"allocation.{name}={floor:g}" for name, floor in given.items())
+        what = f"the cheapest rate of every unit{' that ' + held + ' allows' if held else ''}"
+        raise below_smallest(table, budget_bits, what, cost, ", or lower the floors" if held else "")
+    return legal
+
+
+def below_smallest(table: RateTable, budget_bits: int, smallest: str, cost: int, also: str = "") -> UserError:
+    """The error of a budget that is too small: `smallest` names the choice that stores `cost` bits, `also` another way out."""
+    return UserError(
+        f"budget.bits_per_weight={per_weight(table, budget_bits):.4g} is below the smallest rate of this codebook: {smallest} "
+        f"stores {per_weight(table, cost):.3f} bits a weight on these {len(table.units)} units. Raise the budget{also}."
+    )
+
+
+def per_weight(table: RateTable, bits: int) -> float:
+    """Bits over the weights of all units."""
+    return bits / sum(unit.num_weights for unit in table.units)
+
+
+def sizes(table: RateTable) -> Float[Tensor, "u"]:
+    """The weights of every unit, as floats."""
+    return torch.tensor([unit.num_weights for unit in table.units], dtype=torch.float64)
+
+
+def log_density(table: RateTable) -> Float[Tensor, "u"]:
+    """log2 of the score a weight, over its geometric mean over all weights: 0 on average, whatever the scale of the scores.
+
+    A score a weight is what a bit a weight acts on, so units of unequal size compare. All scores 0: 0.
+    """
+    density = torch.tensor([unit.score for unit in table.units], dtype=torch.float64) / sizes(table)
+    if not density.any():
+        return density
+    logs = density.clamp(min=_DEAD * density.max().item()).log2()
+    return logs - (logs @ sizes(table)) / sizes(table).sum()
+
+
+Key = Callable[[int, int, int], Any]
+
+
+def climb(table: RateTable, ladders: Sequence[Sequence[int]], key: Key, budget_bits: int) -> Int[Tensor, "u"]:
+    """Every unit starts on the first rate of its ladder; upgrades to the next are taken by ascending `key(unit, lower, upper)`.
+
+    One that no longer fits is left out, and with it the later ones of its unit. Ties go by unit order. `ladders` must rise in
+    bits, `key` must not fall along them.
+    """
+    bits = table.bits.tolist()
+    steps = [(key(u, *step), u, i, step) for u, rungs in enumerate(ladders) for i, step in enumerate(pairwise(rungs))]
+    choice = [rungs[0] for rungs in ladders]
+    left = budget_bits - sum(row[rate] for row, rate in zip(bits, choice, strict=True))
+    for _, u, _, (lower, upper) in sorted(steps):
+        extra = bits[u][upper] - bits[u][lower]
+        if choice[u] == lower and extra <= left:
+            choice[u], left = upper, left - extra
+    return torch.tensor(choice)
+
+
+def round_wishes(table: RateTable, wish: Float[Tensor, "u"], legal: Bool[Tensor, "u r"], budget_bits: int) -> Int[Tensor, "u"]:
+    """Round `wish + level` index bits to legal rates, at the highest level that fits the budget in exact stored bits.
+
+    An upgrade's turn comes where the level lifts its unit past the midpoint of the two rates. Bits that are left buy the next
+    upgrades that fit, in the same order. Ties: the higher score a weight first, then unit order. Only differences of wishes
+    count.
+    """
+    offered = [rate.index_bits for rate in table.rates]
+    wishes, density = wish.tolist(), log_density(table).tolist()
+
+    def turn(u: int, lower: int, upper: int) -> tuple[float, float]:
+        return round((offered[lower] + offered[upper]) / 2 - wishes[u], 9), -density[u]  # rounded: equal on paper is a tie
+
+    ladders = [_ladder(offered, bits, fit) for bits, fit in zip(table.bits.tolist(), legal.tolist(), strict=True)]
+    return climb(table, ladders, turn, budget_bits)
+
+
+def _ladder(offered: Sequence[float], bits: Sequence[int], legal: Sequence[bool]) -> list[int]:
+    """The legal rates that rise in index bits and in stored bits, no other being as fine and as cheap."""
+    rungs: list[int] = []
+    for rate in sorted((r for r, fit in enumerate(legal) if fit), key=lambda r: (-offered[r], bits[r])):
+        if not rungs or bits[rate] < bits[rungs[-1]]:
+            rungs.append(rate)
+    return rungs[::-1]
+
+
+def slope(bits: Sequence[int], loss: Sequence[float], lower: int, upper: int) -> float:
+    """The loss that an upgrade saves for each stored bit."""
+    return (loss[lower] - loss[upper]) / (bits[upper] - bits[lower])
+
+
+def hull(bits: Sequence[int], loss: Sequence[float], legal: Sequence[bool]) -> list[int]:
+    """The legal rates on the lower convex hull of (bits, loss), from the cheapest to the least loss: slopes fall along it."""
+    rungs: list[int] = []
+    for rate in sorted((r for r, fit in enumerate(legal) if fit), key=lambda r: (bits[r], loss[r])):
+        if rungs and loss[rate] >= loss[rungs[-1]]:
+            continue
+        while len(rungs) > 1 and slope(bits, loss, rungs[-2], rungs[-1]) <= slope(bits, loss, rungs[-1], rate):
+            rungs.pop()
+        rungs.append(rate)
+    return rungs

@@ -1,0 +1,167 @@
+"""A study's table as Markdown, CSV and LaTeX. Equal records give equal text."""
+
+import csv
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import pandas as pd
+from tabulate import tabulate
+
+from mgvq.analysis.compare import Comparison
+from mgvq.analysis.records import questions
+from mgvq.analysis.table import COLUMNS, Row, rows
+
+GAP = "loss gap closed %"
+
+
+def markdown(records: pd.DataFrame) -> str:
+    """The table with lines that say what its numbers are."""
+    header, *cells = printable(records)
+    return f"{tabulate(cells, header, 'pipe', disable_numparse=True)}\n\n{note(records)}\n"
+
+
+def latex(records: pd.DataFrame) -> str:
+    """The table as a booktabs tabular, the note as a comment above it."""
+    header, *cells = (" & ".join(map(_tex, line)) + r" \\" for line in printable(records))
+    comment = "\n".join(f"% {line}" for line in note(records).splitlines() if line)
+    body = "\n".join([header, r"\midrule", *cells])
+    return f"{comment}\n\\begin{{tabular}}{{{'l' * header.count(' & ')}l}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+def plain(records: pd.DataFrame) -> str:
+    """CSV with a row an arm and grid point: the numbers to six digits, run ids, and the commands that make the runs."""
+    table = rows(records)
+    lines = []
+    for row in table:
+        line = {**row.point, "arm": row.arm}
+        for name, column in COLUMNS.items():
+            line |= {name: row.mean(name), f"{name} sd": row.sd(name)}
+            if column.measure and records.attrs.get("baseline") is not None:
+                line |= _plain_comparison(name, column.factor, row.comparisons.get(name))
+        line |= {GAP: row.gap_closed, "runs": len(row.runs), "flags": row.flags}
+        lines.append(line | {"run ids": " ".join(row.runs), "commands": "; ".join(row.commands)})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, lines[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+    return text.getvalue()
+
+
+def _plain_comparison(name: str, factor: int, found: Comparison | None) -> dict[str, object]:
+    keys = ("difference", "low", "high", "se", "df", "p", "p adjusted", "planned", "questions only")
+    if found is None:
+        return {f"{name} {key}": None for key in keys}
+    e = found.effect
+    scaled = [value * factor for value in (e.mean, e.low, e.high, e.se)]
+    values = (*scaled, e.df, e.p, found.p, found.planned, e.samples_only)
+    return {f"{name} {key}": value for key, value in zip(keys, values, strict=True)}
+
+
+def printable(records: pd.DataFrame) -> list[list[str]]:
+    """Header and cells: `mean +- sd`, `difference [interval]`, p, `**best**`. Grid keys with one value stand in the note."""
+    table = rows(records)
+    compared = records.attrs.get("baseline") is not None
+    keys = [key for key in table[0].point if not _is_constant(table, key)]
+    columns = [(key, [str(row.point[key]) for row in table]) for key in keys]
+    columns.append(("arm", [row.arm for row in table]))
+    for name, column in COLUMNS.items():
+        cells = [_spread(row.mean(name), row.sd(name), column.decimals) for row in table]
+        if compared and column.better:
+            cells = _bold(cells, table, [round(row.mean(name), column.decimals) for row in table], column.better)
+        columns.append((name, cells))
+        if compared and column.measure:
+            found = [row.comparisons.get(name) for row in table]
+            columns.append(("vs baseline", [_difference(c, column.factor, column.decimals) for c in found]))
+            columns.append(("p", [_p(c) for c in found]))
+        if column.measure == "loss" and _has_gap(table):
+            columns.append((GAP, ["-" if row.gap_closed is None else f"{row.gap_closed:.0f}" for row in table]))
+    columns.append(("runs", [str(len(row.runs)) for row in table]))
+    columns.append(("flags", [str(row.flags or "-") for row in table]))
+    return [[name for name, _ in columns], *map(list, zip(*(cells for _, cells in columns), strict=True))]
+
+
+def _is_constant(table: Sequence[Row], key: str) -> bool:
+    return len({str(row.point[key]) for row in table}) == 1
+
+
+def _has_gap(table: Sequence[Row]) -> bool:
+    return any(row.gap_closed is not None for row in table)
+
+
+def _spread(mean: float, sd: float | None, decimals: int) -> str:
+    return f"{mean:.{decimals}f}" if sd is None else f"{mean:.{decimals}f} +- {sd:.{decimals}f}"
+
+
+def _difference(found: Comparison | None, factor: int, decimals: int) -> str:
+    if found is None:
+        return "-"
+    mean, low, high = (f"{value * factor:+.{decimals}f}" for value in (found.effect.mean, found.effect.low, found.effect.high))
+    return f"{mean} [{low}, {high}]"
+
+
+def _p(found: Comparison | None) -> str:
+    if found is None:
+        return "-"
+    marks = " (planned)" * found.planned + " (questions only)" * found.effect.samples_only
+    return ("<0.001" if found.p < 0.001 else f"{found.p:.3f}") + marks
+
+
+def _bold(cells: Sequence[str], table: Sequence[Row], values: Sequence[float], better: str) -> list[str]:
+    """The best of every grid point in bold, ties as printed; full precision takes no part, nor does what is no number."""
+    choose = max if better == "max" else min
+    rivals: dict[str, list[float]] = {}
+    for row, value in zip(table, values, strict=True):
+        if not (row.full_precision or math.isnan(value)):
+            rivals.setdefault(str(row.point), []).append(value)
+    best = [choose(rivals.get(str(row.point), [math.nan])) for row in table]
+    marked = zip(cells, table, values, best, strict=True)
+    return [f"**{cell}**" if value == top and not row.full_precision else cell for cell, row, value, top in marked]
+
+
+def note(records: pd.DataFrame) -> str:
+    """What the numbers of the table are, and how arms are compared."""
+    table = rows(records)
+    text = (
+        f"{records.num_samples.iloc[0]:,} test questions, the same for every run. "
+        "Mean +- standard deviation over runs; a method in which nothing is random has one run."
+    )
+    if constant := [f"{key} {value}" for key, value in table[0].point.items() if _is_constant(table, key)]:
+        text += f" All rows: {', '.join(constant)}."
+    if (baseline := records.attrs.get("baseline")) is None:
+        return text
+    num_seeds = len({seed for seeds in records.seeds for seed in seeds})
+    pictures = questions(records).picture.nunique()
+    design = f"{num_seeds} seed{'s' * (num_seeds > 1)} x {pictures:,} pictures"
+    text += (
+        f"\n\nvs baseline: difference to {baseline}, accuracy in points, loss in nats a token, with its 95 % interval. p: of a "
+        f"two-way random-effects t test over {design}, after Holm over the arms of a grid point. (planned): the primary "
+        "comparison of the study, not adjusted. (questions only): one run against one run, so nothing is said about other seeds."
+    )
+    if num_seeds > 1:
+        text += f" By the signs of the seeds' differences alone no p below {2 / 2**num_seeds:.2g} could be reached."
+    text += " Bold: the best of its grid point, full precision apart."
+    if _has_gap(table):
+        text += f" {GAP.capitalize()}: what the arm avoids of the loss that the baseline has above full precision."
+    return text
+
+
+_TEX = {
+    "_": r"\_",
+    "%": r"\%",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "\\": r"\textbackslash{}",
+    "<": "$<$",
+    "+-": r"$\pm$",
+    "-": "$-$",
+}
+
+
+def _tex(cell: str) -> str:
+    text, bold = re.subn(r"^\*\*(.*)\*\*$", r"\1", cell)
+    pieces = re.split(r"(\+-|(?<!\w)-(?=\d)|[_%&#$\\<])", text)  # a hyphen before a number is a minus
+    text = "".join(_TEX.get(piece, piece) for piece in pieces)
+    return rf"\textbf{{{text}}}" if bold else text

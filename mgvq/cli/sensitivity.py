@@ -1,0 +1,100 @@
+"""`mgvq-sensitivity`: all definitions of channel sensitivity side by side on one model, over several calibration seeds."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from mgvq.errors import UserError
+from mgvq.runs.build import SCOPES, build
+from mgvq.runs.places import conf_folder, register_resolvers, results_folder
+
+register_resolvers()
+_EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibration.path=rows.jsonl"
+
+
+def main() -> None:
+    """Entry point: prints how stable each definition is and the files that it wrote; exits with 2 for bad settings."""
+    parser = argparse.ArgumentParser(prog="mgvq-sensitivity", description=__doc__, epilog=f"example: {_EXAMPLE}")
+    parser.add_argument("model", help="a variant of conf/model")
+    parser.add_argument(
+        "settings",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="model.* and calibration, as for mgvq-run (default: calibration=tiny_vqa)",
+    )
+    parser.add_argument("--scope", choices=SCOPES, default="language")
+    parser.add_argument("--seeds", type=int, default=3, help="calibration seeds 0, 1, ... (default: 3)")
+    parser.add_argument("--metrics", help="variants of conf/sensitivity, with commas between them (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="folder for tables/ and figures/ (default: the results folder)")
+    arguments = parser.parse_args()
+    try:
+        written = _compare(arguments)
+    except UserError as error:
+        print(f"mgvq-sensitivity: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(*written, sep="\n")
+
+
+def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
+    if arguments.seeds < 2:
+        raise UserError(f"--seeds must be at least 2, got {arguments.seeds}: the stability of a score is that between two seeds.")
+    known = _variants("sensitivity")
+    names = arguments.metrics.split(",") if arguments.metrics else known
+    if unknown := sorted(set(names) - set(known)):
+        raise UserError(f"--metrics: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    if arguments.model not in _variants("model"):
+        raise UserError(f"there is no model {arguments.model}; there are {', '.join(_variants('model'))}. Example: {_EXAMPLE}")
+    if idle := [s for s in arguments.settings if not s.startswith(("model.", "calibration.", "calibration="))]:
+        raise UserError(
+            f"{' '.join(idle)} has no effect here; settings are those of model.* and calibration. Example: {_EXAMPLE}"
+        )
+    cfg = _composed(f"model={arguments.model}", "calibration=tiny_vqa", *arguments.settings)
+    source = build(cfg, "model")
+    calibrations = _over_seeds(cfg, "calibration", arguments.seeds)
+    if None in calibrations:
+        raise UserError("calibration=none leaves nothing to compare: choose a calibration set such as calibration=tiny_vqa.")
+    metrics = {n: _over_seeds(_composed(f"sensitivity={n}"), "sensitivity", arguments.seeds) for n in names}
+
+    import torch  # here, with what imports it: help and bad arguments need none of it
+
+    from mgvq.analysis.sensitivity import score, write_tables
+    from mgvq.analysis.sensitivity_figures import draw_figures
+    from mgvq.model.load import load
+
+    torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scores = score(load(source, device), arguments.scope, calibrations, metrics)
+    results = arguments.out or results_folder()
+    tables = write_tables(arguments.model, scores, results)
+    print(tables[-1].read_text())
+    return [*tables, *draw_figures(arguments.model, scores, results)]
+
+
+def _variants(group: str) -> list[str]:
+    return sorted(file.stem for file in (conf_folder() / group).glob("*.yaml"))
+
+
+def _composed(*overrides: str) -> DictConfig:
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            cfg = compose("config", list(overrides))
+    except HydraException as error:
+        raise UserError(f"{' '.join(overrides)}: {error}") from error
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise UserError(f"{' and '.join(missing)} must be given. Example: {_EXAMPLE}")
+    return cfg
+
+
+def _over_seeds(cfg: DictConfig, group: str, num_seeds: int) -> list[Any]:
+    """The component of one group, for every seed."""
+    return [build(cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed})), group) for seed in range(num_seeds)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Damped block-LDL factors of a Hessian whose columns are dealt into blocks of equal length (QuIP#; method 2.0)."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLDL:
+    """`H = L D L^T` with `L` unit block lower triangular and block diagonal `D[b] = root[b]^T root[b]`, in float32.
+
+    A column that is no channel but padding of a short block has a zero column in its root: its error costs nothing.
+    """
+
+    lower: Float[Tensor, "n n"]
+    root: Float[Tensor, "blocks d d"]
+    damping: float  # that was needed, as a share of the mean diagonal
+
+
+def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float) -> BlockLDL:
+    """Factors of the damped `hessian` with its channels in the order of `slots`; -1 marks padding.
+
+    `H = C C^T` (Cholesky, float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times the mean diagonal is
+    added, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not help: H is not
+    finite.
+    """
+    blocks, length = slots.shape
+    order = slots.flatten()
+    real = order >= 0
+    chosen = order.clamp(min=0)
+    permuted = hessian.double()[chosen][:, chosen] * (real[:, None] & real[None, :])
+    mean = permuted.diagonal()[real].mean().clamp(min=1e-30)
+    permuted /= mean
+    permuted.diagonal()[~real] = 1.0
+    factor, damping = _cholesky(permuted, real, damping)
+    tiles = factor.view(blocks, length, blocks, length)
+    at = torch.arange(blocks)
+    diagonal = tiles[at, :, at]
+    inverse = torch.linalg.solve_triangular(diagonal, torch.eye(length, dtype=torch.float64, device=factor.device), upper=False)
+    lower = torch.einsum("ibj,bjk->ibk", factor.view(-1, blocks, length), inverse).reshape(factor.shape)
+    root = diagonal.transpose(1, 2) * real.view(blocks, 1, length) * mean.sqrt()
+    return BlockLDL(lower.float(), root.float(), damping)
+
+
+def _cholesky(matrix: Float[Tensor, "n n"], real: Bool[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
+    while damping <= 1:
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * torch.diag(real.double()))
+        if not failed and torch.isfinite(factor).all():
+            return factor, damping
+        damping *= 10
+    raise ValueError(
+        "the Hessian has no Cholesky factor even when its mean diagonal is added: it is not finite or far from positive"
+    )

@@ -1,0 +1,29 @@
+"""No compensation: every vector takes its nearest code."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.compensation.vectors import columns_of
+from mgvq.types import FittedPiece, Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompensation:
+    """Nearest as the codebook weighs its channels; the metric and the order are not looked at."""
+
+    needs_metric: ClassVar[bool] = False
+    uses_score: ClassVar[bool] = False
+
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric | None,
+        pieces: Sequence[FittedPiece],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+    ) -> Sequence[Tensor]:
+        return [fitted.codebook.encode(columns_of(weight, fitted), 0, None)[0] for fitted in pieces]

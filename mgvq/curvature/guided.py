@@ -1,0 +1,31 @@
+"""One Gram for each group of output channels, weighted by the channels' gradients."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mgvq.curvature.fusion import per_answer
+from mgvq.errors import UserError
+from mgvq.types import Metric, Needs, Site, StatsBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guided:
+    """`h_in[k] = sum_t (mean of g_tj^2 over the output channels j of group k) x_t x_t^T / N`, N answer tokens, no `h_out`.
+
+    Method: GuidedQuant (Kim et al. 2025), the empirical Fisher of the answer loss without what goes across output channels,
+    averaged within `num_groups` runs of consecutive channels. In nats of the mean answer loss. A layer with fewer channels has
+    fewer groups.
+    """
+
+    num_groups: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.num_groups, int) and self.num_groups >= 1):
+            raise UserError(f"curvature.num_groups must be a whole number >= 1, got {self.num_groups!r}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(channel_groups=self.num_groups)
+
+    def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
+        return {site: Metric(tuple(per_answer(stats))) for site, stats in bank.items()}

@@ -1,0 +1,77 @@
+"""The Fisher of the mean answer loss as a Kronecker product of an output and an input factor."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mgvq.curvature.fusion import Weights, balanced, equal_weights, mbq_weights, nearest, pooled
+from mgvq.errors import UserError
+from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
+
+_ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class KroneckerFisher:
+    """`h_out (x) h_in` in nats of the mean answer loss, `h_out` with a mean diagonal of 1. Labels are sampled from the model.
+
+    `wise=token` takes tokens as independent (method: K-FAC, Martens & Grosse 2015; YAQA sketch A, Tseng et al. 2025): F is the
+    sum over modalities of `fisher (x) gram / (num_tokens num_answers)`. `fusion` makes one product of that:
+
+        none        both modalities as one: their summed Fisher, their common second moment
+        mbq_ratio   the same, image tokens weighted in the second moment (`fusion.mbq_weights`)
+        kron        the nearest Kronecker product of the sum (`fusion.nearest`), `rounds` of a power iteration
+        token       the nearest one of all tokens, each with its own gradient: `rounds` of it, each two more passes over the data
+
+    `wise=sequence` takes whole samples (YAQA sketch B; RSAVQ), without modalities: `fusion` has to be none.
+    `rounds` null is 3; where nothing is iterated it has to be null.
+    """
+
+    wise: str  # token | sequence
+    fusion: str  # none | mbq_ratio | kron | token
+    rounds: int | None
+
+    def __post_init__(self) -> None:
+        if self.wise not in ("token", "sequence"):
+            raise UserError(f"curvature.wise must be token or sequence, got {self.wise!r}")
+        if self.fusion not in ("none", "mbq_ratio", "kron", "token"):
+            raise UserError(f"curvature.fusion must be none, mbq_ratio, kron or token, got {self.fusion!r}")
+        if self.wise == "sequence" and self.fusion != "none":
+            raise UserError(
+                f"curvature.fusion={self.fusion} has no effect with curvature.wise=sequence, which takes a sample's tokens "
+                "of both modalities together: set curvature.fusion=none."
+            )
+        if self.rounds is None:
+            return
+        if self.fusion not in ("kron", "token"):
+            raise UserError(
+                f"curvature.rounds={self.rounds} has no effect with curvature.fusion={self.fusion}, which iterates nothing: "
+                "set it to null."
+            )
+        if not (isinstance(self.rounds, int) and self.rounds >= 1):
+            raise UserError(f"curvature.rounds must be a whole number >= 1 or null, got {self.rounds!r}")
+
+    @property
+    def needs(self) -> Needs:
+        if self.wise == "sequence":
+            return Needs(sequences=True)
+        if self.fusion == "token":
+            return Needs(power_rounds=self.rounds or _ROUNDS)
+        return Needs(gram=True, gradients=True)
+
+    def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
+        weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)
+        factors = {site: self._factors(stats, weights[site]) for site, stats in bank.items()}
+        return {site: Metric((pair.h_in,), pair.h_out) for site, pair in factors.items()}
+
+    def _factors(self, stats: SiteStats, weights: Weights) -> Kronecker:
+        if self.wise == "sequence" or self.fusion == "token":
+            pair = stats.sequence if self.wise == "sequence" else stats.token
+            assert pair is not None
+            return pair
+        answers = max(1, stats.num_answers)
+        if self.fusion == "kron":
+            terms = [(stats.gram[m] / max(1, stats.num_tokens[m]), stats.fisher[m] / answers) for m in MODALITIES]
+            return nearest(terms, self.rounds or _ROUNDS)
+        return balanced(pooled(stats, weights), torch.stack([stats.fisher[m] for m in MODALITIES]).sum(0) / answers)

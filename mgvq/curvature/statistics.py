@@ -1,0 +1,180 @@
+"""The statistics of all layers in one streamed pass over the calibration data: one forward, up to two backwards a batch.
+
+Products of a batch are taken in float32 and added up in float64, so that neither the batches nor their order matter (1e-6).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from mgvq.curvature.fusion import balanced
+from mgvq.curvature.passes import Forward, Rows, forward, right_labels, sampled_labels
+from mgvq.errors import UserError
+from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
+
+
+def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], needs: Needs, seed: int) -> StatsBank:
+    """What `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
+
+    Sites that read the same share their Gram, the very tensor. Sites that are never called have no tokens, and zeros.
+
+    `sequence` and `token` are estimates of F, the Fisher of the mean answer loss over N answer tokens (method: YAQA, Tseng et al.
+    2025). With g and the gradient `G_s` of a layer's weight in sample s, both of the summed loss under sampled labels:
+
+        sequence  F = sum_s vec(G_s) vec(G_s)^T / N  ~  (sum_s G_s G_s^T) (x) (sum_s G_s^T G_s) / (N sum_s |G_s|^2)
+        token     F ~ sum_t (g g^T) (x) (x x^T) / N  ~  h_out (x) h_in  after `power_rounds` rounds of
+                  h_out <- sum_t (x^T h_in x) g g^T / (N |h_in|^2),   h_in <- sum_t (g^T h_out g) x x^T / (N |h_out|^2)
+                  from h_out = I, thus h_in = sum_t |g|^2 x x^T / (N out). Each half-step is one more pass over the kept batches.
+
+    Raises UserError for statistics that are not finite, and for sequences of the vision tower as `passes.Rows` does; RuntimeError
+    for sites that do not read what they are said to.
+    """
+    if needs.power_rounds:
+        batches = list(batches)
+    sums = _Sums(needs)
+    sampled = needs.gradients or needs.sequences or needs.power_rounds > 0
+    answered = needs.gradients or needs.channel_groups > 0
+    for batch, rows, run in _runs(model, sites, batches, sums.add_inputs, graph=sampled or answered):
+        sums.num_answers += len(run.logs)
+        if sampled:
+            labels = sampled_labels(run.logs, batch, seed)
+            for site, g in run.gradients(labels, last=not answered).items():
+                sums.add_sampled(rows, site, run.inputs[site.reads], g)
+        if answered:
+            for site, g in run.gradients(right_labels(batch), last=True).items():
+                sums.add_answered(rows, site, run.inputs[site.reads], g)
+    token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
+    return {site: sums.stats(site, token.get(site)) for site in sites}
+
+
+class _Sums:
+    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them; zeros where nothing came."""
+
+    def __init__(self, needs: Needs) -> None:
+        self.needs = needs
+        self.num_answers = 0
+        self._num_tokens: Counter[tuple[str, Modality]] = Counter()
+        self._tensors: dict[tuple[str, ...], Tensor] = {}
+        self._grams: dict[str, dict[Modality, Tensor]] = {}
+
+    def add(self, key: tuple[str, ...], value: Tensor) -> None:
+        if key in self._tensors:
+            self._tensors[key] += value
+        else:
+            self._tensors[key] = value.double()
+
+    def take(self, key: tuple[str, ...], *shape: int) -> Tensor:
+        """The sum in float32 on the CPU. Raises UserError where it is not finite."""
+        total = self._tensors.pop(key, torch.zeros(shape)).float().cpu()
+        if not torch.isfinite(total).all():
+            raise UserError(f"the statistics of {key[1]} ({key[0]}) are not finite: set model.dtype=float32.")
+        return total
+
+    def add_inputs(self, rows: Rows, site: Site, x: Float[Tensor, "... in"]) -> None:
+        for modality, tokens in rows.by_modality(site, x).items():
+            self._num_tokens[site.reads, modality] += len(tokens)
+            if self.needs.gram:
+                self.add(("gram", site.reads, modality), tokens.T @ tokens)
+
+    def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
+        if self.needs.gradients:
+            for modality, tokens in rows.by_modality(site, g).items():
+                self.add(("fisher", site.name, modality), tokens.T @ tokens)
+        if self.needs.sequences:
+            for g_s, x_s in zip(rows.by_sample(site, g), rows.by_sample(site, x), strict=True):
+                gradient = g_s.T @ x_s
+                self.add(("sequence_in", site.name), gradient.T @ gradient)
+                self.add(("sequence_out", site.name), gradient @ gradient.T)
+        if self.needs.power_rounds:
+            self.add(("token", site.name), _weighted_gram(rows.all(site, x), rows.all(site, g).square().mean(-1)))
+
+    def add_answered(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
+        if self.needs.gradients:
+            self.add(("gradient", site.name), g.flatten(0, -2).T @ x.flatten(0, -2))
+            for modality, sizes in rows.by_modality(site, g.abs().mean(-1, keepdim=True)).items():
+                self.add(("saliency", site.name, modality), sizes.sum())
+        if self.needs.channel_groups:
+            inputs = rows.all(site, x)
+            runs = rows.all(site, g).square().chunk(self.needs.channel_groups, -1)
+            self.add(("channel_gram", site.name), torch.stack([_weighted_gram(inputs, run.mean(-1)) for run in runs]))
+
+    def stats(self, site: Site, token: Kronecker | None) -> SiteStats:
+        needs, name, num_in, num_out = self.needs, site.name, site.in_features, site.out_features
+        if needs.gram and site.reads not in self._grams:
+            self._grams[site.reads] = {m: self.take(("gram", site.reads, m), num_in, num_in) for m in MODALITIES}
+        fisher: dict[Modality, Tensor] = {}
+        saliency: dict[Modality, float] = {}
+        gradient, channel_gram, sequence = None, None, None
+        if needs.gradients:
+            fisher = {m: self.take(("fisher", name, m), num_out, num_out) for m in MODALITIES}
+            saliency = {m: float(self.take(("saliency", name, m))) for m in MODALITIES}
+            gradient = self.take(("gradient", name), num_out, num_in) / max(1, self.num_answers)
+        if needs.channel_groups:
+            groups = len(torch.empty(num_out).chunk(needs.channel_groups))
+            channel_gram = self.take(("channel_gram", name), groups, num_in, num_in)
+        if needs.sequences:
+            h_in, h_out = self.take(("sequence_in", name), num_in, num_in), self.take(("sequence_out", name), num_out, num_out)
+            sequence = sketch(h_in, h_out, self.num_answers)
+        num_tokens: dict[Modality, int] = {m: self._num_tokens[site.reads, m] for m in MODALITIES}
+        gram = self._grams.get(site.reads, {})
+        return SiteStats(num_tokens, gram, self.num_answers, fisher, saliency, gradient, channel_gram, sequence, token)
+
+
+def sketch(inputs: Float[Tensor, "in in"], outputs: Float[Tensor, "out out"], num_answers: int) -> Kronecker:
+    """YAQA's sketch B from `sum_s G_s^T G_s` and `sum_s G_s G_s^T`, with the trace that the mean answer loss has."""
+    trace = num_answers * outputs.double().trace()
+    return balanced(inputs.double() / trace if trace > 0 else inputs, outputs)
+
+
+def _weighted_gram(rows: Float[Tensor, "tokens c"], weights: Float[Tensor, "tokens"]) -> Float[Tensor, "c c"]:
+    return (rows * weights[:, None]).T @ rows
+
+
+def _runs(
+    model: torch.nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    see: Callable[[Rows, Site, Tensor], None],
+    *,
+    graph: bool,
+) -> Iterator[tuple[Batch, Rows, Forward]]:
+    """Every batch with its forward pass; `see` gets what the sites read."""
+    device = next(model.parameters()).device
+    for batch in tqdm(batches, "statistics", leave=False, disable=None):  # None: shown on a terminal only
+        batch = batch.to(device)
+        rows = Rows.of(batch)
+        yield batch, rows, forward(model, sites, batch, partial(see, rows), graph=graph)
+
+
+def _power_iteration(
+    model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: _Sums
+) -> dict[Site, Kronecker]:
+    """The rounds of YAQA's sketch A, each of two passes, from the first half-step's sums."""
+
+    def half_step(known: dict[Site, Tensor], *, outputs: bool) -> dict[Site, Tensor]:
+        """The factor of the outputs from that of the inputs, or the other way round."""
+        sums = _Sums(Needs())
+        for batch, rows, run in _runs(model, sites, batches, lambda *_: None, graph=True):
+            for site, g in run.gradients(sampled_labels(run.logs, batch, seed), last=True).items():
+                x, g = rows.all(site, run.inputs[site.reads]), rows.all(site, g)
+                wanted, other = (g, x) if outputs else (x, g)
+                weights = ((other @ known[site].to(other)) * other).sum(-1)
+                sums.add(("token", site.name), _weighted_gram(wanted, weights))
+        found = {}
+        for site, factor in known.items():
+            size = site.out_features if outputs else site.in_features
+            total, norm = sums.take(("token", site.name), size, size), factor.double().square().sum() * first.num_answers
+            found[site] = (total / norm).float() if norm > 0 else total
+        return found
+
+    h_in = {s: first.take(("token", s.name), s.in_features, s.in_features) / max(1, first.num_answers) for s in sites}
+    h_out: dict[Site, Tensor] = {}
+    for _ in range(first.needs.power_rounds):
+        h_out = half_step(h_in, outputs=True)
+        h_in = half_step(h_out, outputs=False)
+    return {s: balanced(h_in[s], h_out[s]) for s in sites}

@@ -1,0 +1,106 @@
+"""All questions of a picture in one row: the picture is looked at once, and each question sees it and itself.
+
+Row = [prompt up to the picture's end] [question, answer, end] [question, answer, end] ...; positions start again behind the
+picture, and a mask keeps the questions apart. That equals one row a question (a test holds it), at less than half of the tokens.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mgvq.model.encode import Example, chat_prompt
+
+_BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """Pictures `b`, positions `s`; `sizes` are the answer tokens of each sample, in the order of `loss_mask`, row by row."""
+
+    inputs: dict[str, Tensor]
+    loss_mask: Bool[Tensor, "b s"]
+    sample_ids: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "PackedBatch":
+        """On `device`, with the mask in the model's `dtype`."""
+        inputs = {k: v.to(device) for k, v in self.inputs.items()}
+        inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+        return PackedBatch(inputs, self.loss_mask.to(device), self.sample_ids, self.sizes)
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether positions are plain counts: rotary positions of a picture's height and width (Qwen2-VL) cannot start again."""
+    text = model.config.get_text_config()
+    return "mrope_section" not in (getattr(text, "rope_parameters", None) or {})
+
+
+def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: int) -> Iterator[PackedBatch]:
+    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row.
+
+    Raises ValueError where the processor does not put the image before the question.
+    """
+    rows = [list(group) for _, group in itertools.groupby(examples, key=lambda e: id(e.image))]
+    for at in range(0, len(rows), num_pictures):
+        yield _pack(processor, rows[at : at + num_pictures])
+
+
+def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
+    tokenizer = processor.tokenizer
+    prompts = [chat_prompt(processor, row[0].question) for row in rows]
+    inputs = processor(images=[row[0].image for row in rows], text=prompts, return_tensors="pt", padding=True)
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    whole = [ids[len(ids) - n :].tolist() for ids, n in zip(inputs["input_ids"], lengths, strict=True)]  # padded on the left
+    prefixes = []
+    for ids, prompt in zip(whole, prompts, strict=True):
+        behind = _tokens(tokenizer, _behind_image(tokenizer, prompt))
+        if ids[len(ids) - len(behind) :] != behind:
+            raise ValueError(f"the prompt {prompt!r} does not end with what follows its image: {tokenizer.decode(ids)!r}")
+        prefixes.append(ids[: len(ids) - len(behind)])
+    segments = [[_segment(processor, e) for e in row] for row in rows]
+    length = max(len(p) + sum(len(tokens) for tokens, _ in row) for p, row in zip(prefixes, segments, strict=True))
+    shape = (len(rows), length)
+    ids, positions = torch.full(shape, tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
+    owner, loss_mask = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)  # owner: 0 the prefix, 1, 2, .. a question
+    for b, (prefix, row) in enumerate(zip(prefixes, segments, strict=True)):
+        ids[b, : len(prefix)], owner[b, : len(prefix)] = torch.tensor(prefix), 0
+        positions[b, : len(prefix)] = torch.arange(len(prefix))
+        begin = len(prefix)
+        for number, (tokens, num_answer) in enumerate(row, start=1):
+            end = begin + len(tokens)
+            ids[b, begin:end], owner[b, begin:end] = torch.tensor(tokens), number
+            positions[b, begin:end] = len(prefix) + torch.arange(len(tokens))
+            loss_mask[b, end - num_answer : end] = True
+            begin = end
+    sees = (owner[:, :, None] == owner[:, None, :]) | (owner == 0)[:, None, :]
+    sees &= torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.where(sees, 0.0, _BLOCKED)[:, None]
+    images = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    return PackedBatch(
+        {**images, "input_ids": ids, "attention_mask": mask, "position_ids": positions},
+        loss_mask,
+        tuple(e.sample_id for row in rows for e in row),
+        tuple(num_answer for row in segments for _, num_answer in row),
+    )
+
+
+def _segment(processor: Any, example: Example) -> tuple[list[int], int]:
+    """Tokens from behind the image to the end of the answer, and how many of them are the answer with its end."""
+    tokenizer = processor.tokenizer
+    asked = _behind_image(tokenizer, chat_prompt(processor, example.question))
+    tokens = _tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
+    return tokens, len(tokens) - len(_tokens(tokenizer, asked))
+
+
+def _behind_image(tokenizer: Any, prompt: str) -> str:
+    return prompt.rsplit(tokenizer.image_token, 1)[-1]
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids

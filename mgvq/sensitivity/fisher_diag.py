@@ -1,0 +1,28 @@
+"""The diagonal of the Fisher: weights taken as independent of each other."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.sensitivity.channels import LayerScore, fisher_blocks
+from mgvq.types import Needs, SiteStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class FisherDiag(LayerScore):
+    """`1/2 sum_r F_rc W_rc^2` in nats of the mean answer loss: OBD's saliency (LeCun et al. 1990) summed over the channel.
+
+    `F_rc = sum gram_cc fisher_rr / (tokens * answers)` over the modalities, the Kronecker estimate of each weight's Fisher.
+    """
+
+    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+
+    def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
+        squares = weight.double().square()
+        total = torch.zeros_like(squares[0])
+        for power, fisher in fisher_blocks(weight, stats, self.modality):
+            total += power * (fisher.diagonal() @ squares)
+        return total / 2

@@ -1,0 +1,24 @@
+"""The paper's *local* sensitivity: the scope is the output of the channel's own layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.sensitivity.channels import as_score, geometric_mean
+from mgvq.sensitivity.obs import Obs
+from mgvq.types import Site, StatsBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerScope(Obs):
+    """OBS saliency over its geometric mean in the layer (method 3.5, 3.6).
+
+    It says how channels of one layer compare and nothing of how layers do: what `global_local` reads of the local side.
+    A reconstruction: the paper's equation is not public.
+    """
+
+    def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
+        scores = {site: self.score(weight, bank[site]) for site, weight in weights.items()}
+        return {site: as_score(score / geometric_mean([score])) for site, score in scores.items()}

@@ -1,0 +1,34 @@
+"""The saliency of Optimal Brain Surgeon: the output error that is left when all other channels make up for one."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.sensitivity.channels import LayerScore, check_damping, column_energy, damped, second_moment
+from mgvq.types import SiteStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obs(LayerScore):
+    """`||W_:c||^2 / [(A + l I)^-1]_cc / E||W x||^2`, relative to the layer's output energy (Hassibi and Stork 1993; method 3.5).
+
+    `A = E[x x^T]`, l is `damping` times its mean diagonal; a dead channel therefore keeps the small score `l ||W_:c||^2`. A layer
+    whose output is zero scores 0.
+    """
+
+    damping: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_damping(self.damping)
+
+    def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
+        moment = second_moment(weight, stats, self.modality)
+        wide = weight.double()
+        output_energy = ((wide @ moment) * wide).sum()
+        if output_energy <= 0:
+            return torch.zeros_like(wide[0])
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, self.damping)))
+        return column_energy(weight) / inverse.diagonal() / output_energy

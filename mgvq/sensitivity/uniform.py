@@ -1,0 +1,21 @@
+"""Every channel counts alike: what any other score has to beat."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.types import Needs, Site, StatsBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """1 for every channel."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
+        return {site: torch.ones(weight.shape[1]) for site, weight in weights.items()}

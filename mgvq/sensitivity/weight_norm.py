@@ -1,0 +1,21 @@
+"""The energy of a channel's weights; no data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.sensitivity.channels import as_score, column_energy
+from mgvq.types import Needs, Site, StatsBank
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightNorm:
+    """`||W_:c||^2`: the squared error that losing the channel makes in the weights."""
+
+    needs: ClassVar[Needs] = Needs()
+
+    def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
+        return {site: as_score(column_energy(weight)) for site, weight in weights.items()}

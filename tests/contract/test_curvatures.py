@@ -1,0 +1,156 @@
+"""Every curvature hands out sound metrics from what it asks for, also where a modality, or the gradient, is missing."""
+
+import itertools
+
+import pytest
+import torch
+
+from mgvq.curvature.fusion import mbq_weights
+from mgvq.curvature.guided import Guided
+from mgvq.curvature.input import Input
+from mgvq.curvature.kronecker import KroneckerFisher
+from mgvq.curvature.passes import Rows
+from mgvq.curvature.token_weighted import TokenWeighted
+from mgvq.errors import UserError
+from mgvq.rng import generator
+from mgvq.types import MODALITIES, Batch, Curvature, Kronecker, Needs, Site, SiteStats
+
+KRONECKER = [("token", "none"), ("token", "mbq_ratio"), ("token", "kron"), ("token", "token"), ("sequence", "none")]
+CURVATURES = {
+    **{f"input-{f}": Input(fusion=f) for f in ("none", "mbq_ratio")},
+    "token_weighted": TokenWeighted(),
+    **{f"guided-{n}": Guided(num_groups=n) for n in (1, 4)},
+    **{f"kronecker-{w}-{f}": KroneckerFisher(wise=w, fusion=f, rounds=None) for w, f in KRONECKER},
+}
+each_curvature = pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES.keys())
+VISION, LANGUAGE = Site("vision.0", "vision", "fc1", 0, 7, 4), Site("language.0", "language", "o_proj", 0, 5, 6)
+
+
+def rows(num_tokens, size, *names):
+    return torch.randn(num_tokens, size, generator=generator(0, *names))
+
+
+def stats(site, needs, *, image=9, text=9, energy=1.0):
+    """What `needs` asks for, of random tokens; `energy` scales the gradients."""
+    num_tokens = {"image": image, "text": 0 if site.tower == "vision" else text}
+    x = {m: rows(n, site.in_features, site.name, m, "x") for m, n in num_tokens.items()}
+    g = {m: energy * rows(n, site.out_features, site.name, m, "g") for m, n in num_tokens.items()}
+    everything, gradients = torch.cat(list(x.values())), torch.cat(list(g.values()))
+    runs = gradients.square().chunk(max(1, needs.channel_groups), 1)
+    pair = Kronecker(energy * everything.T @ everything, gradients.T @ gradients)
+    return SiteStats(
+        num_tokens,
+        {m: v.T @ v for m, v in x.items()} if needs.gram else {},
+        num_answers=3,
+        fisher={m: v.T @ v for m, v in g.items()} if needs.gradients else {},
+        saliency={m: v.abs().mean(1).sum().item() for m, v in g.items()} if needs.gradients else {},
+        channel_gram=torch.stack([(everything * r.mean(1)[:, None]).T @ everything for r in runs])
+        if needs.channel_groups
+        else None,
+        sequence=pair if needs.sequences else None,
+        token=pair if needs.power_rounds else None,
+    )
+
+
+def check(site, metric):
+    assert all(h.shape == (site.in_features, site.in_features) for h in metric.h_in)
+    assert metric.h_out is None or metric.h_out.shape == (site.out_features, site.out_features)
+    for factor in (*metric.h_in, *([] if metric.h_out is None else [metric.h_out])):
+        assert factor.dtype == torch.float32
+        assert torch.linalg.eigvalsh(factor.double()).min() > -1e-5 * max(1.0, factor.norm())
+    assert len(torch.empty(site.out_features).chunk(len(metric.h_in))) == len(metric.h_in)
+
+
+@each_curvature
+def test_metrics_have_the_shapes_of_their_layers(curvature) -> None:
+    assert isinstance(curvature, Curvature)
+    assert curvature.needs
+    bank = {s: stats(s, curvature.needs) for s in (VISION, LANGUAGE)}
+    for site, metric in curvature.fuse(bank).items():
+        check(site, metric)
+        assert all(h.diagonal().min() > 0 for h in metric.h_in)
+
+
+@each_curvature
+@pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"energy": 0.0}], ids=str)
+def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
+    bank = {s: stats(s, curvature.needs, **missing) for s in (VISION, LANGUAGE)}
+    if isinstance(curvature, KroneckerFisher) and (curvature.wise, curvature.fusion) in (
+        ("sequence", "none"),
+        ("token", "token"),
+    ):
+        return  # handed through
+    for site, metric in curvature.fuse(bank).items():
+        check(site, metric)
+        if metric.h_out is not None and missing.get("energy") == 0:
+            assert not metric.h_in[0].any()
+            assert torch.equal(metric.h_out, torch.eye(site.out_features))
+
+
+def test_one_modality_is_not_touched_by_the_fusion() -> None:
+    needs = Needs(gram=True, gradients=True)
+    bank = {VISION: stats(VISION, needs)}
+    gram = bank[VISION].gram["image"] / 9
+    torch.testing.assert_close(Input(fusion="mbq_ratio").fuse(bank)[VISION].h_in[0], gram)
+    found = [KroneckerFisher(wise="token", fusion=f, rounds=None).fuse(bank)[VISION] for f in ("none", "mbq_ratio", "kron")]
+    for one, other in itertools.pairwise(found):
+        torch.testing.assert_close(one.h_in[0], other.h_in[0])
+        torch.testing.assert_close(one.h_out, other.h_out)
+
+
+def test_mbq_ratio_is_of_mean_gradients_and_at_least_the_median() -> None:
+    def layer(index, image, text):
+        tokens = {"image": 10, "text": 5}
+        saliency = dict(zip(MODALITIES, (image, text), strict=True))
+        return Site(f"language.{index}", "language", "o_proj", index, 5, 6), SiteStats(tokens, {}, saliency=saliency)
+
+    bank = dict([layer(0, 1.0, 1.0), layer(1, 0.0, 1.0), layer(2, 8.0, 1.0), layer(3, 1.0, 0.0)])
+    ratios = [weights["image"] for weights in mbq_weights(bank).values()]
+    assert ratios == pytest.approx([0.5, 0.5, 4.0, 0.5])  # (1/10) / (1/5); the median; (8/10) / (1/5); no ratio: the median
+
+
+def test_mbq_weighs_the_image_tokens_of_a_gram() -> None:
+    bank = {LANGUAGE: stats(LANGUAGE, Needs(gram=True, gradients=True), image=9, text=4)}
+    one = bank[LANGUAGE]
+    ratio = (one.saliency["image"] / 9) / (one.saliency["text"] / 4)
+    expected = (ratio * one.gram["image"] + one.gram["text"]) / (ratio * 9 + 4)
+    torch.testing.assert_close(Input(fusion="mbq_ratio").fuse(bank)[LANGUAGE].h_in[0], expected)
+    plain = (one.gram["image"] + one.gram["text"]) / 13
+    torch.testing.assert_close(Input(fusion="none").fuse(bank)[LANGUAGE].h_in[0], plain)
+
+
+def kronecker(**settings):
+    return KroneckerFisher(**(dict(wise="token", fusion="kron", rounds=None) | settings))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Input(fusion="kron"), "curvature.fusion must be none or mbq_ratio"),
+        (lambda: Guided(num_groups=0), "curvature.num_groups must be a whole number >= 1, got 0"),
+        (lambda: kronecker(wise="layer"), "curvature.wise must be token or sequence"),
+        (lambda: kronecker(fusion="mean"), "curvature.fusion must be none, mbq_ratio, kron or token"),
+        (lambda: kronecker(wise="sequence"), "curvature.fusion=kron has no effect with curvature.wise=sequence"),
+        (lambda: kronecker(fusion="none", rounds=2), "curvature.rounds=2 has no effect with curvature.fusion=none"),
+        (lambda: kronecker(wise="sequence", fusion="none", rounds=2), "curvature.rounds=2 has no effect"),
+        (lambda: kronecker(rounds=0), "curvature.rounds must be a whole number >= 1 or null, got 0"),
+    ],
+)
+def test_bad_settings_are_named(build, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build()
+
+
+def two_samples(pixels, image_tokens):
+    image = torch.arange(12)[None] < torch.tensor(image_tokens)[:, None]
+    return Rows.of(Batch({"pixel_values": pixels}, image, ~image, torch.ones_like(image), ("a", "b")))
+
+
+def test_tiles_stay_with_their_sample() -> None:
+    flat = two_samples(torch.zeros(4, 3, 8, 8), (3, 9))  # three tokens a tile
+    assert [len(v) for v in flat.by_sample(VISION, torch.zeros(4, 5, 7))] == [5, 15]
+    stacked = two_samples(torch.zeros(2, 2, 3, 8, 8), (3, 9))
+    assert [len(v) for v in stacked.by_sample(VISION, torch.zeros(4, 5, 7))] == [10, 10]
+    for unclear, tiles in ((stacked, 3), (two_samples(torch.zeros(3, 3, 8, 8), (3, 10)), 3)):
+        with pytest.raises(UserError, match=r"curvature\.wise=token"):
+            unclear.by_sample(VISION, torch.zeros(tiles, 5, 7))
