@@ -10,20 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.formats.grouped import GroupedWeight, pack_groups
+from mgvq.formats.grouped import pack_groups
 from mgvq.model.sites import site_weights
+from mgvq.rounding import Layers, Samples, shifted_rounding
 from mgvq.types import (
     Allocation,
     Codebook,
     Compensation,
     Curvature,
-    FittedPiece,
     Grouping,
     Metric,
     Needs,
     QuantizedWeight,
     RateTable,
     Sensitivity,
+    Shift,
     Site,
     StatsBank,
 )
@@ -42,32 +43,44 @@ class Method:
     compensation: Compensation
 
     @property
+    def shift(self) -> Shift | None:
+        """The compensation, where it moves its targets by a gradient."""
+        return self.compensation if isinstance(self.compensation, Shift) else None
+
+    @property
     def needs(self) -> Needs:
         """The statistics that its stages read."""
         curvature = self.curvature.needs if self.curvature else Needs()
-        return curvature | self.sensitivity.needs | self.grouping.needs
+        static = Needs(gradients=self.shift is not None and not self.shift.refresh)
+        return curvature | static | self.sensitivity.needs | self.grouping.needs
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The quantised layers; the bits they were predicted to take; a row a layer, a piece and a channel; fallbacks; seconds."""
+    """The quantised layers; the bits they were predicted to take; tables by layer, piece, channel, block; fallbacks; seconds."""
 
     weights: Mapping[Site, QuantizedWeight]
     stored_bits: int
     layers: pd.DataFrame
     allocation: pd.DataFrame
     channels: pd.DataFrame
+    blocks: pd.DataFrame
     flags: tuple[str, ...]
     seconds: float
 
 
 def quantize(
-    model: PreTrainedModel, sites: Sequence[Site], bank: StatsBank, method: Method, bits_per_weight: float
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    bank: StatsBank,
+    method: Method,
+    bits_per_weight: float,
+    samples: Samples | None,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
-    `bank` holds what `method.needs` asks for. Raises UserError for weights that are not finite, and where the budget cannot be
-    met.
+    `bank` holds what `method.needs` asks for, `samples` are there if `method.compensation` moves its targets by a gradient.
+    Raises UserError for weights that are not finite, and where the budget cannot be met.
     """
     start = time.perf_counter()
     weights = site_weights(model, sites)
@@ -87,26 +100,21 @@ def quantize(
     id_bits = sum(8 * packed.nbytes for packed in ids.values())
     budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - id_bits
     chosen = method.allocation(table, budget_bits).tolist()
+    rates = [table.rates[r] for r in chosen]
 
-    fitted: dict[Site, list[FittedPiece]] = {site: [] for site in sites}
-    for u, unit in enumerate(units):
-        codebooks, taken = fits(u, table.rates[chosen[u]])
-        flags += taken
-        for piece, codebook in zip(unit.pieces, codebooks, strict=True):
-            fitted[piece.site].append(FittedPiece(piece, codebook))
-    quantized: dict[Site, QuantizedWeight] = {}
-    for site in sites:
-        pieces = sorted(fitted[site], key=lambda f: f.piece.group)
-        codes = method.compensation.round(weights[site], metrics.get(site), pieces, scores[site], flags)
-        stored = [f.codebook.weight(c) for f, c in zip(pieces, codes, strict=True)]
-        quantized[site] = stored[0] if site.reads not in ids else GroupedWeight(tuple(stored), ids[site.reads], site.in_features)  # type: ignore[arg-type]
-
+    layers = Layers(method.compensation, metrics, scores, ids)
+    if method.shift is None:
+        quantized, blocks = layers.round(fits, rates, sites, flags), pd.DataFrame()
+    else:
+        assert samples is not None, "runs/method.py asks for a calibration set"
+        quantized, blocks = shifted_rounding(model, sites, bank, method.shift, samples, fits, rates, layers, flags)
     return QuantReport(
         weights=quantized,
         stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
         layers=_layers(weights, quantized, metrics),
         allocation=_allocation(units, table, chosen),
         channels=_channels(scores, groups),
+        blocks=blocks,
         flags=tuple(flags),
         seconds=time.perf_counter() - start,
     )

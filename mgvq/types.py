@@ -70,7 +70,7 @@ class Needs:
     `gram`: the inputs' Gram by modality (forward passes only). `gradients`: output Fisher, gradient and saliency too.
     `channel_groups`: as many Grams weighted by the squared gradients of groups of output channels (GuidedQuant; 1: by token).
     `sequences`: Kronecker factors of whole sequences (YAQA sketch B). `power_rounds`: rounds of the token-wise power iteration
-    (YAQA sketch A), each a further pass over the data.
+    (YAQA sketch A), each two further passes over the data.
     """
 
     gram: bool = False
@@ -320,10 +320,15 @@ class FittedPiece:
 
 @runtime_checkable
 class Compensation(Protocol):
-    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to."""
+    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to.
+
+    `needs_output_metric`: the metric must have an `h_out`. One that is a `Shift` too is rounded block by block.
+    """
 
     @property
     def needs_metric(self) -> bool: ...
+    @property
+    def needs_output_metric(self) -> bool: ...
     @property
     def uses_score(self) -> bool: ...
     def round(
@@ -337,6 +342,19 @@ class Compensation(Protocol):
 
 
 @runtime_checkable
+class Shift(Protocol):
+    """Moves the target of rounding by a gradient: `source` (kl | sft), taken again at every block or not, and steps to try."""
+
+    source: str
+    refresh: bool
+    steps: list[float]
+
+    def target(
+        self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
+    ) -> Float[Tensor, "out in"]: ...
+
+
+@runtime_checkable
 class CalibrationSet(Protocol):
     """The gradient samples and the held-out samples, disjoint from each other and from every test question.
 
@@ -345,6 +363,10 @@ class CalibrationSet(Protocol):
 
     @property
     def label_seed(self) -> int: ...
+    @property
+    def examples(self) -> Sequence[Any]: ...
+    @property
+    def heldout_examples(self) -> Sequence[Any]: ...
     def batches(self, processor: Any) -> Iterator[Batch]: ...
     def heldout(self, processor: Any) -> Iterator[Batch]: ...
 

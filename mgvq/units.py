@@ -89,6 +89,10 @@ class Fits:
             self._done[unit, rate.name] = fitted, flags
         return self._done[unit, rate.name]
 
+    def moved(self, targets: Mapping[Site, Tensor]) -> "Fits":
+        """The same for layers some of whose weights were replaced by what is to be rounded instead."""
+        return Fits(self.units, self.codebook, {**self.weights, **targets}, self.energies)
+
     def columns(self, piece: Piece) -> Float[Tensor, "out c"]:
         """The weights of a piece, float32."""
         return self.weights[piece.site][:, piece.columns].float()

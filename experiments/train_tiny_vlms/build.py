@@ -1,7 +1,8 @@
 """The shipped small VLMs from their configurations: transformers' own classes, tokenizer, processors; random weights.
 
-Every model has a language tower of Qwen2 kind (hidden 256, 4 layers, 8 heads, 4 key-value heads, MLP 512) and a vision tower of
-width 128 with 4 layers, about 3.5 million parameters in all. All families share one vocabulary.
+Every model has a language tower of Qwen2 kind (hidden 256, 4 layers, 8 heads, 4 key-value heads) and a vision tower of width 128
+with 4 layers. MLPs are 512 wide in tiny_llava_onevision (3.5 million parameters in all) and 256 wide in tiny_internvl (2.4
+million), which with wider ones had room to spare and hardly felt 2 bits (LOG.md). All families share one vocabulary.
 """
 
 from collections.abc import Callable
@@ -76,11 +77,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def text_config() -> Qwen2Config:
+def text_config(intermediate_size: int) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
-        intermediate_size=512,
+        intermediate_size=intermediate_size,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -99,7 +100,7 @@ def llava_onevision() -> tuple[PreTrainedModel, ProcessorMixin]:
     size = {"height": SIDE, "width": SIDE}
     tiles = {"image_grid_pinpoints": [[SIDE, SIDE]]}  # the smallest tiling: anyres cannot be turned off
     config = LlavaOnevisionConfig(
-        text_config=text_config(),
+        text_config=text_config(512),
         vision_config=SiglipVisionConfig(
             hidden_size=128,
             intermediate_size=512,
@@ -148,10 +149,10 @@ def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
     size = {"height": SIDE, "width": SIDE}
     num_image_tokens = (SIDE // 8) ** 2 // 4
     config = InternVLConfig(
-        text_config=text_config(),
+        text_config=text_config(256),
         vision_config=InternVLVisionConfig(
             hidden_size=128,
-            intermediate_size=512,
+            intermediate_size=256,
             num_hidden_layers=4,
             num_attention_heads=4,
             image_size=[SIDE, SIDE],

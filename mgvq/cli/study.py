@@ -10,7 +10,7 @@ from mgvq.analysis.render import markdown
 from mgvq.errors import UserError
 from mgvq.runs.places import results_folder
 from mgvq.studies.launch import launch
-from mgvq.studies.plan import distinct, expand
+from mgvq.studies.plan import build_components, distinct, expand
 from mgvq.studies.spec import read_study
 
 
@@ -47,6 +47,11 @@ def main() -> None:
         for run in once:
             print("done   " if run.folder.is_done() else "missing", run.folder.path, " ".join(run.overrides))
         return
+    try:
+        build_components(runs)
+    except UserError as error:
+        print(f"mgvq-study: {study.name}, {error}", file=sys.stderr)
+        sys.exit(2)
     failures = launch(runs, arguments.jobs)
     for failure in failures:
         print(f"\nFAILED ({failure.returncode}) {' '.join(failure.run.overrides)}\n{failure.output}", file=sys.stderr)

@@ -30,7 +30,9 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     order = slots.flatten()
     real = order >= 0
     chosen = order.clamp(min=0)
-    permuted = hessian.double()[chosen][:, chosen] * (real[:, None] & real[None, :])
+    permuted = hessian[chosen[:, None], chosen].double()
+    permuted[~real] = 0
+    permuted[:, ~real] = 0
     mean = permuted.diagonal()[real].mean().clamp(min=1e-30)
     permuted /= mean
     permuted.diagonal()[~real] = 1.0
@@ -46,8 +48,10 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
 
 def _cholesky(matrix: Float[Tensor, "n n"], real: Bool[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
     while damping <= 1:
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * torch.diag(real.double()))
-        if not failed and torch.isfinite(factor).all():
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * real.double())
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed and torch.isfinite(factor.diagonal()).all():  # what is not finite reaches the diagonal of its row
             return factor, damping
         damping *= 10
     raise ValueError(

@@ -16,6 +16,7 @@ class NoCompensation:
     """Nearest as the codebook weighs its channels; the metric and the order are not looked at."""
 
     needs_metric: ClassVar[bool] = False
+    needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = False
 
     def round(

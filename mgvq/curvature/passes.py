@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
+from mgvq.model.pack import PackedBatch
 from mgvq.rng import generator
 from mgvq.types import Batch, Modality, Site
 
@@ -28,7 +29,10 @@ class Forward:
 
     def gradients(self, labels: Int[Tensor, "answers"], *, last: bool) -> dict[Site, Float[Tensor, "... out"]]:
         """Gradients of the summed cross-entropy with respect to every site's output; `last` frees the graph."""
-        loss = -self.logs.gather(1, labels[:, None]).sum()
+        return self.backward(-self.logs.gather(1, labels[:, None]).sum(), last=last)
+
+    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> dict[Site, Float[Tensor, "... out"]]:
+        """Gradients of a loss that was computed from `logs`."""
         outputs = list(self.outputs.values())
         # A layer whose output nobody uses (a vision tower's last block, say) has the gradient 0.
         found = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True, materialize_grads=True)
@@ -36,7 +40,12 @@ class Forward:
 
 
 def forward(
-    model: torch.nn.Module, sites: Sequence[Site], batch: Batch, see: Callable[[Site, Tensor], None], *, graph: bool
+    model: torch.nn.Module,
+    sites: Sequence[Site],
+    batch: Batch | PackedBatch,
+    see: Callable[[Site, Tensor], object],
+    *,
+    graph: bool,
 ) -> Forward:
     """Run the batch. `see` gets every site's input in float32, once for the sites that read the same.
 
@@ -73,7 +82,7 @@ def forward(
     return Forward(inputs, outputs, logs)
 
 
-def right_labels(batch: Batch) -> Int[Tensor, "answers"]:
+def right_labels(batch: Batch | PackedBatch) -> Int[Tensor, "answers"]:
     """The answer tokens, row by row."""
     return batch.inputs["input_ids"][batch.loss_mask]
 

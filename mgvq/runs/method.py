@@ -2,6 +2,7 @@
 
 from omegaconf import DictConfig
 
+from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.pipeline import Method
 from mgvq.runs.build import STAGES, build, chosen
@@ -28,6 +29,10 @@ def _check_metric(method: Method) -> None:
         raise UserError(
             f"{' and '.join(users)} weigh errors by the curvature, but curvature=none: add curvature=input (or another) and a "
             "calibration set such as calibration=tiny_vqa, or choose codebook.weight_power=0 and compensation=none."
+        )
+    if method.compensation.needs_output_metric and not isinstance(method.curvature, KroneckerFisher):
+        raise UserError(
+            "this compensation weighs output channels too, for which only curvature=kronecker has a metric: choose that one."
         )
     if method.curvature is not None and not users:
         raise UserError(

@@ -8,9 +8,10 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
-from mgvq.runs.build import check
+from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
@@ -26,7 +27,12 @@ class PlannedRun:
     seed: int
     overrides: tuple[str, ...]
     folder: RunFolder
-    num_questions: int | None  # of the evaluation, where it says so
+    cfg: DictConfig
+
+    @property
+    def num_questions(self) -> int | None:
+        """Of the evaluation, where it says so."""
+        return self.cfg.evaluation.get("num_questions")
 
 
 def expand(study: Study) -> list[PlannedRun]:
@@ -54,4 +60,24 @@ def _plan(study: Study, arm: str, point: dict[str, Any], seed: int) -> PlannedRu
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
-    return PlannedRun(arm, point, seed, tuple(overrides), folder, cfg.evaluation.get("num_questions"))
+    return PlannedRun(arm, point, seed, tuple(overrides), folder, cfg)
+
+
+def build_components(runs: Sequence[PlannedRun]) -> None:
+    """Build what every missing run is made of, once for each setting, so that a bad value shows before the first of them starts.
+
+    Raises UserError, naming the arm.
+    """
+    from mgvq.runs.method import build_method  # here: torch takes seconds to import, and a finished study needs none of it
+
+    tried: set[str] = set()
+    for run in distinct(runs):
+        if run.folder.is_done() or (settings := OmegaConf.to_yaml(run.cfg, resolve=True)) in tried:
+            continue
+        tried.add(settings)
+        try:
+            build_method(run.cfg)
+            for group in ("model", "calibration", "evaluation", "tracker"):
+                build(run.cfg, group)
+        except UserError as error:
+            raise UserError(f"arm {run.arm} ({' '.join(run.overrides)}): {error}") from error

@@ -30,9 +30,9 @@ NEEDS = {
 }
 NOT_STAGES = {"model": "mgvq.model.source", "tracker": "mgvq.runs.tracking"}
 HELPERS = {
-    "calibration": {"examples"}, "codebook": {"lloyd", "nearest", "vector"}, "curvature": {"fusion", "passes", "statistics"},
-    "evaluation": {"documents", "forced", "harness"},
-    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget"}, "compensation": {"ldl", "vectors"},
+    "calibration": {"examples"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
+    "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
+    "compensation": {"feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
 }  # fmt: skip
 
 

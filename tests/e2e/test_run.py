@@ -227,3 +227,24 @@ def test_mixed_precision_from_statistics_to_checkpoint(tmp_path: Path) -> None:
     run_command(RUN, *few, "sensitivity=wanda", results=tmp_path)
     assert cached.stat().st_mtime_ns == stamp
     assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
+
+
+def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_path: Path) -> None:
+    """One override apart: without a step the same bytes, and flagged; with steps a choice on held-out samples in every block."""
+    few = ("method=kmeans_ldlq", "scope=language", "calibration.num_images=2", "calibration.heldout_images=2",
+           "codebook.iterations=2", "evaluation.num_questions=8", "evaluation.answers=forced")  # fmt: skip
+    runs = [
+        Path(run_command(RUN, *few, *more, results=tmp_path).stdout.splitlines()[-1])
+        for more in ([], ["compensation=gradient_hessian", "compensation.steps=[0.0]"], ["compensation=gradient_hessian"])
+    ]
+    plain, still, moved = (checkpoint_bytes(run)["mgvq.safetensors"] for run in runs)
+    assert plain == still != moved
+    flags = [json.loads((run / "metrics.json").read_text())["flags"] for run in runs]
+    assert "no_step" in flags[1]
+    assert "no_step" not in flags[0]
+    blocks = pd.read_parquet(runs[2] / "blocks.parquet")
+    assert blocks.groupby("block").chosen.sum().eq(1).all()
+    assert blocks.groupby("block").size().tolist() == [1, 5, 5, 5], "nothing has drifted before the first block is quantised"
+    best = blocks.loc[blocks.groupby("block").heldout_loss.idxmin()]
+    assert best.chosen.all()
+    assert not (runs[0] / "blocks.parquet").exists()

@@ -73,6 +73,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
         (QUICK.replace("seeds: [0, 1]", "seeds: []"), "seeds is empty"),
         (QUICK.replace("seeds", "seed"), "seed"),
         (QUICK.replace("budget.bits_per_weight=3", "budget.bits_per_weight=9"), "arm three bits"),
+        (QUICK.replace("budget.bits_per_weight=3", "codebook.share=foo"), "codebook.share must be"),
+        (QUICK.replace("budget.bits_per_weight=3", "sensitivity=weight_norm"), "sensitivity has no effect"),
         (COMPARED.replace("baseline: two bits", "baseline: one bit"), "baseline must be one of the arms"),
         (COMPARED.replace("{arm: three bits, metric: loss}", "three bits"), "primary must be {arm: ..."),
     ],

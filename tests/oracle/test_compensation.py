@@ -1,14 +1,19 @@
-"""Block-LDL rounding against closed forms, a textbook GPTQ loop, and exhaustive search."""
+"""Block-LDL rounding, one-sided, two-sided and shrunk, against closed forms, textbook loops, and exhaustive search."""
 
+import hashlib
 import itertools
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from mgvq.compensation.hessian import _BATCH, Hessian
+from mgvq.compensation.feedback import BATCH
+from mgvq.compensation.foem import Foem
+from mgvq.compensation.hessian import Hessian
+from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.compensation.ldl import block_ldl
 from mgvq.compensation.none import NoCompensation
+from mgvq.errors import UserError
 from mgvq.types import FittedPiece, Metric, Piece, Site
 
 
@@ -59,6 +64,10 @@ def decoded(pieces, codes, num_in):
 
 def cost(error, hessian):
     return float(((error.double() @ hessian.double()) * error.double()).sum())
+
+
+def kronecker_cost(error, h_in, h_out):
+    return float((h_out.double() @ error.double() @ h_in.double() * error.double()).sum())
 
 
 def damped(hessian, damping):
@@ -150,7 +159,7 @@ def gptq(weight, hessian, table, damping):
     return quantised
 
 
-@pytest.mark.parametrize("num_in", [7, 2 * _BATCH + 3])
+@pytest.mark.parametrize("num_in", [7, 2 * BATCH + 3])
 def test_single_columns_in_order_are_the_textbook_gptq_loop(num_in) -> None:
     """More columns than a batch: the lazy feedback is that of one column after the other."""
     hessian, weight, table = hessian_of(num_in), normal(16, num_in), torch.linspace(-2, 2, 9)[:, None]
@@ -231,3 +240,201 @@ def test_greedy_feedback_is_near_the_best_of_all_codes() -> None:
     best = sum(min(cost((row - word)[None], hessian) for word in words) for row in weight)
     assert best <= cost(weight - reached, hessian) + 1e-6
     assert cost(weight - reached, hessian) <= 1.5 * best
+
+
+def test_the_codes_are_those_of_the_first_implementation() -> None:
+    """Two groups, two metrics, more columns than a batch: the bytes of a commit that studies were run with."""
+    num_in = BATCH + 12
+    columns = torch.randperm(num_in, generator=torch.Generator().manual_seed(2))
+    groups = [columns[:60].sort().values.tolist(), columns[60:].sort().values.tolist()]
+    pieces = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], groups)
+    metric = Metric((hessian_of(num_in), hessian_of(num_in, seed=30)))
+    codes = Hessian(damping=0.01).round(normal(8, num_in), metric, pieces, normal(num_in).abs(), [])
+    assert hashlib.sha256(b"".join(c.numpy().tobytes() for c in codes)).hexdigest()[:16] == "efeec9f01694d4b6"
+
+
+def greedy_by_elimination(weight, h_in, h_out, table, columns, rows):
+    """One tile after the other takes the code with which the best continuation of all free weights costs least.
+
+    Dense: the quadratic form of all weights, the free ones eliminated by a Schur complement; no factorisation.
+    """
+    num_out, num_in = weight.shape
+    form = torch.kron(h_out, h_in)
+    delta = torch.zeros(num_out * num_in, dtype=torch.float64)
+    free, fixed, codes = set(range(num_out * num_in)), [], {}
+    for vector in columns:
+        for row in rows:
+            tile = [row * num_in + column for column in vector]
+            free -= set(tile)
+            rest, kept = sorted(free), fixed + tile
+            schur = form[kept][:, kept]
+            if rest:
+                schur = schur - form[kept][:, rest] @ torch.linalg.solve(form[rest][:, rest], form[rest][:, kept])
+            errors = weight[row, vector].double() - table.double()
+            trial = torch.cat([delta[fixed].expand(len(table), -1), errors], 1)
+            codes[row, tuple(vector)] = code = int(((trial @ schur) * trial).sum(1).argmin())
+            delta[tile] = errors[code]
+            fixed = kept
+    return codes
+
+
+def kronecker_problem(num_out, num_in, seed=0):
+    metric = Metric((hessian_of(num_in, seed=10 * seed + 1),), hessian_of(num_out, seed=10 * seed + 5))
+    return normal(num_out, num_in, seed=seed), metric
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_sided_is_greedy_over_the_dense_quadratic_form(seed) -> None:
+    num_out, num_in = 5, 8
+    weight, metric = kronecker_problem(num_out, num_in, seed)
+    table, score = normal(8, 2, seed=50 + seed), normal(num_in, seed=60 + seed).abs()
+    pieces = pieces_of([table], [range(num_in)], num_out)
+    codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, metric, pieces, score, [])[0]
+    vectors = [[2 * v, 2 * v + 1] for v in score.view(-1, 2).mean(1).argsort(descending=True).tolist()]
+    rows = metric.h_out.diagonal().argsort(descending=True).tolist()
+    expected = greedy_by_elimination(weight, damped(metric.h_in[0], 0.01), damped(metric.h_out, 0.02), table, vectors, rows)
+    assert {(r, (2 * v, 2 * v + 1)): int(codes[r, v]) for r in range(num_out) for v in range(num_in // 2)} == expected
+
+
+def two_sided_loop(weight, h_in, h_out, table):
+    """The textbook double loop over single weights, last column and last row first (method 3.9 iii)."""
+    lower_in, lower_out = (torch.linalg.cholesky(h) for h in (h_in, h_out))
+    lower_in, lower_out = (c / c.diagonal() for c in (lower_in, lower_out))
+    weight = weight.double()
+    delta, value = torch.zeros_like(weight), torch.zeros_like(weight)
+    for column in reversed(range(weight.shape[1])):
+        for row in reversed(range(weight.shape[0])):
+            target = weight[row, column] + lower_out[row:, row] @ delta[row:, column:] @ lower_in[column:, column]
+            value[row, column] = table[(table - target).abs().argmin()]
+            delta[row, column] = weight[row, column] - value[row, column]
+    return value
+
+
+def test_two_sided_single_weights_are_the_textbook_double_loop() -> None:
+    """More columns than a batch, and rows that are sorted already: the last one has the largest diagonal."""
+    num_out, num_in = 12, BATCH + 9
+    weight, metric = kronecker_problem(num_out, num_in)
+    scale = torch.linspace(0.5, 8, num_out) / metric.h_out.diagonal().sqrt()
+    h_out = scale[:, None] * metric.h_out * scale
+    table = torch.linspace(-2, 2, 9)[:, None]
+    pieces = pieces_of([table], [range(num_in)], num_out)
+    score = torch.arange(num_in).float()
+    codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, Metric(metric.h_in, h_out), pieces, score, [])
+    expected = two_sided_loop(weight, damped(metric.h_in[0], 0.01), damped(h_out, 0.02), table.double()[:, 0])
+    torch.testing.assert_close(decoded(pieces, codes, num_in).double(), expected)
+
+
+def test_two_sided_with_an_output_factor_of_the_identity_is_one_sided() -> None:
+    pieces = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
+    weight, score, hessian = normal(32, 12), normal(12).abs(), hessian_of(12)
+    one = Hessian(damping=0.01).round(weight, Metric((hessian,)), pieces, score, [])
+    two = HessianTwoSided(damping=0.01, output_damping=0.02).round(
+        weight, Metric((hessian,), 3 * torch.eye(32)), pieces, score, []
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_the_two_sided_cost_is_the_sum_of_what_the_roundings_cost() -> None:
+    """tr(H_O Delta H_I Delta^T) = sum_rj s_r |root_j E_rj|^2 with the damped factors: method 3.9 iii."""
+    num_out, num_in, paid = 8, 10, {}
+    weight, metric = kronecker_problem(num_out, num_in)
+
+    class Recording(Table):
+        def encode(self, targets, first, root):
+            codes, values = super().encode(targets, first, root)
+            paid[first] = ((targets - values)[:, 0].double() @ root.T.double()).square().sum(1)  # of the last round
+            return codes, values
+
+    pieces = [FittedPiece(p.piece, Recording(p.codebook.table)) for p in pieces_of([normal(8, 2, seed=5)], [range(num_in)])]
+    codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, metric, pieces, normal(num_in).abs(), [])
+    error = weight - decoded(pieces, codes, num_in)
+    order = metric.h_out.diagonal().argsort()
+    gain = torch.empty(num_out, dtype=torch.float64)
+    gain[order] = torch.linalg.cholesky(damped(metric.h_out, 0.02)[order][:, order]).diagonal().square()
+    full = kronecker_cost(error, damped(metric.h_in[0], 0.01), damped(metric.h_out, 0.02))
+    assert full == pytest.approx(float(sum((gain * p).sum() for p in paid.values())), rel=1e-4)
+
+
+def test_two_sided_lowers_the_kronecker_cost_of_one_sided() -> None:
+    """And one-sided that of plain rounding: method 3.17, 7."""
+    pieces = pieces_of([normal(16, 2, seed=3)], [range(12)], 24)
+    methods = NoCompensation(), Hessian(damping=0.01), HessianTwoSided(damping=0.01, output_damping=0.02)
+    costs = torch.zeros(6, len(methods))
+    for seed, row in enumerate(costs):
+        weight, metric = kronecker_problem(24, 12, seed)
+        for m, method in enumerate(methods):
+            error = weight - decoded(pieces, method.round(weight, metric, pieces, metric.channel_energy(), []), 12)
+            row[m] = kronecker_cost(error, metric.h_in[0], metric.h_out)
+    assert (costs[:, 2] < costs[:, 1]).all()
+    plain, one, two = costs.sum(0).tolist()
+    assert two < 0.85 * one < 0.85 * 0.85 * plain
+
+
+def test_two_sided_needs_one_pair_of_factors_and_flags_damping() -> None:
+    pieces, weight, compensation = (
+        pieces_of([normal(4, 2)], [range(6)]),
+        normal(8, 6),
+        HessianTwoSided(damping=0.01, output_damping=0.02),
+    )
+    for metric in (Metric((torch.eye(6),)), Metric((torch.eye(6), torch.eye(6)), torch.eye(8))):
+        with pytest.raises(UserError, match="curvature=kronecker"):
+            compensation.round(weight, metric, pieces, torch.ones(6), [])
+    flags: list[str] = []
+    gradients = normal(2, 8)
+    compensation.round(
+        weight, Metric((torch.eye(6),), gradients.T @ gradients - 0.3 * torch.eye(8)), pieces, torch.ones(6), flags
+    )
+    assert [f.rsplit(":", 1)[0] for f in flags] == ["output_damping:layer"]
+
+
+def foem_loop(weight, hessian, table, beta):
+    """Single columns, last first, each at the weight plus (1 - beta) of what the errors behind it ask for."""
+    lower = torch.linalg.cholesky(hessian)
+    lower = lower / lower.diagonal()
+    weight, value = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for column in reversed(range(weight.shape[1])):
+        behind = slice(column + 1, None)
+        target = weight[:, column] + (1 - beta) * (weight - value)[:, behind] @ lower[behind, column]
+        value[:, column] = table[(target[:, None] - table).abs().argmin(1)]
+    return value
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_foem_is_its_textbook_loop(beta) -> None:
+    num_in = BATCH + 9
+    hessian, weight, table = hessian_of(num_in), normal(16, num_in), torch.linspace(-2, 2, 9)[:, None]
+    pieces = pieces_of([table], [range(num_in)], 16)
+    codes = Foem(damping=0.01, beta=beta).round(weight, Metric((hessian,)), pieces, torch.arange(num_in).float(), [])
+    expected = foem_loop(weight, damped(hessian, 0.01), table.double()[:, 0], beta)
+    torch.testing.assert_close(decoded(pieces, codes, num_in).double(), expected)
+
+
+def test_foem_goes_from_the_full_correction_to_none() -> None:
+    """beta 0: the codes of `hessian`; 1: every vector nearest to its weights in the metric of its block."""
+    pieces = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
+    weight, score, metric = normal(32, 12), normal(12).abs(), Metric((hessian_of(12),))
+    full = Hessian(damping=0.01).round(weight, metric, pieces, score, [])
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(full, Foem(damping=0.01, beta=0.0).round(weight, metric, pieces, score, []), strict=True)
+    )
+    pieces = pieces_of([normal(16, 2, seed=3)], [range(12)], 32)
+    codes = Foem(damping=0.01, beta=1.0).round(weight, metric, pieces, torch.arange(12).float(), [])[0]
+    roots = block_ldl(metric.h_in[0], torch.arange(12).view(6, 2), 0.01).root
+    for v, root in enumerate(roots):
+        assert torch.equal(codes[:, v], pieces[0].codebook.encode(weight[:, None, 2 * v : 2 * v + 2], v, root)[0][:, 0])
+
+
+@pytest.mark.parametrize(
+    ("variant", "settings", "named"),
+    [
+        (Hessian, dict(damping=0.0), "damping"),
+        (HessianTwoSided, dict(damping=2.0, output_damping=0.1), "damping"),
+        (HessianTwoSided, dict(damping=0.01, output_damping=0.0), "output_damping"),
+        (Foem, dict(damping=-1.0, beta=0.1), "damping"),
+        (Foem, dict(damping=0.01, beta=1.1), "beta"),
+    ],
+)
+def test_a_bad_setting_is_named(variant, settings, named) -> None:
+    with pytest.raises(UserError, match=rf"compensation\.{named} must lie in .*got {settings[named]}"):
+        variant(**settings)

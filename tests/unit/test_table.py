@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 
 from mgvq.analysis.compare import compare
 from mgvq.analysis.forecast import detectable, predicted_seconds
@@ -75,7 +76,8 @@ def plan(results: Path, study: Study = STUDY, done: bool = True) -> list[Planned
                 if done and not folder.exists():
                     finish(folder, arm, number, point["model"])
                 overrides = (f"model={point['model']}", f"arm={arm}", "list=[1, 2]", f"seed={seed}")
-                runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), num_questions=4 * NUM_PICTURES))
+                cfg = OmegaConf.create({"evaluation": {"num_questions": 4 * NUM_PICTURES}})
+                runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return runs
 
 

@@ -1,0 +1,132 @@
+"""The centroids that are best for codes that are chosen already, in closed form (method 3.12)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from mgvq.codebook.vector import FittedTables
+from mgvq.formats.vector import centroids, store_table, to_vectors
+from mgvq.types import Metric
+
+Tables = Float[Tensor, "t k d"]
+
+_STEPS = 50  # of the conjugate gradients, at most: enough for 256 centroids of length 4
+_PRECISION = 1e-8  # of the gradient, relative to the first one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedPiece:
+    """A piece whose codes are chosen.
+
+    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
+    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
+    piece through the metric.
+    """
+
+    fitted: FittedTables
+    codes: Int[Tensor, "out v *stages"]
+    columns: Int[Tensor, "c"]
+    target: Float[Tensor, "out in"]
+    metric: Metric
+
+
+def refit(pieces: Sequence[CodedPiece]) -> Sequence[FittedTables]:
+    """The tables of one unit, moved to the minimum of `1/2 sum tr(h_out D h_in D^T)`, D the error of each of its layers.
+
+    With the codes given D is linear in the centroids: conjugate gradients from the present ones, in float64, each step of which
+    costs two products with the metric. A centroid that no code names stays, and where the metric leaves a choice the present
+    ones decide. The result is stored as the tables were (fp16, or int8 with its step); unless it is better than they are, after
+    that rounding, the pieces keep theirs: the objective never rises.
+
+    All pieces hold the same tables and are of different layers. Raises ValueError for centroids beyond fp16.
+    """
+    old = pieces[0].fitted
+    terms = [_Term(piece) for piece in pieces]
+    start = centroids(old.table, old.step).double()
+
+    def total(parts: Sequence[Tables]) -> Tables:
+        return torch.stack(list(parts)).sum(0)
+
+    def curvature(move: Tables) -> Tables:
+        return total([term.curvature(move) for term in terms])
+
+    gradient = total([term.gradient(start) for term in terms])
+    table, step = _stored(start + _conjugate_gradients(curvature, -gradient), old)
+    move = centroids(table, step).double() - start
+    change = float((move * (gradient + 0.5 * curvature(move))).sum())
+    return [replace(p.fitted, table=table, step=step) if change < 0 else p.fitted for p in pieces]
+
+
+class _Term:
+    """What one layer adds to the objective, as a function of all centroids."""
+
+    def __init__(self, piece: CodedPiece) -> None:
+        num_tables, num_centroids, _ = piece.fitted.table.shape
+        stages, device = piece.fitted.stages, piece.codes.device
+        codes = piece.codes.long().view(*piece.codes.shape[:2], stages)
+        turn = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
+        table = turn[:, None] * stages + torch.arange(stages, device=device)
+        self.entries = (table * num_centroids + codes).flatten(0, 1)  # of every vector, in the tables laid end to end
+        self.scale = 1.0 if piece.fitted.scale is None else float(piece.fitted.scale)
+        self.columns, self.target = piece.columns.to(device).long(), piece.target.double()
+        h_out = piece.metric.h_out
+        self.h_out = None if h_out is None else h_out.to(device).double()
+        self.h_in = [h.to(device).double()[:, self.columns] for h in piece.metric.h_in]
+        self.h_own = [h[self.columns] for h in self.h_in]
+
+    def gradient(self, tables: Tables) -> Tables:
+        error = -self.target
+        error[:, self.columns] += self._decode(tables)
+        return self._collect(self._weigh(error, self.h_in), tables)
+
+    def curvature(self, move: Tables) -> Tables:
+        """The second derivative times `move`."""
+        return self._collect(self._weigh(self._decode(move), self.h_own), move)
+
+    def _decode(self, tables: Tables) -> Float[Tensor, "out c"]:
+        vectors = tables.flatten(0, 1)[self.entries].sum(1)
+        return self.scale * vectors.view(len(self.target), -1)[:, : len(self.columns)]
+
+    def _collect(self, values: Float[Tensor, "out c"], like: Tables) -> Tables:
+        """The transpose of `_decode`."""
+        stages = self.entries.shape[1]
+        vectors = to_vectors(self.scale * values, like.shape[2]).flatten(0, 1)
+        sums = torch.zeros_like(like).flatten(0, 1)
+        return sums.index_add_(0, self.entries.flatten(), vectors.repeat_interleave(stages, 0)).view_as(like)
+
+    def _weigh(self, error: Float[Tensor, "out a"], h_in: Sequence[Float[Tensor, "a c"]]) -> Float[Tensor, "out c"]:
+        """`h_out D h_in`; with several input factors each run of rows by itself, as `Metric` has it."""
+        parts = [(rows, error[rows] @ h) for rows, h in self._runs(h_in)]
+        return torch.cat([part if self.h_out is None else self.h_out[rows, rows] @ part for rows, part in parts])
+
+    def _runs(self, h_in: Sequence[Tensor]) -> Sequence[tuple[slice, Tensor]]:
+        size = -(-len(self.target) // len(h_in))
+        return [(slice(k * size, min((k + 1) * size, len(self.target))), h) for k, h in enumerate(h_in)]
+
+
+def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"], Float[Tensor, "t"] | None]:
+    """As `old` is stored."""
+    kind = "fp16" if old.step is None else "int8"
+    stored = [store_table(table.float(), kind) for table in tables]
+    steps = [step for _, step in stored if step is not None]
+    return torch.stack([table for table, _ in stored]), torch.stack(steps) if steps else None
+
+
+def _conjugate_gradients(product: Callable[[Tables], Tables], right: Tables) -> Tables:
+    """Solves `product(x) = right` for a positive semidefinite product, from 0."""
+    solution, residual, direction = torch.zeros_like(right), right, right
+    energy = float(residual.square().sum())
+    limit = _PRECISION**2 * energy
+    for _ in range(_STEPS):
+        image = product(direction)
+        bend = float((direction * image).sum())
+        if energy <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
+            break
+        solution = solution + energy / bend * direction
+        residual = residual - energy / bend * image
+        last, energy = energy, float(residual.square().sum())
+        direction = residual + energy / last * direction
+    return solution

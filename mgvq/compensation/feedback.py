@@ -1,0 +1,117 @@
+"""The loop of every second-order rounding: vectors one after the other, the error of each corrected in those still free."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mgvq.compensation.ldl import BlockLDL, block_ldl
+from mgvq.types import FittedCodebook, FittedPiece, Metric
+
+BATCH = 128  # columns whose feedback is kept local before it reaches all others in one product
+
+Coded = tuple[Tensor, Float[Tensor, "rows d"]]  # codes, and what they stand for
+Encode = Callable[[Float[Tensor, "rows d"]], Coded]
+Choose = Callable[[Encode, Float[Tensor, "rows d"], Float[Tensor, "rows d"]], Coded]
+
+
+def feedback(
+    weight: Float[Tensor, "out in"],
+    metric: Metric,
+    pieces: Sequence[FittedPiece],
+    score: Float[Tensor, "in"],
+    damping: float,
+    flags: list[str],
+    choose: Choose,
+) -> Sequence[Tensor]:
+    """The codes of every piece, and the flags that `Hessian` names.
+
+    The vector of the highest mean score is rounded first, so that all others can make up for its error. With
+    `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j has the target `W_j + sum_{i>j} Delta_i L_ij` and
+    the metric `D_j` (method 2.0). `choose(encode, target, W_j)` makes its codes, `encode` finding the nearest in that metric.
+    """
+    name = pieces[0].piece.site.name
+    if dead := int((metric.channel_energy() <= 0).sum()):
+        flags.append(f"dead_channels:{name}:{dead}")
+    order = _order(pieces, score)
+    length = max(fitted.codebook.vector_length for fitted in pieces)
+    slots = torch.stack([_slots(pieces[p], v, length) for p, v in order]).to(weight.device)
+    factors = [block_ldl(h.to(weight.device), slots, damping) for h in metric.h_in]
+    if (most := max(f.damping for f in factors)) > damping:
+        flags.append(f"damping:{name}:{most:g}")
+    ordered = weight.float()[:, slots.flatten().clamp(min=0)] * (slots.flatten() >= 0)
+    runs = _runs(weight.shape[0], len(factors))
+    codes = [_round(ordered[run], _restricted(pieces, run), order, f, choose) for run, f in zip(runs, factors, strict=True)]
+    return [
+        torch.stack([torch.cat([part[p, v] for part in codes]) for v in range(_num_vectors(fitted))], 1)
+        for p, fitted in enumerate(pieces)
+    ]
+
+
+def _num_vectors(fitted: FittedPiece) -> int:
+    return -(-len(fitted.piece.columns) // fitted.codebook.vector_length)
+
+
+def _runs(num_rows: int, number: int) -> list[slice]:
+    """Runs of rows of equal size, the last one shorter (as `Metric` deals them)."""
+    size = -(-num_rows // number)
+    return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
+
+
+def _restricted(pieces: Sequence[FittedPiece], rows: slice) -> list[FittedCodebook]:
+    return [fitted.codebook.rows(rows) for fitted in pieces]
+
+
+def _order(pieces: Sequence[FittedPiece], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
+    """(piece, vector) from the one that is rounded last to the one that is rounded first."""
+    places, sensitivity = [], []
+    for p, fitted in enumerate(pieces):
+        own = score.cpu().double()[fitted.piece.columns.cpu().long()]
+        for v, part in enumerate(own.split(fitted.codebook.vector_length)):
+            places.append((p, v))
+            sensitivity.append(part.mean())
+    descending = torch.argsort(torch.stack(sensitivity), descending=True, stable=True)
+    return [places[i] for i in reversed(descending.tolist())]
+
+
+def _slots(fitted: FittedPiece, vector: int, length: int) -> Int[Tensor, "d"]:
+    """The channels of a vector, -1 behind them up to `length`."""
+    own = fitted.codebook.vector_length
+    channels = fitted.piece.columns[vector * own : (vector + 1) * own].long().cpu()
+    return torch.nn.functional.pad(channels, (0, length - len(channels)), value=-1)
+
+
+def _round(
+    weight: Float[Tensor, "rows n"],
+    codebooks: Sequence[FittedCodebook],
+    order: Sequence[tuple[int, int]],
+    factors: BlockLDL,
+    choose: Choose,
+) -> dict[tuple[int, int], Tensor]:
+    """The codes by (piece, vector). `weight` and `factors` have their columns in `order`."""
+    length = weight.shape[1] // len(order)
+    codes: dict[tuple[int, int], Tensor] = {}
+    target, error = weight.clone(), torch.zeros_like(weight)
+    per_batch = max(1, BATCH // length)
+    for stop in range(len(order), 0, -per_batch):
+        first = max(0, stop - per_batch) * length
+        for at in range(stop - 1, first // length - 1, -1):
+            p, v = order[at]
+            begin, own = at * length, codebooks[p].vector_length
+            here = slice(begin, begin + own)
+            encode = _encoder(codebooks[p], v, factors.root[at, :own, :own])
+            codes[p, v], values = choose(encode, target[:, here], weight[:, here])
+            error[:, here] = weight[:, here] - values
+            target[:, first:begin].addmm_(error[:, here], factors.lower[here, first:begin])
+        done = slice(first, stop * length)
+        target[:, :first].addmm_(error[:, done], factors.lower[done, :first])
+    return codes
+
+
+def _encoder(codebook: FittedCodebook, vector: int, root: Float[Tensor, "d d"]) -> Encode:
+    def encode(targets: Float[Tensor, "rows d"]) -> Coded:
+        codes, values = codebook.encode(targets[:, None], vector, root)
+        return codes[:, 0], values[:, 0]
+
+    return encode

@@ -1,0 +1,141 @@
+"""Every compensation rounds with every codebook, at any rates of its pieces, to codes that are stored and decoded."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from conftest import ROOT
+from hydra import compose, initialize_config_dir
+
+from mgvq.codebook.kmeans import KMeans
+from mgvq.codebook.product import Product
+from mgvq.codebook.residual import Residual
+from mgvq.codebook.scalar import Scalar
+from mgvq.runs.build import build
+from mgvq.runs.places import conf_folder
+from mgvq.types import Compensation, FittedPiece, Metric, Piece, Site
+
+VARIANTS = sorted(f.stem for f in (ROOT / "conf" / "compensation").glob("*.yaml"))
+VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
+CODEBOOKS = {
+    "scalar": Scalar(group_size=None, clip="min_max"),
+    "scalar-grouped": Scalar(group_size=3, clip="mse"),
+    "kmeans": KMeans(**VECTORS),
+    "kmeans-lengths": KMeans(**VECTORS | dict(vector_length=[2, 3])),
+    "kmeans-shared-int8": KMeans(**VECTORS | dict(share="kind", table="int8", vector_length=4)),
+    "product": Product(**VECTORS, num_tables=3),
+    "residual": Residual(**VECTORS | dict(vector_length=3)),
+}
+RATES = {"lowest": [0, 0], "highest": [-1, -1], "mixed": [0, 3]}  # of two groups, as an allocation may choose them
+SHAPES = [(8, 13), (5, 2), (1, 6)]
+each_variant = pytest.mark.parametrize("variant", VARIANTS)
+each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
+
+
+@functools.cache
+def built(variant: str) -> Compensation:
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return build(compose("config", [f"compensation={variant}"]), "compensation")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factor(size, seed=0):
+    tokens = normal(3 * size, size, seed=seed) @ normal(size, size, seed=seed + 1)
+    return tokens.T @ tokens / len(tokens)
+
+
+def problem(codebook, rates=(1, 1), shape=(8, 13)):
+    """A layer in two groups: weight, metric, fitted pieces, score."""
+    weight, metric = normal(*shape), Metric((factor(shape[1], 10),), factor(shape[0], 20))
+    site, pieces = Site("layer", "language", "layer", None, *shape), []
+    for group, rate in enumerate(rates):
+        piece = Piece(site, group, torch.arange(group, shape[1], 2))
+        fitted = codebook.fit("unit", [weight[:, piece.columns]], codebook.rates()[rate], [None], [])
+        pieces.append(FittedPiece(piece, fitted[0]))
+    return weight, metric, pieces, normal(shape[1]).abs()
+
+
+def decoded(pieces, codes, like):
+    weight = torch.empty_like(like)
+    for fitted, code in zip(pieces, codes, strict=True):
+        weight[:, fitted.piece.columns] = fitted.codebook.weight(code).decode()
+    return weight
+
+
+@each_variant
+def test_it_meets_the_protocol(variant):
+    compensation = built(variant)
+    assert isinstance(compensation, Compensation)
+    assert compensation.needs_metric or not compensation.needs_output_metric
+
+
+@each_variant
+@each_codebook
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
+def test_the_codes_are_those_of_a_weight_near_the_layer(variant, codebook, rates, shape):
+    weight, metric, pieces, score = problem(codebook, rates, shape)
+    codes = built(variant).round(weight, metric, pieces, score, [])
+    values = decoded(pieces, codes, weight)
+    assert values.isfinite().all()
+    assert (values - weight).norm() < 3 * weight.norm()
+    for fitted, code in zip(pieces, codes, strict=True):
+        length = fitted.codebook.vector_length
+        plain, _ = fitted.codebook.encode(torch.zeros(shape[0], -(-len(fitted.piece.columns) // length), length), 0, None)
+        assert code.shape == plain.shape
+        assert code.dtype == plain.dtype
+
+
+@each_variant
+@each_codebook
+def test_the_same_again_and_nothing_is_written_to(variant, codebook):
+    weight, metric, pieces, score = problem(codebook)
+    before = copy.deepcopy((weight, metric, score))
+    first, again = (built(variant).round(weight, metric, pieces, score, []) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert torch.equal(weight, before[0])
+    assert torch.equal(metric.h_in[0], before[1].h_in[0])
+    assert torch.equal(metric.h_out, before[1].h_out)
+    assert torch.equal(score, before[2])
+
+
+@each_variant
+def test_it_uses_what_it_says_it_uses(variant):
+    """Another output factor, another metric, another score: other codes where they are asked for, the same where not."""
+    compensation = built(variant)
+    weight, metric, pieces, score = problem(CODEBOOKS["kmeans"])
+    codes = torch.cat(compensation.round(weight, metric, pieces, score, []), 1)
+    changed = {
+        "needs_output_metric": (Metric(metric.h_in, factor(8, 60)), score),
+        "needs_metric": (Metric((factor(13, 50),), metric.h_out), score),
+        "uses_score": (metric, score.flip(0)),
+    }
+    for use, (other_metric, other_score) in changed.items():
+        other = torch.cat(compensation.round(weight, other_metric, pieces, other_score, []), 1)
+        assert torch.equal(codes, other) != getattr(compensation, use), use
+
+
+@each_variant
+def test_dead_and_singular_metrics_are_rounded_and_flagged(variant):
+    compensation = built(variant)
+    weight, _, pieces, score = problem(CODEBOOKS["kmeans"])
+    token, gradient = normal(13), normal(8)
+    token[[2, 5]] = 0
+    for metric in (Metric((token.outer(token),), gradient.outer(gradient)), Metric((torch.zeros(13, 13),), torch.zeros(8, 8))):
+        flags: list[str] = []
+        values = decoded(pieces, compensation.round(weight, metric, pieces, score, flags), weight)
+        assert values.isfinite().all()
+        assert (values - weight).norm() < 3 * weight.norm()
+        assert any(f.startswith("dead_channels:layer:") for f in flags) == compensation.needs_metric
+
+
+@each_variant
+def test_weights_of_half_precision_are_rounded_as_what_they_are(variant):
+    weight, metric, pieces, score = problem(CODEBOOKS["kmeans"])
+    half = weight.bfloat16()
+    one, other = (built(variant).round(w, metric, pieces, score, []) for w in (half, half.float()))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

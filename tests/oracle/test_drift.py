@@ -1,0 +1,161 @@
+"""Gradients, held-out losses and shifted targets against definitions and finite differences, on the shipped models."""
+
+import pytest
+import torch
+
+from mgvq.calibration.tiny_vqa import TinyVQA
+from mgvq.compensation.gradient_hessian import GradientHessian
+from mgvq.drift import Drift, by_block
+from mgvq.errors import UserError
+from mgvq.model.encode import batches
+from mgvq.model.pack import packed_batches
+from mgvq.model.sites import linear, list_sites
+from mgvq.types import Metric
+
+
+def compensation(**settings):
+    defaults = dict(damping=0.01, source="kl", refresh=True, steps=[0.0, 0.1], shift_damping=0.05)
+    return GradientHessian(**(defaults | settings))
+
+
+def draw():
+    return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, seed=0, label_seed=0).draw()
+
+
+def noise(shape, size, seed=0):
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def drift(loaded):
+    """The drift of a model whose first language block is disturbed after the teacher was taken."""
+    examples = draw()
+    parts = (packed_batches(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
+    made = Drift(loaded.model, *parts)
+    layer = linear(loaded.model, list_sites(loaded.model, "language")[3])
+    kept = layer.weight.detach().clone()
+    layer.weight.data.add_(noise(kept.shape, 0.3 * kept.std()))
+    yield made
+    layer.weight.data.copy_(kept)
+
+
+def later_block(model):
+    return list(by_block(list_sites(model, "language")))[2]
+
+
+@pytest.mark.parametrize("source", ["kl", "sft"])
+def test_gradients_are_finite_differences_of_the_loss(loaded, drift, source: str) -> None:
+    drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher  # the loss of the gradient's own samples
+    block = later_block(loaded.model)
+    gradient = drift.gradient(block, source)
+    for site in block[::3]:
+        weight = linear(loaded.model, site).weight
+        kept, losses = weight.detach().clone(), []
+        direction = gradient[site] / gradient[site].norm()
+        for sign in (1, -1):
+            weight.data.copy_(kept + sign * 1e-2 * direction)
+            losses.append(drift.heldout_loss(source))
+        weight.data.copy_(kept)
+        slope = (losses[0] - losses[1]) / 2e-2
+        assert slope == pytest.approx(float(gradient[site].norm()), rel=2e-2)
+
+
+def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
+    examples = draw()
+    single = Drift(
+        loaded.model, batches(loaded.processor, examples.examples, 5), batches(loaded.processor, examples.heldout_examples, 5)
+    )
+    block = later_block(loaded.model)
+    one, other = drift.gradient(block, "sft"), single.gradient(block, "sft")
+    for site in block:
+        torch.testing.assert_close(one[site], other[site], rtol=1e-3, atol=1e-4 * float(other[site].abs().max()))
+
+
+def test_a_small_step_against_the_gradient_lowers_the_loss(loaded, drift) -> None:
+    drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher
+    block, before = later_block(loaded.model), drift.heldout_loss("kl")
+    gradient = drift.gradient(block, "kl")
+    kept = {site: linear(loaded.model, site).weight.detach().clone() for site in block}
+    for site in block:
+        metric = Metric((torch.eye(site.in_features),), torch.eye(site.out_features))
+        shifted = compensation().target(kept[site], metric, gradient[site], 1e-3)
+        linear(loaded.model, site).weight.data.copy_(shifted)
+    after = drift.heldout_loss("kl")
+    for site in block:
+        linear(loaded.model, site).weight.data.copy_(kept[site])
+    assert after < before
+
+
+def test_the_divergence_of_an_undisturbed_model_is_zero(loaded) -> None:
+    examples = draw()
+    parts = (packed_batches(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
+    assert Drift(loaded.model, *parts).heldout_loss("kl") == pytest.approx(0, abs=1e-7)
+
+
+def test_gradient_and_heldout_samples_are_apart(loaded) -> None:
+    examples = draw()
+    with pytest.raises(AssertionError, match="held out"):
+        Drift(
+            loaded.model,
+            packed_batches(loaded.processor, examples.examples, 2),
+            packed_batches(loaded.processor, examples.examples, 2),
+        )
+    with pytest.raises(UserError, match="heldout_images"):
+        Drift(loaded.model, packed_batches(loaded.processor, examples.examples, 2), [])
+
+
+def test_the_target_completes_the_square() -> None:
+    """f(D) = <G, D> + 1/2 tr(H_O D H_I D^T) is, up to a constant, the quadratic about W - N: method 3.9 (i)."""
+    weight, gradient = noise((4, 6), 1.0), noise((4, 6), 0.01, 1)
+    h_in, h_out = (m @ m.T + torch.eye(len(m)) for m in (noise((6, 6), 1.0, 2), noise((4, 4), 1.0, 3)))
+    target = compensation(shift_damping=1e-9).target(weight, Metric((h_in,), h_out), gradient, 1.0)
+
+    def loss(other):
+        return float((gradient * (other - weight)).sum() + 0.5 * ((h_out @ (other - weight) @ h_in) * (other - weight)).sum())
+
+    def about(other):
+        return float(0.5 * ((h_out @ (other - target) @ h_in) * (other - target)).sum())
+
+    constants = [loss(other) - about(other) for other in (weight, weight + noise((4, 6), 1.0, 4), weight + noise((4, 6), 1.0, 5))]
+    assert constants == pytest.approx([constants[0]] * 3, rel=1e-4)
+
+
+def test_the_step_is_capped_and_zero_moves_nothing() -> None:
+    weight, gradient = noise((4, 6), 1.0), noise((4, 6), 100.0, 1)
+    metric = Metric((torch.eye(6),), torch.eye(4))
+    moved = compensation().target(weight, metric, gradient, 0.1)
+    assert float((moved - weight).norm() / weight.norm()) == pytest.approx(0.1, rel=1e-5)
+    assert torch.equal(compensation().target(weight, metric, gradient, 0.0), weight)
+    assert torch.equal(compensation().target(weight, metric, torch.zeros_like(weight), 0.4), weight)
+
+
+def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
+    weight, gradient = noise((5, 3), 1.0), noise((5, 3), 1e-3, 1)
+    first, second = torch.diag(torch.tensor([1.0, 2, 3])), torch.diag(torch.tensor([3.0, 2, 1]))
+    moved = compensation().target(weight, Metric((first, second)), gradient, 1.0)
+    for rows, h in ((slice(0, 3), first), (slice(3, 5), second)):
+        alone = compensation().target(weight[rows], Metric((h,)), gradient[rows], 1.0)
+        torch.testing.assert_close(moved[rows], alone)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"source": "foem"}, "compensation.source"),
+        ({"refresh": False}, "refresh=true"),
+        ({"steps": [0.1, 0.2]}, "compensation.steps"),
+        ({"steps": [0.0, 2.0]}, "compensation.steps"),
+        ({"shift_damping": 0.0}, "shift_damping"),
+    ],
+)
+def test_settings_that_make_no_sense_are_named(settings, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        compensation(**settings)
+
+
+def test_blocks_follow_each_other_and_what_is_outside_stands_alone(loaded) -> None:
+    sites = list_sites(loaded.model, "all")
+    blocks = list(by_block(sites))
+    assert [s for block in blocks for s in block] == sites
+    assert [len(block) for block in blocks if block[0].block is None] == [1, 1], "the projector's two layers"
+    assert len(blocks) == 4 + 2 + 4

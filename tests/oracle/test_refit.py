@@ -1,0 +1,193 @@
+"""The refit of the centroids against dense normal equations, with every layout of tables."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mgvq.codebook.kmeans import KMeans
+from mgvq.codebook.product import Product
+from mgvq.codebook.refit import CodedPiece, refit
+from mgvq.codebook.residual import Residual
+from mgvq.formats.vector import VectorWeight, to_vectors
+from mgvq.types import Metric
+
+LAYER = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
+KIND = LAYER | dict(share="kind")
+CODEBOOKS = {
+    "kmeans": KMeans(**LAYER),
+    "kmeans-3": KMeans(**LAYER | dict(vector_length=3)),
+    "product": Product(**LAYER, num_tables=2),
+    "residual": Residual(**LAYER),
+    "kmeans-scaled": KMeans(**KIND),
+    "product-scaled": Product(**KIND, num_tables=3),
+    "residual-scaled": Residual(**KIND | dict(vector_length=4)),
+}
+INT8 = {name: type(c)(**{f: getattr(c, f) for f in c.__dataclass_fields__} | dict(table="int8")) for name, c in CODEBOOKS.items()}
+each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factor(size, seed):
+    tokens = normal(3 * size, size, seed=seed) @ normal(size, size, seed=seed + 1)
+    return tokens.T @ tokens / len(tokens)
+
+
+def metric_of(kind, num_out, num_in, seed=0):
+    if kind == "kronecker":
+        return Metric((factor(num_in, seed + 20),), factor(num_out, seed + 40))
+    return Metric(tuple(factor(num_in, seed + 20 + 2 * k) for k in range(1 if kind == "input" else 2)))
+
+
+def coded(codebook, weights, columns, metrics, step=1):
+    """A unit of one piece a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
+    parts = [w[:, columns] for w in weights]
+    fitted = codebook.fit("unit", parts, codebook.rates()[step], [None] * len(parts), [])
+    pieces = []
+    for tables, weight, part, metric in zip(fitted, weights, parts, metrics, strict=True):
+        codes, _ = tables.encode(to_vectors(part, tables.vector_length), 0, None)
+        target = 0.1 * weight
+        target[:, columns] = part
+        pieces.append(CodedPiece(fitted=tables, codes=codes, columns=columns, target=target, metric=metric))
+    return pieces
+
+
+def unit_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
+    weights = [(i + 1) * normal(12, 14, seed=seed + i) for i in range(num_layers)]
+    metrics = [metric_of(kind, 12, 14, seed + 100 * i) for i in range(num_layers)]
+    return coded(codebook, weights, torch.tensor([0, 2, 3, 5, 6, 9, 10, 12, 13]), metrics, step)
+
+
+def quadratic_form(metric, num_out):
+    """Of all errors of a layer, laid end to end."""
+    if metric.h_out is not None:
+        return torch.kron(metric.h_out, metric.h_in[0]).double()
+    rows = -(-num_out // len(metric.h_in))
+    return torch.block_diag(*(h for h in metric.h_in for _ in range(rows))).double()
+
+
+def dense_error(piece, values):
+    error = -piece.target.double()
+    error[:, piece.columns] += values.double()
+    return error.flatten()
+
+
+def objective(pieces, fitted):
+    total = 0.0
+    for piece, tables in zip(pieces, fitted, strict=True):
+        error = dense_error(piece, tables.weight(piece.codes).decode())
+        total += 0.5 * float(error @ quadratic_form(piece.metric, len(piece.target)) @ error)
+    return total
+
+
+def solved(pieces):
+    """What the pieces stand for at the optimum, from the normal equations of all centroids."""
+    table, stages = pieces[0].fitted.table, pieces[0].fitted.stages
+    normal_matrix, right, designs = 0.0, 0.0, []
+    for piece in pieces:
+        codes = piece.codes.view(*piece.codes.shape[:2], stages)
+        units = torch.eye(table.numel()).view(-1, *table.shape)
+        design = torch.stack([
+            VectorWeight(codes, unit, len(piece.columns), None, piece.fitted.scale).decode().flatten() for unit in units
+        ], 1).double()  # fmt: skip
+        designs.append(design)
+        inside = torch.zeros(piece.target.shape, dtype=torch.bool)
+        inside[:, piece.columns] = True
+        form = quadratic_form(piece.metric, len(piece.target))[inside.flatten()]
+        normal_matrix = normal_matrix + design.T @ form[:, inside.flatten()] @ design
+        right = right + design.T @ form @ piece.target.double().flatten()
+    centroids = torch.linalg.lstsq(normal_matrix, right, driver="gelsd").solution
+    return [(design @ centroids).view(len(piece.target), -1) for design, piece in zip(designs, pieces, strict=True)]
+
+
+@each_codebook
+@pytest.mark.parametrize("kind", ["kronecker", "input", "runs"])
+def test_it_is_the_solution_of_the_normal_equations(codebook, kind):
+    """Up to the fp16 that the tables are stored in. Padding, errors in other columns and scales included."""
+    pieces = unit_of(codebook, kind)
+    for piece, fitted, values in zip(pieces, refit(pieces), solved(pieces), strict=True):
+        torch.testing.assert_close(fitted.weight(piece.codes).decode().double(), values, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["kmeans-scaled", "product-scaled", "residual-scaled"])
+def test_layers_that_share_tables_are_fitted_together(name):
+    pieces = unit_of(CODEBOOKS[name], num_layers=3)
+    fitted = refit(pieces)
+    for piece, tables, values in zip(pieces, fitted, solved(pieces), strict=True):
+        torch.testing.assert_close(tables.weight(piece.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
+        assert tables.table is fitted[0].table, "stored once"
+        assert tables.scale is piece.fitted.scale
+    assert objective(pieces, fitted) < objective(pieces, [p.fitted for p in pieces])
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+@pytest.mark.parametrize("table", ["fp16", "int8"])
+def test_the_objective_never_rises_as_stored(name, table):
+    codebook = (CODEBOOKS if table == "fp16" else INT8)[name]
+    for seed in range(5):
+        pieces = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
+        before = objective(pieces, [p.fitted for p in pieces])
+        once = refit(pieces)
+        reached = objective(pieces, once)
+        assert reached < before
+        assert once[0].table.dtype == pieces[0].fitted.table.dtype
+        again = [replace(p, fitted=f) for f, p in zip(once, pieces, strict=True)]
+        assert objective(again, refit(again)) <= reached
+
+
+def test_tables_that_storing_would_worsen_are_kept():
+    """The best table differs in its largest centroid alone, whose new step would round all others to other values."""
+    for seed in range(5):
+        piece = unit_of(INT8["kmeans"], seed=seed)[0]
+        largest = piece.fitted.table[0].abs().amax(1).argmax()
+        grown = torch.where(piece.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[:, : len(piece.columns)]
+        target = torch.zeros_like(piece.target)
+        target[:, piece.columns] = grown * piece.fitted.weight(piece.codes).decode()
+        assert refit([replace(piece, target=target)])[0] is piece.fitted
+
+
+def test_a_centroid_that_no_code_names_stays():
+    piece = unit_of(CODEBOOKS["kmeans"])[0]
+    codes = torch.where(piece.codes == 1, 0, piece.codes)
+    table = refit([replace(piece, codes=codes)])[0].table[0]
+    assert torch.equal(table[1], piece.fitted.table[0, 1])
+    assert not torch.equal(table[0], piece.fitted.table[0, 0])
+
+
+def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
+    """Each is refitted to what the other leaves over."""
+    weight, metric = normal(16, 12), metric_of("kronecker", 16, 12)
+    groups = [torch.arange(0, 12, 2), torch.arange(1, 12, 2)]
+    fitted, codes = [], []
+    for columns in groups:
+        fitted += KMeans(**LAYER).fit("unit", [weight[:, columns]], KMeans(**LAYER).rates()[1], [None], [])
+        codes.append(fitted[-1].encode(to_vectors(weight[:, columns], 2), 0, None)[0])
+
+    def rest(but=None):
+        left = weight.clone()
+        for g, columns in enumerate(groups):
+            if g != but:
+                left[:, columns] -= fitted[g].weight(codes[g]).decode()
+        return left
+
+    costs = [rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten()]
+    for _ in range(3):
+        for g, columns in enumerate(groups):
+            fitted[g] = refit([CodedPiece(fitted=fitted[g], codes=codes[g], columns=columns, target=rest(g), metric=metric)])[0]
+            costs.append(rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten())
+    assert all(later <= earlier for earlier, later in itertools.pairwise(costs))
+    assert costs[2] < costs[1] < costs[0]
+
+
+def test_a_metric_of_low_rank_or_none_does_no_harm():
+    token = normal(1, 14)
+    for h_in in (token.T @ token, torch.zeros(14, 14)):
+        piece = unit_of(CODEBOOKS["kmeans"])[0]
+        flat = replace(piece, metric=Metric((h_in,)))
+        fitted = refit([flat])
+        assert objective([flat], fitted) <= objective([flat], [piece.fitted])
+        assert fitted[0].table.abs().max() < 10
