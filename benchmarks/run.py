@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import codebook
+import compensation
 import curvature
 import torch
 
@@ -37,6 +38,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 
     return {
         **codebook.pairs(),
+        **compensation.pairs(),
         **curvature.pairs(),
         "104 answers generated through lmms-eval": (
             lambda: evaluate(loaded.model, loaded.processor, TinyVQATask(docs), "benchmark", 104),

@@ -23,14 +23,15 @@ class HessianTwoSided:
     costs `tr(h_out Delta h_in Delta^T) = sum_rj s_r |root_j E_rj|^2`: a row's weight does not move its nearest code, so the
     metric of a vector is that of `Hessian`, and an `h_out` of the identity gives its codes.
 
-    Within a vector the row with the largest diagonal of `h_out` is rounded first, equal ones in their order.
+    Within a vector the row with the largest diagonal of `h_out` is rounded first, equal ones in their order. Feedback in both
+    directions fits the metric more closely than in one, its noise as well: it wants more damping than `Hessian`.
 
     Flags: those of `Hessian`, and `output_damping:<site>:<share>` where `h_out` needed more. Raises UserError for a metric
     without an output factor, or with several input factors.
     """
 
     damping: float  # share of the mean diagonal of h_in that is added to it
-    output_damping: float  # the same of h_out, which far fewer tokens have told of
+    output_damping: float  # the same of h_out
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = True
     uses_score: ClassVar[bool] = True

@@ -382,7 +382,7 @@ def test_two_sided_needs_one_pair_of_factors_and_flags_damping() -> None:
     flags: list[str] = []
     gradients = normal(2, 8)
     compensation.round(
-        weight, Metric((torch.eye(6),), gradients.T @ gradients - 0.3 * torch.eye(8)), pieces, torch.ones(6), flags
+        weight, Metric((torch.eye(6),), gradients.T @ gradients - 0.1 * torch.eye(8)), pieces, torch.ones(6), flags
     )
     assert [f.rsplit(":", 1)[0] for f in flags] == ["output_damping:layer"]
 
