@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.formats.vector import to_vectors
 from mgvq.types import Codebook, FittedCodebook, Piece, Rate, RateTable, Site, UnitInfo
 
 Energies = Mapping[Site, Float[Tensor, "_"]]
@@ -102,9 +103,7 @@ class Fits:
         errors = []
         for piece, fitted in zip(self.units[unit].pieces, self(unit, rate)[0], strict=True):
             weight = self.columns(piece)
-            length = fitted.vector_length
-            vectors = torch.nn.functional.pad(weight, (0, -weight.shape[1] % length)).unflatten(1, (-1, length))
-            values = fitted.encode(vectors, 0, None)[1].flatten(1)[:, : weight.shape[1]]
+            values = fitted.encode(to_vectors(weight, fitted.vector_length), 0, None)[1].flatten(1)[:, : weight.shape[1]]
             energy = weight.square().sum(0)
             errors.append(torch.where(energy > 0, (weight - values).square().sum(0) / energy.clamp(min=1e-30), 0.0))
         return errors
