@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mgvq.codebook.kmeans import KMeans
-from mgvq.codebook.refit import CodedPiece, refit
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
+from mgvq.refit.closed_form import ClosedForm
 from mgvq.rng import generator
-from mgvq.types import Compensation, FittedPiece, Metric, Piece, Site
+from mgvq.types import CodedPiece, Compensation, FittedPiece, Metric, Piece, Site
 
 _DEFAULTS = dict(share="layer", table="fp16", weight_power=0.0, iterations=20, sample=128, seed=0)
 _FIT_ROWS = 256  # the fit is not what is measured
@@ -68,5 +68,4 @@ def _codes(*sizes: int) -> Tensor:
 def _refit(*sizes: int) -> None:
     weight, fitted = _layer(*sizes)
     h_in, h_out = _factors(*sizes[:2])
-    metric, columns = Metric((h_in,), h_out), fitted.piece.columns
-    refit([CodedPiece(fitted=fitted.codebook, codes=_codes(*sizes), columns=columns, target=weight, metric=metric)])
+    ClosedForm(rounds=1)([CodedPiece(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))])

@@ -1,6 +1,8 @@
 """How far a half-quantised model has drifted from full precision: gradients on calibration samples, losses on held-out ones."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,19 +13,40 @@ from mgvq.curvature.passes import forward, right_labels
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
 from mgvq.model.pack import PackedBatch
+from mgvq.model.replay import Replay
 from mgvq.types import Batch, Site
 
 AnyBatch = Batch | PackedBatch
 
 
+@dataclass
+class _Teacher:
+    """Of one batch at full precision: the answers' log-probabilities, and outputs of blocks by name with the tokens' weights."""
+
+    logs: Float[Tensor, "answers vocabulary"]
+    blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
 class Drift:
-    """Keeps the answers' log-probabilities of the model as it is when this is made: the teacher of `kl`.
+    """Keeps what the model as it is when this is made says: the teacher.
+
+    `source` of the gradients, all in nats an answer token: `kl`, the divergence of the answers from the teacher's; `sft`, the
+    loss of the right answers; `block`, `1/2 sum_t |g_t|^2 |h_t - h_t^teacher|^2 / dim` of a block's output h, g the gradient of
+    the right answers' summed loss with respect to it: the divergence as it would be were the drift of a token in no special
+    direction. Held-out losses are of the right answers for `sft`, and divergences for the others.
 
     `batches` for gradients and `heldout` for losses must share no sample. Raises UserError where there is no held-out sample.
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[AnyBatch], heldout: Iterable[AnyBatch]) -> None:
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sites: Sequence[Site],
+        batches: Iterable[AnyBatch],
+        heldout: Iterable[AnyBatch],
+        source: str,
+    ) -> None:
+        self.model, self.source = model, source
         self.batches, self.heldout = ([_moved(b, model) for b in part] for part in (batches, heldout))
         if not self.heldout:
             raise UserError(
@@ -32,34 +55,90 @@ class Drift:
         if both := {i for b in self.batches for i in b.sample_ids} & {i for b in self.heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         with torch.inference_mode():
-            self._teacher, self._heldout_teacher = ([self._logs(b) for b in part] for part in (self.batches, self.heldout))
+            self._teacher, self._heldout_teacher = (
+                [_Teacher(self._logs(b)) for b in part] for part in (self.batches, self.heldout)
+            )
+        names = [block_name(block[0]) for block in by_block(sites)]
+        still = [name for name in _parts(model) if not any(site.name.startswith(f"{name}.") for site in sites)]
+        self._replay = Replay(model, [*([name] for name in still), *_rows(sites)])
+        for name in still:
+            self._replay.settle(name)
+        if source == "block":
+            for batch, teacher in zip(self.batches, self._teacher, strict=True):
+                teacher.blocks = self._blocks(names, sites[0], batch)
 
-    def gradient(self, sites: Sequence[Site], source: str) -> Mapping[Site, Float[Tensor, "_ _"]]:
-        """Of the mean loss an answer token with respect to the weights of `sites`, at the model's present weights."""
+    def settle(self, block: Sequence[Site]) -> None:
+        """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
+        if block[0].block is not None:
+            self._replay.settle(block_name(block[0]))
+
+    def unsettle(self) -> None:
+        """All blocks may change again."""
+        self._replay.unsettle()
+
+    def gradient(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "_ _"]]:
+        """Of the mean loss an answer token with respect to the weights of one block's `sites`, at the model's present weights."""
         sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in sites}
         num_answers = 0
-        for batch, teacher in zip(self.batches, self._teacher, strict=True):
-            run = forward(self.model, sites, batch, lambda *_: None, graph=True)
-            loss = _loss(run.logs, batch, teacher, source).sum()
+        for number, (batch, teacher) in enumerate(zip(self.batches, self._teacher, strict=True)):
+            watched = [block_name(sites[0])] if self.source == "block" else []
+            with self._replay(number), _outputs(self.model, watched) as outputs:
+                run = forward(self.model, sites, batch, lambda *_: None, graph=True)
+            if self.source == "block":
+                ((name, output),) = outputs.items()
+                expected, weight = teacher.blocks[name]
+                loss = 0.5 * (weight * (output - expected).square().mean(-1)).sum()
+            else:
+                loss = _loss(run.logs, batch, teacher, self.source).sum()
             num_answers += len(run.logs)
             for site, g in run.backward(loss, last=True).items():
                 sums[site] += (g.flatten(0, -2).T @ run.inputs[site.reads].flatten(0, -2)).double().cpu()
         return {site: (total / max(1, num_answers)).float() for site, total in sums.items()}
 
     @torch.inference_mode()
-    def heldout_loss(self, source: str) -> float:
+    def heldout_loss(self) -> float:
         """Mean over the answer tokens of the held-out samples."""
-        losses = [_loss(self._logs(b), b, t, source) for b, t in zip(self.heldout, self._heldout_teacher, strict=True)]
+        losses = []
+        for number, (batch, teacher) in enumerate(zip(self.heldout, self._heldout_teacher, strict=True)):
+            with self._replay(("heldout", number)):
+                losses.append(_loss(self._logs(batch), batch, teacher, self.source))
         return float(torch.cat(losses).double().mean())
 
     def _logs(self, batch: AnyBatch) -> Float[Tensor, "answers vocabulary"]:
         return answer_logits(self.model, batch).log_softmax(-1)
 
+    def _blocks(self, names: Sequence[str], first: Site, batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        with _outputs(self.model, names) as outputs:
+            run = forward(self.model, [first], batch, lambda *_: None, graph=True)
+        loss = -run.logs.gather(1, right_labels(batch)[:, None]).sum()
+        found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
+        weights = (gradient.square().sum(-1) for gradient in found)
+        return {name: (output.detach(), weight) for (name, output), weight in zip(outputs.items(), weights, strict=True)}
 
-def _loss(logs: Tensor, batch: AnyBatch, teacher: Tensor, source: str) -> Float[Tensor, "answers"]:
-    if source == "kl":
-        return (teacher.exp() * (teacher - logs)).sum(-1)
-    return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
+
+@contextmanager
+def _outputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """What the modules of these names put out while this is open, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[..., None]:
+        def keep(_module: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            seen[name] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(keeper(name)) for name in names]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _loss(logs: Tensor, batch: AnyBatch, teacher: _Teacher, source: str) -> Float[Tensor, "answers"]:
+    if source == "sft":
+        return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
+    return (teacher.logs.exp() * (teacher.logs - logs)).sum(-1)
 
 
 def _moved(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:
@@ -77,3 +156,25 @@ def by_block(sites: Sequence[Site]) -> Iterator[list[Site]]:
         block.append(site)
     if block:
         yield block
+
+
+def _rows(sites: Sequence[Site]) -> list[list[str]]:
+    """The names of the blocks, tower by tower."""
+    rows: dict[str, list[str]] = {}
+    for block in by_block(sites):
+        if block[0].block is not None:
+            rows.setdefault(block[0].tower, []).append(block_name(block[0]))
+    return list(rows.values())
+
+
+def _parts(model: PreTrainedModel) -> list[str]:
+    """The modules that the model is made of, towers and what joins them."""
+    base = model.base_model
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    return [f"{prefix}.{name}" for name, _ in base.named_children()]
+
+
+def block_name(site: Site) -> str:
+    """The module that holds the block of a site: its name up to the block's number; a site outside the blocks is one itself."""
+    parts = site.name.split(".")
+    return site.name if site.block is None else ".".join(parts[: parts.index(str(site.block)) + 1])

@@ -12,17 +12,18 @@ from transformers import PreTrainedModel
 from mgvq.errors import UserError
 from mgvq.formats.grouped import pack_groups
 from mgvq.model.sites import site_weights
-from mgvq.rounding import Layers, Samples, shifted_rounding
+from mgvq.rounding import Layers, Rounded
+from mgvq.shifting import Samples, shifted_rounding
 from mgvq.types import (
     Allocation,
     Codebook,
     Compensation,
     Curvature,
     Grouping,
-    Metric,
     Needs,
     QuantizedWeight,
     RateTable,
+    Refit,
     Sensitivity,
     Shift,
     Site,
@@ -41,6 +42,7 @@ class Method:
     allocation: Allocation
     codebook: Codebook
     compensation: Compensation
+    refit: Refit | None = None
 
     @property
     def shift(self) -> Shift | None:
@@ -57,11 +59,13 @@ class Method:
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The quantised layers; the bits they were predicted to take; tables by layer, piece, channel, block; fallbacks; seconds."""
+    """The quantised layers; the bits they were predicted to take; tables by layer, part, piece, channel, block; fallbacks;
+    seconds."""
 
     weights: Mapping[Site, QuantizedWeight]
     stored_bits: int
     layers: pd.DataFrame
+    proxy: pd.DataFrame
     allocation: pd.DataFrame
     channels: pd.DataFrame
     blocks: pd.DataFrame
@@ -102,16 +106,17 @@ def quantize(
     chosen = method.allocation(table, budget_bits).tolist()
     rates = [table.rates[r] for r in chosen]
 
-    layers = Layers(method.compensation, metrics, scores, ids)
+    layers = Layers(method.compensation, method.refit, weights, metrics, scores, ids)
     if method.shift is None:
-        quantized, blocks = layers.round(fits, rates, sites, flags), pd.DataFrame()
+        rounded, blocks = layers.round(fits, rates, sites, flags), pd.DataFrame()
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
-        quantized, blocks = shifted_rounding(model, sites, bank, method.shift, samples, fits, rates, layers, flags)
+        rounded, blocks = shifted_rounding(model, sites, bank, method.shift, samples, fits, rates, layers, flags)
     return QuantReport(
-        weights=quantized,
+        weights={site: rounded.stored[site] for site in sites},
         stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
-        layers=_layers(weights, quantized, metrics),
+        layers=_layers(sites, weights, rounded),
+        proxy=_proxy(sites, rounded),
         allocation=_allocation(units, table, chosen),
         channels=_channels(scores, groups),
         blocks=blocks,
@@ -120,27 +125,26 @@ def quantize(
     )
 
 
-def _layers(
-    weights: Mapping[Site, Tensor], quantized: Mapping[Site, QuantizedWeight], metrics: Mapping[Site, Metric]
-) -> pd.DataFrame:
-    """Relative squared error of each layer's weight, and of its output in the metric (proxy error; NaN without one)."""
+def _layers(sites: Sequence[Site], weights: Mapping[Site, Tensor], rounded: Rounded) -> pd.DataFrame:
+    """Relative squared error of each layer's weight, and its proxy error in the end (NaN without a metric)."""
     rows = []
-    for site, stored in quantized.items():
+    for site in sites:
         weight = weights[site].float()
-        error = stored.decode().to(weight.device) - weight
-        relative = error.square().sum() / weight.square().sum().clamp(min=1e-30)
-        proxy = float("nan")
-        if metric := metrics.get(site):
-            proxy = _quadratic(error, metric) / max(_quadratic(weight, metric), 1e-30)
-        rows.append((site.name, site.tower, site.kind, site.block, site.num_weights, relative.item(), proxy))
-    return pd.DataFrame(rows, columns=["site", "tower", "kind", "block", "num_weights", "relative_error", "proxy_error"])
+        relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+        proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
+        rows.append({**_place(site), "num_weights": site.num_weights, "relative_error": relative.item(), "proxy_error": proxy})
+    return pd.DataFrame(rows)
 
 
-def _quadratic(matrix: Tensor, metric: Metric) -> float:
-    """`sum_k tr(D_k h_in[k] D_k^T)`, the input side of the metric."""
-    size = -(-len(matrix) // len(metric.h_in))
-    runs = zip(matrix.split(size), metric.h_in, strict=True)
-    return sum(float(((part @ h.to(part)) * part).sum()) for part, h in runs)
+def _proxy(sites: Sequence[Site], rounded: Rounded) -> pd.DataFrame:
+    """The proxy error of each layer by part (`Layers.round`), in the order of the parts; empty without a metric."""
+    return pd.DataFrame(
+        [{**_place(site), "part": part, "proxy_error": error} for site in sites for part, error in rounded.proxy[site].items()]
+    )
+
+
+def _place(site: Site) -> dict[str, object]:
+    return {"site": site.name, "tower": site.tower, "kind": site.kind, "block": site.block}
 
 
 def _allocation(units: Sequence[Unit], table: RateTable, chosen: Sequence[int]) -> pd.DataFrame:

@@ -1,41 +1,96 @@
-"""From chosen rates to stored weights: all layers at once, or block by block towards targets that a gradient has moved."""
+"""From chosen rates to stored weights: tables fitted, codes chosen, tables refitted; and the proxy error after each part."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-import pandas as pd
+import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from mgvq.drift import AnyBatch, Drift, by_block
-from mgvq.errors import UserError
 from mgvq.formats.grouped import GroupedWeight
-from mgvq.model.sites import linear
-from mgvq.types import Compensation, FittedPiece, Metric, QuantizedWeight, Rate, Shift, Site, StatsBank
-from mgvq.units import Fits
+from mgvq.formats.vector import to_vectors
+from mgvq.types import CodedPiece, Compensation, FittedPiece, Metric, QuantizedWeight, Rate, Refit, Site
+from mgvq.units import Fits, Unit
 
 
 @dataclass(frozen=True)
-class Samples:
-    """For gradients, and, disjoint from them, for choosing between steps."""
+class Rounded:
+    """Layers as they are stored and decoded, and their proxy error by part (see `Layers.round`), on the way to here."""
 
-    batches: Sequence[AnyBatch]
-    heldout: Sequence[AnyBatch]
+    stored: dict[Site, QuantizedWeight] = field(default_factory=dict)
+    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)
+    proxy: dict[Site, dict[str, float]] = field(default_factory=dict)
+
+    def __or__(self, later: "Rounded") -> "Rounded":
+        """Both; of layers that both have, what is later."""
+        return Rounded(self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy)
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A layer's pieces by group, and their codes."""
+
+    pieces: list[FittedPiece]
+    codes: list[Tensor]
+
+    def decode(self, like: Tensor) -> Float[Tensor, "out in"]:
+        values = torch.empty(like.shape, device=like.device)
+        for fitted, codes in zip(self.pieces, self.codes, strict=True):
+            values[:, fitted.piece.columns.to(like.device).long()] = fitted.codebook.weight(codes).decode()
+        return values
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Rounds layers to their fitted codebooks. `ids`: the packed group ids by `Site.reads`, of layers with several groups."""
+    """Rounds layers to their fitted codebooks. `weights` are those of full precision, `ids` the packed group ids by
+    `Site.reads`, of layers with several groups."""
 
     compensation: Compensation
+    refit: Refit | None
+    weights: Mapping[Site, Float[Tensor, "_ _"]]
     metrics: Mapping[Site, Metric]
     scores: Mapping[Site, Float[Tensor, "_"]]
     ids: Mapping[str, UInt8[Tensor, "_"]]
 
-    def round(self, fits: Fits, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str]) -> dict[Site, QuantizedWeight]:
-        """`sites` alone; fits and rates are of all units."""
+    def round(
+        self, fits: Fits, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], part: str = "feedback"
+    ) -> Rounded:
+        """`sites` alone; fits and rates are of all units, and `fits.weights` is what is to be rounded.
+
+        The proxy error of a layer is its metric's loss over that of the weight as a whole, by part: `nearest` (no compensation),
+        `part` (the compensation's codes) and `refit`. Empty where there is no metric.
+        """
+        rounded = Rounded()
+        for together in _sharing(fits.units, sites):
+            coded, errors = self._round(fits, rates, together, flags, part)
+            for site, own in coded.items():
+                rounded.decoded[site] = own.decode(fits.weights[site])
+                rounded.stored[site] = self._store(site, own)
+            rounded.proxy.update(errors)
+        return rounded
+
+    def _round(
+        self, fits: Fits, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], part: str
+    ) -> tuple[dict[Site, _Coded], dict[Site, dict[str, float]]]:
+        pieces = self._fitted(fits, rates, sites, flags)
+        errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
+        self._note(errors, "nearest", {site: self._nearest(fits, site, own) for site, own in pieces.items()})
+        coded = {site: self._compensated(fits, site, pieces[site], flags) for site in sites}
+        self._note(errors, part, coded)
+        if self.refit is not None:
+            coded = self._refitted(fits, coded)
+            for _ in range(self.refit.rounds - 1):
+                again = {site: self._compensated(fits, site, own.pieces, []) for site, own in coded.items()}
+                again = self._refitted(fits, again)
+                if not self._loss(fits, again) < self._loss(fits, coded):
+                    break
+                coded = again
+            self._note(errors, "refit", coded)
+        return coded, errors
+
+    def _fitted(
+        self, fits: Fits, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str]
+    ) -> dict[Site, list[FittedPiece]]:
         fitted: dict[Site, list[FittedPiece]] = {site: [] for site in sites}
         for u, unit in enumerate(fits.units):
             if not any(piece.site in fitted for piece in unit.pieces):
@@ -45,89 +100,62 @@ class Layers:
             for piece, codebook in zip(unit.pieces, codebooks, strict=True):
                 if piece.site in fitted:
                     fitted[piece.site].append(FittedPiece(piece, codebook))
-        return {site: self._round(site, fits.weights[site], fitted[site], flags) for site in sites}
+        return {site: sorted(pieces, key=lambda f: f.piece.group) for site, pieces in fitted.items()}
 
-    def _round(self, site: Site, weight: Tensor, fitted: Sequence[FittedPiece], flags: list[str]) -> QuantizedWeight:
-        pieces = sorted(fitted, key=lambda f: f.piece.group)
-        codes = self.compensation.round(weight, self.metrics.get(site), pieces, self.scores[site], flags)
-        stored = tuple(f.codebook.weight(c) for f, c in zip(pieces, codes, strict=True))
+    def _compensated(self, fits: Fits, site: Site, pieces: list[FittedPiece], flags: list[str]) -> _Coded:
+        codes = self.compensation.round(fits.weights[site], self.metrics.get(site), pieces, self.scores[site], flags)
+        return _Coded(pieces, list(codes))
+
+    def _nearest(self, fits: Fits, site: Site, pieces: list[FittedPiece]) -> _Coded:
+        codes = []
+        for fitted in pieces:
+            vectors = to_vectors(fits.columns(fitted.piece), fitted.codebook.vector_length)
+            codes.append(fitted.codebook.encode(vectors, 0, None)[0])
+        return _Coded(pieces, codes)
+
+    def _refitted(self, fits: Fits, coded: Mapping[Site, _Coded]) -> dict[Site, _Coded]:
+        """Unit after unit, each given the others. A unit that other layers have a part in stays as it is."""
+        assert self.refit is not None
+        moved = {site: replace(own, pieces=list(own.pieces)) for site, own in coded.items()}
+        values = {site: own.decode(fits.weights[site]) for site, own in moved.items()}
+        for unit in fits.units:
+            if any(piece.site not in moved for piece in unit.pieces):
+                continue
+            parts = []
+            for piece in unit.pieces:
+                own, columns = moved[piece.site], piece.columns.to(values[piece.site].device).long()
+                target = fits.weights[piece.site].float() - values[piece.site]
+                target[:, columns] = fits.weights[piece.site][:, columns].float()
+                fitted, codes, metric = own.pieces[piece.group], own.codes[piece.group], self.metrics[piece.site]
+                parts.append(CodedPiece(fitted=fitted, codes=codes, target=target, metric=metric))
+            for part, codebook in zip(parts, self.refit(parts), strict=True):
+                piece = part.fitted.piece
+                moved[piece.site].pieces[piece.group] = FittedPiece(piece, codebook)
+                values[piece.site][:, piece.columns.to(part.target.device).long()] = codebook.weight(part.codes).decode()
+        return moved
+
+    def _loss(self, fits: Fits, coded: Mapping[Site, _Coded]) -> float:
+        """Of what was to be rounded."""
+        targets = {site: fits.weights[site].float() for site in coded}
+        return sum(self.metrics[site].loss(own.decode(targets[site]) - targets[site]) for site, own in coded.items())
+
+    def _note(self, errors: dict[Site, dict[str, float]], part: str, coded: Mapping[Site, _Coded]) -> None:
+        for site, own in coded.items():
+            if metric := self.metrics.get(site):
+                weight = self.weights[site].float()
+                errors[site][part] = metric.loss(own.decode(weight) - weight) / max(metric.loss(weight), 1e-30)
+
+    def _store(self, site: Site, coded: _Coded) -> QuantizedWeight:
+        stored = tuple(f.codebook.weight(c) for f, c in zip(coded.pieces, coded.codes, strict=True))
         return stored[0] if site.reads not in self.ids else GroupedWeight(stored, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
 
 
-def shifted_rounding(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
-    bank: StatsBank,
-    shift: Shift,
-    samples: Samples,
-    fits: Fits,
-    rates: Sequence[Rate],
-    layers: Layers,
-    flags: list[str],
-) -> tuple[dict[Site, QuantizedWeight], pd.DataFrame]:
-    """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
-
-    Codebooks are fitted to the moved targets. `model` is as before in the end. The table has a row a block and step that was
-    tried: the gradient's norm, the change of the loss that it predicts, and the loss on the held-out samples. Flag `no_step`: all
-    steps chosen were 0. Raises UserError for a gradient that is zero.
-    """
-    drift = Drift(model, samples.batches, samples.heldout)
-    done: dict[Site, QuantizedWeight] = {}
-    rows: list[dict[str, object]] = []
-    with _restored(model, sites) as weights:
-        fits = fits.moved(weights)  # those of the model change as blocks are quantised
-        for number, block in enumerate(by_block(sites)):
-            gradient = drift.gradient(block, shift.source) if shift.refresh else _static(bank, block)
-            norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
-            undisturbed = number == 0 and shift.source == "kl"  # nothing is quantised yet, and what is left is rounding noise
-            if norm == 0 and not undisturbed:
-                raise UserError(
-                    f"the gradient of {block[0].name} and its block is zero: a gradient-aware compensation has nothing to go by."
-                )
-            trials = []
-            for step in shift.steps[:1] if undisturbed else shift.steps:
-                targets = {s: shift.target(weights[s], layers.metrics[s], gradient[s].to(weights[s].device), step) for s in block}
-                taken: list[str] = []
-                stored = layers.round(fits.moved(targets) if step else fits, rates, block, taken)
-                decoded = {s: w.decode() for s, w in stored.items()}
-                predicted = sum(float((gradient[s] * (decoded[s] - weights[s].float()).cpu()).sum()) for s in block)
-                _install(model, decoded)
-                loss = drift.heldout_loss(shift.source)
-                trials.append((loss, step, stored, decoded, taken))
-                where = {"tower": block[0].tower, "block": block[0].block, "site": block[0].name}
-                rows.append({**where, "gradient_norm": norm, "step": step, "first_order": predicted, "heldout_loss": loss})
-            loss, step, stored, decoded, taken = min(trials, key=lambda t: t[:2])
-            _install(model, decoded)
-            done |= stored
-            flags += taken
-            for row in rows[-len(trials) :]:
-                row["chosen"] = row["step"] == step
-    table = pd.DataFrame(rows)
-    if not table.step[table.chosen].any():
-        flags.append("no_step")
-    return {site: done[site] for site in sites}, table
-
-
-def _static(bank: StatsBank, block: Sequence[Site]) -> dict[Site, Tensor]:
-    gradients = {}
-    for site in block:
-        gradient = bank[site].gradient
-        assert gradient is not None
-        gradients[site] = gradient
-    return gradients
-
-
-def _install(model: PreTrainedModel, weights: Mapping[Site, Tensor]) -> None:
-    for site, weight in weights.items():
-        parameter = linear(model, site).weight
-        parameter.data.copy_(weight)
-
-
-@contextmanager
-def _restored(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """A copy of the weights, which the model has back afterwards, whatever happens inside."""
-    kept = {site: linear(model, site).weight.detach().clone() for site in sites}
-    try:
-        yield kept
-    finally:
-        _install(model, kept)
+def _sharing(units: Sequence[Unit], sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """The sites in runs that share no table with each other; one is refitted and rounded again without the others."""
+    left, linked = list(sites), [{p.site for p in unit.pieces} for unit in units]
+    while left:
+        together = {left[0]}
+        while grown := set().union(*(s for s in linked if s & together)) - together:
+            together |= grown
+        yield [site for site in left if site in together]
+        left = [site for site in left if site not in together]

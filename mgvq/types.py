@@ -142,6 +142,18 @@ class Metric:
     h_in: tuple[Float[Tensor, "in in"], ...]
     h_out: Float[Tensor, "out out"] | None = None
 
+    def loss(self, error: Float[Tensor, "out in"]) -> float:
+        """What is minimised, of an error of the weight; in float32."""
+        size = -(-len(error) // len(self.h_in))
+        total = 0.0
+        for k, h_in in enumerate(self.h_in):
+            rows = slice(k * size, (k + 1) * size)
+            image = error[rows] @ h_in.to(error)
+            if self.h_out is not None:
+                image = self.h_out.to(error)[rows, rows] @ image
+            total += float((image * error[rows]).sum().double())
+        return 0.5 * total
+
     def channel_energy(self) -> Float[Tensor, "in"]:
         """The mean diagonal of `h_in`: how much an error of an input channel counts."""
         return torch.stack([h.diagonal() for h in self.h_in]).mean(0).clamp(min=0)
@@ -318,6 +330,34 @@ class FittedPiece:
     codebook: FittedCodebook
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CodedPiece:
+    """A piece whose codes are chosen.
+
+    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
+    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
+    piece through the metric.
+    """
+
+    fitted: FittedPiece
+    codes: Tensor
+    target: Float[Tensor, "out in"]
+    metric: Metric
+
+
+@runtime_checkable
+class Refit(Protocol):
+    """Moves the tables of one unit to where its chosen codes serve best: one codebook a piece, never a worse one.
+
+    All pieces share their tables and are of different layers. `rounds`: how often the layers are rounded, and refitted after.
+    """
+
+    rounds: int
+
+    def can_refit(self, codebook: FittedCodebook) -> bool: ...
+    def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedCodebook]: ...
+
+
 @runtime_checkable
 class Compensation(Protocol):
     """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to.
@@ -343,11 +383,13 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Shift(Protocol):
-    """Moves the target of rounding by a gradient: `source` (kl | sft), taken again at every block or not, and steps to try."""
+    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block or not, the steps
+    to try, and how often all blocks are gone through."""
 
     source: str
     refresh: bool
     steps: list[float]
+    sweeps: int
 
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float

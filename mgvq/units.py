@@ -78,10 +78,13 @@ class Fits:
 
     def __init__(self, units: Sequence[Unit], codebook: Codebook, weights: Mapping[Site, Tensor], energies: Energies) -> None:
         self.units, self.codebook, self.weights, self.energies = units, codebook, weights, energies
+        self._kept: tuple[Fits, frozenset[int]] | None = None  # whose tables to take, and for which units
         self._done: dict[tuple[int, str], tuple[Sequence[FittedCodebook], list[str]]] = {}
 
     def __call__(self, unit: int, rate: Rate) -> tuple[Sequence[FittedCodebook], list[str]]:
         """One codebook a piece of the unit, and the fallbacks that were taken."""
+        if self._kept is not None and unit in self._kept[1]:
+            return self._kept[0](unit, rate)
         if (unit, rate.name) not in self._done:
             pieces, flags = self.units[unit].pieces, []
             weights = [self.columns(p) for p in pieces]
@@ -91,8 +94,12 @@ class Fits:
         return self._done[unit, rate.name]
 
     def moved(self, targets: Mapping[Site, Tensor]) -> "Fits":
-        """The same for layers some of whose weights were replaced by what is to be rounded instead."""
-        return Fits(self.units, self.codebook, {**self.weights, **targets}, self.energies)
+        """The same with other weights for some layers, to which their units are fitted; a unit that other layers have a part in
+        keeps its tables."""
+        moved = Fits(self.units, self.codebook, {**self.weights, **targets}, self.energies)
+        kept = (u for u, unit in enumerate(self.units) if any(piece.site not in targets for piece in unit.pieces))
+        moved._kept = self, frozenset(kept)
+        return moved
 
     def columns(self, piece: Piece) -> Float[Tensor, "out c"]:
         """The weights of a piece, float32."""

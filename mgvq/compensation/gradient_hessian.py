@@ -1,19 +1,26 @@
 """Gradient-aware second-order compensation: the rounding target is moved by a damped natural-gradient step (method 3.9)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.hessian import Hessian
+from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
-from mgvq.types import Metric
+from mgvq.types import FittedPiece, Metric
+
+SOURCES = ("kl", "block", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GradientHessian(Hessian):
+class GradientHessian:
     """`hessian` about `W~ = W - eta N`, `N = (H_O + g_O I)^-1 G (H_I + g_I I)^-1`, instead of about W.
+
+    With an `output_damping` it is `hessian_two_sided` about W~.
 
     Completing the square of `<G, D> + 1/2 tr(H_O D H_I D^T)` gives exactly this target (method 3.9 i). The full step of a
     gradient from a few samples diverges: `shift_damping` of the mean diagonals is added to both factors, and eta is such that a
@@ -21,30 +28,61 @@ class GradientHessian(Hessian):
     the least loss on held-out samples.
 
     `source`: `kl`, the divergence from the full-precision model with the blocks before this one quantised, so the first block has
-    none; `sft`, the loss of the right answers. `refresh`: taken again at every block; without it once, at full precision (`sft`
-    alone). A reconstruction: the paper's formula is not public.
+    none; `block`, the squared drift of the block's output, every token weighted by the energy of its gradient (no pass through
+    the blocks behind); `sft`, the loss of the right answers. `refresh`: taken again at every block; without it once, at full
+    precision (`sft` alone). `sweeps`: how often the blocks are gone through; from the second time on all of them are quantised.
+    A reconstruction: the paper's formula is not public.
     """
 
-    source: str  # kl | sft
+    damping: float  # share of the mean diagonal of h_in that is added to it
+    output_damping: float | None  # the same of h_out; None: errors are not corrected from row to row
+    source: str  # kl | block | sft
     refresh: bool
+    sweeps: int
     steps: list[float]
     shift_damping: float
+    needs_metric: ClassVar[bool] = True
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.source not in ("kl", "sft"):
-            raise UserError(f"compensation.source must be kl or sft, got {self.source!r}")
-        if self.source == "kl" and not self.refresh:
+        assert self._rounding  # checks the dampings
+        if self.source not in SOURCES:
+            raise UserError(f"compensation.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+        if self.source != "sft" and not self.refresh:
             raise UserError(
-                "compensation.source=kl with refresh=false has no effect: at full precision that gradient is zero. Set "
-                "compensation.refresh=true, or compensation.source=sft."
+                f"compensation.source={self.source} with refresh=false has no effect: at full precision that gradient is zero. "
+                "Set compensation.refresh=true, or compensation.source=sft."
             )
+        if not (isinstance(self.sweeps, int) and self.sweeps >= 1):
+            raise UserError(f"compensation.sweeps must be a whole number >= 1, got {self.sweeps!r}")
+        if self.sweeps > 1 and not self.refresh:
+            raise UserError(f"compensation.sweeps={self.sweeps} goes on with new gradients: set compensation.refresh=true.")
         if not self.steps or self.steps[0] != 0 or sorted(set(self.steps)) != self.steps or self.steps[-1] > 1:
             raise UserError(
                 f"compensation.steps must rise from 0 to at most 1, got {self.steps}: 0 is what the others have to beat."
             )
         if not 0 < self.shift_damping <= 1:
             raise UserError(f"compensation.shift_damping must lie in (0, 1], got {self.shift_damping!r}")
+
+    @property
+    def needs_output_metric(self) -> bool:
+        return self.output_damping is not None
+
+    @property
+    def _rounding(self) -> Hessian | HessianTwoSided:
+        if self.output_damping is None:
+            return Hessian(damping=self.damping)
+        return HessianTwoSided(damping=self.damping, output_damping=self.output_damping)
+
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric | None,
+        pieces: Sequence[FittedPiece],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+    ) -> Sequence[Tensor]:
+        return self._rounding.round(weight, metric, pieces, score, flags)
 
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float

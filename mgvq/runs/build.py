@@ -11,7 +11,7 @@ from mgvq.errors import UserError
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
-STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation")  # what a method is made of
+STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit")  # what a method is made of
 GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
 SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics"}
 # The variants that a group has where it does nothing.

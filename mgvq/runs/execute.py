@@ -22,13 +22,13 @@ from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import FAMILIES, list_sites
 from mgvq.pipeline import Method, QuantReport, quantize
-from mgvq.rounding import Samples
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
+from mgvq.shifting import Samples
 from mgvq.types import CalibrationSet, Site, SiteStats
 
 SCHEMA_VERSION = 1
@@ -66,6 +66,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("quantize")
             tables = {
                 "layers": report.layers,
+                "proxy": report.proxy,
                 "allocation": report.allocation,
                 "channels": report.channels,
                 "blocks": report.blocks,

@@ -35,6 +35,8 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
         for name in ("scope", "sensitivity", "grouping", "compensation"):
             del settings[name]
+    if settings["refit"]["_target_"] is None:  # a stage that came later: runs without it keep the names that they had
+        del settings["refit"]
     return _canonical(settings)
 
 

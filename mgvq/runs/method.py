@@ -22,7 +22,11 @@ def build_method(cfg: DictConfig) -> Method | None:
 def _check_metric(method: Method) -> None:
     users = [
         name
-        for name, uses in (("codebook", method.codebook.needs_energy), ("compensation", method.compensation.needs_metric))
+        for name, uses in (
+            ("codebook", method.codebook.needs_energy),
+            ("compensation", method.compensation.needs_metric),
+            ("refit", method.refit is not None),
+        )
         if uses
     ]
     if users and method.curvature is None:

@@ -5,8 +5,9 @@ import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.compensation.gradient_hessian import GradientHessian
-from mgvq.drift import Drift, by_block
+from mgvq.drift import Drift, block_name, by_block
 from mgvq.errors import UserError
+from mgvq.model.answers import answer_logits
 from mgvq.model.encode import batches
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import linear, list_sites
@@ -14,7 +15,7 @@ from mgvq.types import Metric
 
 
 def compensation(**settings):
-    defaults = dict(damping=0.01, source="kl", refresh=True, steps=[0.0, 0.1], shift_damping=0.05)
+    defaults = dict(damping=0.01, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
     return GradientHessian(**(defaults | settings))
 
 
@@ -26,14 +27,18 @@ def noise(shape, size, seed=0):
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture
-def drift(loaded):
-    """The drift of a model whose first language block is disturbed after the teacher was taken."""
+def drift_of(loaded, source):
     examples = draw()
     parts = (packed_batches(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
-    made = Drift(loaded.model, *parts)
+    return Drift(loaded.model, list_sites(loaded.model, "language"), *parts, source)
+
+
+@pytest.fixture(params=["kl"])
+def drift(loaded, request):
+    """The drift of a model whose first language block is disturbed after the teacher was taken."""
+    made = drift_of(loaded, request.param)
     layer = linear(loaded.model, list_sites(loaded.model, "language")[3])
-    kept = layer.weight.detach().clone()
+    kept = made.whole = layer.weight.detach().clone()
     layer.weight.data.add_(noise(kept.shape, 0.3 * kept.std()))
     yield made
     layer.weight.data.copy_(kept)
@@ -43,65 +48,101 @@ def later_block(model):
     return list(by_block(list_sites(model, "language")))[2]
 
 
-@pytest.mark.parametrize("source", ["kl", "sft"])
-def test_gradients_are_finite_differences_of_the_loss(loaded, drift, source: str) -> None:
+@pytest.mark.parametrize("drift", ["kl", "sft"], indirect=True)
+def test_gradients_are_finite_differences_of_the_loss(loaded, drift) -> None:
     drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher  # the loss of the gradient's own samples
     block = later_block(loaded.model)
-    gradient = drift.gradient(block, source)
+    gradient = drift.gradient(block)
     for site in block[::3]:
         weight = linear(loaded.model, site).weight
         kept, losses = weight.detach().clone(), []
         direction = gradient[site] / gradient[site].norm()
         for sign in (1, -1):
             weight.data.copy_(kept + sign * 1e-2 * direction)
-            losses.append(drift.heldout_loss(source))
+            losses.append(drift.heldout_loss())
         weight.data.copy_(kept)
         slope = (losses[0] - losses[1]) / 2e-2
         assert slope == pytest.approx(float(gradient[site].norm()), rel=2e-2)
 
 
+@pytest.mark.parametrize("drift", ["block"], indirect=True)
+def test_the_gradient_of_a_block_is_a_finite_difference_of_its_drift(loaded, drift) -> None:
+    """The drift is written out here: the block's output and the gradient of the right answers' loss, by hooks of this test."""
+    block = later_block(loaded.model)
+    module = loaded.model.get_submodule(block_name(block[0]))
+    disturbed = linear(loaded.model, list_sites(loaded.model, "language")[3])
+    noisy = disturbed.weight.detach().clone()
+
+    def output(batch, retain=False):
+        seen = []
+        handle = module.register_forward_hook(lambda _m, _i, out: seen.append(out))
+        with torch.set_grad_enabled(retain):
+            logits = answer_logits(loaded.model, batch)
+        handle.remove()
+        return seen[0], logits
+
+    parameter = module.mlp.down_proj.weight.requires_grad_()
+    taught = []
+    disturbed.weight.data.copy_(drift.whole)
+    for batch in drift.batches:
+        expected, logits = output(batch, retain=True)
+        labels = batch.inputs["input_ids"][batch.loss_mask]
+        (energy,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), expected)
+        taught.append((expected.detach(), energy.square().sum(-1), len(labels)))
+    parameter.requires_grad_(False)
+    disturbed.weight.data.copy_(noisy)
+
+    def loss():
+        parts = [(w * (output(b)[0] - e).square().mean(-1)).sum() for b, (e, w, _) in zip(drift.batches, taught, strict=True)]
+        return float(0.5 * sum(parts)) / sum(n for *_, n in taught)
+
+    gradient = drift.gradient(block)
+    for site in block[::3]:
+        weight, losses = linear(loaded.model, site).weight, []
+        kept, direction = weight.detach().clone(), gradient[site] / gradient[site].norm()
+        for sign in (1, -1):
+            weight.data.copy_(kept + sign * 3e-3 * direction)
+            losses.append(loss())
+        weight.data.copy_(kept)
+        assert (losses[0] - losses[1]) / 6e-3 == pytest.approx(float(gradient[site].norm()), rel=2e-2)
+
+
+@pytest.mark.parametrize("drift", ["sft"], indirect=True)
 def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
     examples = draw()
-    single = Drift(
-        loaded.model, batches(loaded.processor, examples.examples, 5), batches(loaded.processor, examples.heldout_examples, 5)
-    )
+    parts = (batches(loaded.processor, part, 5) for part in (examples.examples, examples.heldout_examples))
+    single = Drift(loaded.model, list_sites(loaded.model, "language"), *parts, "sft")
     block = later_block(loaded.model)
-    one, other = drift.gradient(block, "sft"), single.gradient(block, "sft")
+    one, other = drift.gradient(block), single.gradient(block)
     for site in block:
         torch.testing.assert_close(one[site], other[site], rtol=1e-3, atol=1e-4 * float(other[site].abs().max()))
 
 
 def test_a_small_step_against_the_gradient_lowers_the_loss(loaded, drift) -> None:
     drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher
-    block, before = later_block(loaded.model), drift.heldout_loss("kl")
-    gradient = drift.gradient(block, "kl")
+    block, before = later_block(loaded.model), drift.heldout_loss()
+    gradient = drift.gradient(block)
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in block}
     for site in block:
         metric = Metric((torch.eye(site.in_features),), torch.eye(site.out_features))
         shifted = compensation().target(kept[site], metric, gradient[site], 1e-3)
         linear(loaded.model, site).weight.data.copy_(shifted)
-    after = drift.heldout_loss("kl")
+    after = drift.heldout_loss()
     for site in block:
         linear(loaded.model, site).weight.data.copy_(kept[site])
     assert after < before
 
 
 def test_the_divergence_of_an_undisturbed_model_is_zero(loaded) -> None:
-    examples = draw()
-    parts = (packed_batches(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
-    assert Drift(loaded.model, *parts).heldout_loss("kl") == pytest.approx(0, abs=1e-7)
+    assert drift_of(loaded, "kl").heldout_loss() == pytest.approx(0, abs=1e-7)
 
 
 def test_gradient_and_heldout_samples_are_apart(loaded) -> None:
     examples = draw()
     with pytest.raises(AssertionError, match="held out"):
-        Drift(
-            loaded.model,
-            packed_batches(loaded.processor, examples.examples, 2),
-            packed_batches(loaded.processor, examples.examples, 2),
-        )
+        Drift(loaded.model, [], *(packed_batches(loaded.processor, examples.examples, 2) for _ in range(2)), "kl")
     with pytest.raises(UserError, match="heldout_images"):
-        Drift(loaded.model, packed_batches(loaded.processor, examples.examples, 2), [])
+        Drift(loaded.model, [], packed_batches(loaded.processor, examples.examples, 2), [], "kl")
 
 
 def test_the_target_completes_the_square() -> None:
@@ -139,11 +180,37 @@ def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
         torch.testing.assert_close(moved[rows], alone)
 
 
+@pytest.mark.parametrize("scope", ["language", "all"])
+def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: str) -> None:
+    examples, sites = draw(), list_sites(loaded.model, scope)
+    parts = (list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
+    made, plain = (Drift(loaded.model, sites, *p, "kl") for p in zip(*(2 * [part] for part in parts), strict=True))
+    kept = {site: linear(loaded.model, site).weight.detach().clone() for site in sites}
+    try:
+        for _ in range(2):
+            made.unsettle()
+            for block in by_block(sites):
+                for site in block:
+                    weight = linear(loaded.model, site).weight
+                    weight.data.add_(noise(weight.shape, 0.1 * weight.std(), seed=site.in_features))
+                assert made.heldout_loss() == plain.heldout_loss() > 0
+                one, other = made.gradient(block), plain.gradient(block)
+                assert all(torch.equal(one[site], other[site]) for site in block)
+                made.settle(block)
+    finally:
+        for site, weight in kept.items():
+            linear(loaded.model, site).weight.data.copy_(weight)
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
         ({"source": "foem"}, "compensation.source"),
         ({"refresh": False}, "refresh=true"),
+        ({"source": "block", "refresh": False}, "refresh=true"),
+        ({"source": "sft", "refresh": False, "sweeps": 2}, "refresh=true"),
+        ({"sweeps": 0}, "compensation.sweeps"),
+        ({"output_damping": 0.0}, "output_damping"),
         ({"steps": [0.1, 0.2]}, "compensation.steps"),
         ({"steps": [0.0, 2.0]}, "compensation.steps"),
         ({"shift_damping": 0.0}, "shift_damping"),

@@ -8,10 +8,11 @@ import torch
 
 from mgvq.codebook.kmeans import KMeans
 from mgvq.codebook.product import Product
-from mgvq.codebook.refit import CodedPiece, refit
 from mgvq.codebook.residual import Residual
+from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
-from mgvq.types import Metric
+from mgvq.refit.closed_form import ClosedForm
+from mgvq.types import CodedPiece, FittedPiece, Metric, Piece, Site
 
 LAYER = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 KIND = LAYER | dict(share="kind")
@@ -26,6 +27,26 @@ CODEBOOKS = {
 }
 INT8 = {name: type(c)(**{f: getattr(c, f) for f in c.__dataclass_fields__} | dict(table="int8")) for name, c in CODEBOOKS.items()}
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
+
+
+refit = ClosedForm(rounds=1)
+
+
+def a_piece(tables, codes, columns, target, metric):
+    piece = Piece(Site("layer", "language", "layer", None, *target.shape), 0, columns)
+    return CodedPiece(fitted=FittedPiece(piece, tables), codes=codes, target=target, metric=metric)
+
+
+def columns_of(piece):
+    return piece.fitted.piece.columns
+
+
+def tables_of(piece):
+    return piece.fitted.codebook
+
+
+def with_tables(piece, tables):
+    return replace(piece, fitted=replace(piece.fitted, codebook=tables))
 
 
 def normal(*shape, seed=0):
@@ -52,7 +73,7 @@ def coded(codebook, weights, columns, metrics, step=1):
         codes, _ = tables.encode(to_vectors(part, tables.vector_length), 0, None)
         target = 0.1 * weight
         target[:, columns] = part
-        pieces.append(CodedPiece(fitted=tables, codes=codes, columns=columns, target=target, metric=metric))
+        pieces.append(a_piece(tables, codes, columns, target, metric))
     return pieces
 
 
@@ -72,7 +93,7 @@ def quadratic_form(metric, num_out):
 
 def dense_error(piece, values):
     error = -piece.target.double()
-    error[:, piece.columns] += values.double()
+    error[:, columns_of(piece)] += values.double()
     return error.flatten()
 
 
@@ -86,17 +107,17 @@ def objective(pieces, fitted):
 
 def solved(pieces):
     """What the pieces stand for at the optimum, from the normal equations of all centroids."""
-    table, stages = pieces[0].fitted.table, pieces[0].fitted.stages
+    table, stages = tables_of(pieces[0]).table, tables_of(pieces[0]).stages
     normal_matrix, right, designs = 0.0, 0.0, []
     for piece in pieces:
         codes = piece.codes.view(*piece.codes.shape[:2], stages)
         units = torch.eye(table.numel()).view(-1, *table.shape)
         design = torch.stack([
-            VectorWeight(codes, unit, len(piece.columns), None, piece.fitted.scale).decode().flatten() for unit in units
+            VectorWeight(codes, unit, len(columns_of(piece)), None, tables_of(piece).scale).decode().flatten() for unit in units
         ], 1).double()  # fmt: skip
         designs.append(design)
         inside = torch.zeros(piece.target.shape, dtype=torch.bool)
-        inside[:, piece.columns] = True
+        inside[:, columns_of(piece)] = True
         form = quadratic_form(piece.metric, len(piece.target))[inside.flatten()]
         normal_matrix = normal_matrix + design.T @ form[:, inside.flatten()] @ design
         right = right + design.T @ form @ piece.target.double().flatten()
@@ -120,8 +141,8 @@ def test_layers_that_share_tables_are_fitted_together(name):
     for piece, tables, values in zip(pieces, fitted, solved(pieces), strict=True):
         torch.testing.assert_close(tables.weight(piece.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
         assert tables.table is fitted[0].table, "stored once"
-        assert tables.scale is piece.fitted.scale
-    assert objective(pieces, fitted) < objective(pieces, [p.fitted for p in pieces])
+        assert tables.scale is tables_of(piece).scale
+    assert objective(pieces, fitted) < objective(pieces, [tables_of(p) for p in pieces])
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -130,12 +151,12 @@ def test_the_objective_never_rises_as_stored(name, table):
     codebook = (CODEBOOKS if table == "fp16" else INT8)[name]
     for seed in range(5):
         pieces = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
-        before = objective(pieces, [p.fitted for p in pieces])
+        before = objective(pieces, [tables_of(p) for p in pieces])
         once = refit(pieces)
         reached = objective(pieces, once)
         assert reached < before
-        assert once[0].table.dtype == pieces[0].fitted.table.dtype
-        again = [replace(p, fitted=f) for f, p in zip(once, pieces, strict=True)]
+        assert once[0].table.dtype == tables_of(pieces[0]).table.dtype
+        again = [with_tables(p, f) for f, p in zip(once, pieces, strict=True)]
         assert objective(again, refit(again)) <= reached
 
 
@@ -143,19 +164,19 @@ def test_tables_that_storing_would_worsen_are_kept():
     """The best table differs in its largest centroid alone, whose new step would round all others to other values."""
     for seed in range(5):
         piece = unit_of(INT8["kmeans"], seed=seed)[0]
-        largest = piece.fitted.table[0].abs().amax(1).argmax()
-        grown = torch.where(piece.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[:, : len(piece.columns)]
+        largest = tables_of(piece).table[0].abs().amax(1).argmax()
+        grown = torch.where(piece.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[:, : len(columns_of(piece))]
         target = torch.zeros_like(piece.target)
-        target[:, piece.columns] = grown * piece.fitted.weight(piece.codes).decode()
-        assert refit([replace(piece, target=target)])[0] is piece.fitted
+        target[:, columns_of(piece)] = grown * tables_of(piece).weight(piece.codes).decode()
+        assert refit([replace(piece, target=target)])[0] is tables_of(piece)
 
 
 def test_a_centroid_that_no_code_names_stays():
     piece = unit_of(CODEBOOKS["kmeans"])[0]
     codes = torch.where(piece.codes == 1, 0, piece.codes)
     table = refit([replace(piece, codes=codes)])[0].table[0]
-    assert torch.equal(table[1], piece.fitted.table[0, 1])
-    assert not torch.equal(table[0], piece.fitted.table[0, 0])
+    assert torch.equal(table[1], tables_of(piece).table[0, 1])
+    assert not torch.equal(table[0], tables_of(piece).table[0, 0])
 
 
 def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
@@ -177,7 +198,7 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
     costs = [rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten()]
     for _ in range(3):
         for g, columns in enumerate(groups):
-            fitted[g] = refit([CodedPiece(fitted=fitted[g], codes=codes[g], columns=columns, target=rest(g), metric=metric)])[0]
+            fitted[g] = refit([a_piece(fitted[g], codes[g], columns, rest(g), metric)])[0]
             costs.append(rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten())
     assert all(later <= earlier for earlier, later in itertools.pairwise(costs))
     assert costs[2] < costs[1] < costs[0]
@@ -189,5 +210,10 @@ def test_a_metric_of_low_rank_or_none_does_no_harm():
         piece = unit_of(CODEBOOKS["kmeans"])[0]
         flat = replace(piece, metric=Metric((h_in,)))
         fitted = refit([flat])
-        assert objective([flat], fitted) <= objective([flat], [piece.fitted])
+        assert objective([flat], fitted) <= objective([flat], [tables_of(piece)])
         assert fitted[0].table.abs().max() < 10
+
+
+def test_settings_that_make_no_sense_are_named():
+    with pytest.raises(UserError, match=r"refit\.rounds"):
+        ClosedForm(rounds=0)

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mgvq.codebook.vector import FittedTables
+from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.types import Metric
+from mgvq.types import CodedPiece, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
 
@@ -17,61 +18,63 @@ _STEPS = 50  # of the conjugate gradients, at most: enough for 256 centroids of 
 _PRECISION = 1e-8  # of the gradient, relative to the first one
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodedPiece:
-    """A piece whose codes are chosen.
-
-    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
-    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
-    piece through the metric.
-    """
-
-    fitted: FittedTables
-    codes: Int[Tensor, "out v *stages"]
-    columns: Int[Tensor, "c"]
-    target: Float[Tensor, "out in"]
-    metric: Metric
-
-
-def refit(pieces: Sequence[CodedPiece]) -> Sequence[FittedTables]:
-    """The tables of one unit, moved to the minimum of `1/2 sum tr(h_out D h_in D^T)`, D the error of each of its layers.
+@dataclass(frozen=True, kw_only=True)
+class ClosedForm:
+    """The minimum of `1/2 sum tr(h_out D h_in D^T)` over the tables of a unit, D the error of each of its layers.
 
     With the codes given D is linear in the centroids: conjugate gradients from the present ones, in float64, each step of which
     costs two products with the metric. A centroid that no code names stays, and where the metric leaves a choice the present
     ones decide. The result is stored as the tables were (fp16, or int8 with its step); unless it is better than they are, after
-    that rounding, the pieces keep theirs: the objective never rises.
-
-    All pieces hold the same tables and are of different layers. Raises ValueError for centroids beyond fp16.
+    that rounding, the pieces keep theirs: the objective never rises. Raises ValueError for centroids beyond fp16.
     """
-    old = pieces[0].fitted
-    terms = [_Term(piece) for piece in pieces]
-    start = centroids(old.table, old.step).double()
 
-    def total(parts: Sequence[Tables]) -> Tables:
-        return torch.stack(list(parts)).sum(0)
+    rounds: int
 
-    def curvature(move: Tables) -> Tables:
-        return total([term.curvature(move) for term in terms])
+    def __post_init__(self) -> None:
+        if not (isinstance(self.rounds, int) and self.rounds >= 1):
+            raise UserError(f"refit.rounds must be a whole number >= 1, got {self.rounds!r}; refit=none leaves the tables alone.")
 
-    gradient = total([term.gradient(start) for term in terms])
-    table, step = _stored(start + _conjugate_gradients(curvature, -gradient), old)
-    move = centroids(table, step).double() - start
-    change = float((move * (gradient + 0.5 * curvature(move))).sum())
-    return [replace(p.fitted, table=table, step=step) if change < 0 else p.fitted for p in pieces]
+    def can_refit(self, codebook: FittedCodebook) -> bool:
+        return isinstance(codebook, FittedTables)
+
+    def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedTables]:
+        fitted = [_tables(piece) for piece in pieces]
+        old = fitted[0]
+        terms = [_Term(piece) for piece in pieces]
+        start = centroids(old.table, old.step).double()
+
+        def total(parts: Sequence[Tables]) -> Tables:
+            return torch.stack(list(parts)).sum(0)
+
+        def curvature(move: Tables) -> Tables:
+            return total([term.curvature(move) for term in terms])
+
+        gradient = total([term.gradient(start) for term in terms])
+        table, step = _stored(start + _conjugate_gradients(curvature, -gradient), old)
+        move = centroids(table, step).double() - start
+        change = float((move * (gradient + 0.5 * curvature(move))).sum())
+        return [replace(f, table=table, step=step) if change < 0 else f for f in fitted]
+
+
+def _tables(piece: CodedPiece) -> FittedTables:
+    codebook = piece.fitted.codebook
+    assert isinstance(codebook, FittedTables), "can_refit says so"
+    return codebook
 
 
 class _Term:
     """What one layer adds to the objective, as a function of all centroids."""
 
     def __init__(self, piece: CodedPiece) -> None:
-        num_tables, num_centroids, _ = piece.fitted.table.shape
-        stages, device = piece.fitted.stages, piece.codes.device
+        fitted = _tables(piece)
+        num_tables, num_centroids, _ = fitted.table.shape
+        stages, device = fitted.stages, piece.codes.device
         codes = piece.codes.long().view(*piece.codes.shape[:2], stages)
         turn = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
         table = turn[:, None] * stages + torch.arange(stages, device=device)
         self.entries = (table * num_centroids + codes).flatten(0, 1)  # of every vector, in the tables laid end to end
-        self.scale = 1.0 if piece.fitted.scale is None else float(piece.fitted.scale)
-        self.columns, self.target = piece.columns.to(device).long(), piece.target.double()
+        self.scale = 1.0 if fitted.scale is None else float(fitted.scale)
+        self.columns, self.target = piece.fitted.piece.columns.to(device).long(), piece.target.double()
         h_out = piece.metric.h_out
         self.h_out = None if h_out is None else h_out.to(device).double()
         self.h_in = [h.to(device).double()[:, self.columns] for h in piece.metric.h_in]
