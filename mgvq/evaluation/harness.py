@@ -15,7 +15,6 @@ from typing import Any
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a local task has nothing to ask the hub
 
 import tenacity
-import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask, Task
@@ -24,7 +23,7 @@ from lmms_eval.tasks import TaskManager
 from PIL.Image import Image
 from transformers import PreTrainedModel
 
-from mgvq.model.encode import chat_prompt
+from mgvq.model.generate import generate
 
 _GENERATION_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
 
@@ -42,26 +41,14 @@ class InProcessModel(lmms):
         """Keep the model: the base class strips every module off the wrapper after a run."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy unless the task asks otherwise; prompts of like length are batched together; the order is kept."""
-        answers = [""] * len(requests)
-        prompts = [chat_prompt(self.processor, r.args[0]) for r in requests]  # type: ignore[misc]
-        order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), i))
-        for at in range(0, len(order), self.batch_size):
-            part = order[at : at + self.batch_size]
-            images = [_image(self.task_dict, requests[i]) for i in part]
-            inputs = self.processor(images=images, text=[prompts[i] for i in part], return_tensors="pt", padding=True)
-            settings: dict[str, Any] = requests[part[0]].args[1]  # type: ignore[misc]
-            with torch.inference_mode():
-                tokens = self.model.generate(  # type: ignore[operator]
-                    **inputs.to(self.model.device), **{k: settings[k] for k in _GENERATION_KEYS if k in settings}
-                )
-            new = tokens[:, inputs["input_ids"].shape[1] :]
-            texts = self.processor.tokenizer.batch_decode(new, skip_special_tokens=True)
-            for i, text in zip(part, texts, strict=True):
-                for stop in settings.get("until", []):
-                    text = text.split(stop)[0]
-                answers[i] = text.strip()
-        return answers
+        """Greedy unless the task asks otherwise."""
+        settings: dict[str, Any] = requests[0].args[1]  # type: ignore[misc]
+        questions = [(_image(self.task_dict, r), r.args[0]) for r in requests]  # type: ignore[misc]
+        known = {k: settings[k] for k in _GENERATION_KEYS if k in settings}
+        answers = generate(self.model, self.processor, questions, self.batch_size, known)
+        for stop in settings.get("until", []):
+            answers = [text.split(stop)[0] for text in answers]
+        return [text.strip() for text in answers]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise TypeError("multiple-choice tasks are not supported: lmms-eval 0.7.3 cannot score them; use a generating task")

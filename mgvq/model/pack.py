@@ -14,7 +14,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.model.encode import Example, chat_prompt
+from mgvq.model.encode import Example
+from mgvq.model.picture import prefix_inputs, split_prompt, tokens
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
 
@@ -42,10 +43,7 @@ def can_pack(model: PreTrainedModel) -> bool:
 
 
 def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: int) -> Iterator[PackedBatch]:
-    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row.
-
-    Raises ValueError where the processor does not put the image before the question.
-    """
+    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row."""
     rows = [list(group) for _, group in itertools.groupby(examples, key=lambda e: id(e.image))]
     for at in range(0, len(rows), num_pictures):
         yield _pack(processor, rows[at : at + num_pictures])
@@ -53,18 +51,10 @@ def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: in
 
 def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
     tokenizer = processor.tokenizer
-    prompts = [chat_prompt(processor, row[0].question) for row in rows]
-    inputs = processor(images=[row[0].image for row in rows], text=prompts, return_tensors="pt", padding=True)
-    lengths = inputs["attention_mask"].sum(1).tolist()
-    whole = [ids[len(ids) - n :].tolist() for ids, n in zip(inputs["input_ids"], lengths, strict=True)]  # padded on the left
-    prefixes = []
-    for ids, prompt in zip(whole, prompts, strict=True):
-        behind = _tokens(tokenizer, _behind_image(tokenizer, prompt))
-        if ids[len(ids) - len(behind) :] != behind:
-            raise ValueError(f"the prompt {prompt!r} does not end with what follows its image: {tokenizer.decode(ids)!r}")
-        prefixes.append(ids[: len(ids) - len(behind)])
+    starts = [split_prompt(processor, row[0].question)[0] for row in rows]
+    inputs, prefixes = prefix_inputs(processor, [row[0].image for row in rows], starts)
     segments = [[_segment(processor, e) for e in row] for row in rows]
-    length = max(len(p) + sum(len(tokens) for tokens, _ in row) for p, row in zip(prefixes, segments, strict=True))
+    length = max(len(p) + sum(len(ids) for ids, _ in row) for p, row in zip(prefixes, segments, strict=True))
     shape = (len(rows), length)
     ids, positions = torch.full(shape, tokenizer.pad_token_id), torch.zeros(shape, dtype=torch.long)
     owner, loss_mask = torch.full(shape, -1), torch.zeros(shape, dtype=torch.bool)  # owner: 0 the prefix, 1, 2, .. a question
@@ -72,10 +62,10 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
         ids[b, : len(prefix)], owner[b, : len(prefix)] = torch.tensor(prefix), 0
         positions[b, : len(prefix)] = torch.arange(len(prefix))
         begin = len(prefix)
-        for number, (tokens, num_answer) in enumerate(row, start=1):
-            end = begin + len(tokens)
-            ids[b, begin:end], owner[b, begin:end] = torch.tensor(tokens), number
-            positions[b, begin:end] = len(prefix) + torch.arange(len(tokens))
+        for number, (segment, num_answer) in enumerate(row, start=1):
+            end = begin + len(segment)
+            ids[b, begin:end], owner[b, begin:end] = torch.tensor(segment), number
+            positions[b, begin:end] = len(prefix) + torch.arange(len(segment))
             loss_mask[b, end - num_answer : end] = True
             begin = end
     sees = (owner[:, :, None] == owner[:, None, :]) | (owner == 0)[:, None, :]
@@ -93,14 +83,6 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
 def _segment(processor: Any, example: Example) -> tuple[list[int], int]:
     """Tokens from behind the image to the end of the answer, and how many of them are the answer with its end."""
     tokenizer = processor.tokenizer
-    asked = _behind_image(tokenizer, chat_prompt(processor, example.question))
-    tokens = _tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
-    return tokens, len(tokens) - len(_tokens(tokenizer, asked))
-
-
-def _behind_image(tokenizer: Any, prompt: str) -> str:
-    return prompt.rsplit(tokenizer.image_token, 1)[-1]
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
+    _, asked = split_prompt(processor, example.question)
+    whole = tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
+    return whole, len(whole) - len(tokens(tokenizer, asked))

@@ -14,6 +14,7 @@ from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask
 from mgvq.evaluation.tiny_vqa import TinyVQA
 from mgvq.model.answers import answer_logits
 from mgvq.model.encode import Example, batches, encode
+from mgvq.model.generate import generate
 from mgvq.model.pack import can_pack, packed_batches
 
 
@@ -62,6 +63,17 @@ def test_an_error_in_the_model_is_no_wrong_answer(loaded) -> None:
     broken.lm_head = torch.nn.Linear(3, 3)
     with pytest.raises(RuntimeError, match="shapes"):
         evaluate(broken, loaded.processor, TinyVQATask(documents(0, 4)), "x", 4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_questions_that_share_a_picture_get_the_answers_of_questions_alone(loaded, monkeypatch, batch_size: int) -> None:
+    asked = [(e.image.copy(), e.question) for e in examples(60)]
+    asked = [*asked[1::2], *asked[::2]]  # questions about a picture need not follow each other
+    settings = {"max_new_tokens": 32, "do_sample": False}
+    shared = generate(loaded.model, loaded.processor, asked, batch_size, settings)
+    monkeypatch.setattr("mgvq.model.generate.can_pack", lambda _: False)
+    assert shared == generate(loaded.model, loaded.processor, asked, batch_size, settings)
+    assert len(set(shared)) > 20
 
 
 def test_losses_do_not_depend_on_batches(loaded) -> None:

@@ -1,0 +1,92 @@
+"""Answers token by token. Questions about the same picture share what the model has seen of it."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mgvq.model.encode import chat_prompt
+from mgvq.model.pack import can_pack
+from mgvq.model.picture import prefix_inputs, split_prompt, tokens
+
+Question = tuple[Image, str]
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel, processor: Any, questions: Sequence[Question], batch_size: int, settings: Mapping[str, Any]
+) -> list[str]:
+    """The answers in the order of the questions, special tokens left out; `settings` are those of transformers' `generate`.
+
+    `batch_size` pictures are looked at together, and as many questions answered together, those of like length. Where positions
+    are no plain counts (`can_pack`), or pictures take different numbers of tokens, every question looks at its picture itself;
+    the answers are the same (a test holds it).
+    """
+    answers = [""] * len(questions)
+    for run in _runs(questions, batch_size):
+        asked = [questions[i] for i in run]
+        seen = _Seen(model, processor, asked) if can_pack(model) else None
+        order = sorted(range(len(run)), key=lambda i: (len(asked[i][1]), i))
+        for at in range(0, len(order), batch_size):
+            part = order[at : at + batch_size]
+            if seen is not None and seen.alike:
+                inputs = seen.inputs(part)
+            else:
+                images, prompts = zip(*((asked[i][0], chat_prompt(processor, asked[i][1])) for i in part), strict=True)
+                inputs = processor(images=list(images), text=list(prompts), return_tensors="pt", padding=True).to(model.device)
+            sequences: Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
+            new = sequences[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(part, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+                answers[run[i]] = text
+    return answers
+
+
+def _runs(questions: Sequence[Question], num_pictures: int) -> Iterator[list[int]]:
+    """Consecutive questions about at most `num_pictures` pictures."""
+    run: list[int] = []
+    seen: set[bytes] = set()
+    for i, (image, _) in enumerate(questions):
+        seen.add(image.tobytes())
+        if len(seen) > num_pictures:
+            yield run
+            run, seen = [], {image.tobytes()}
+        run.append(i)
+    if run:
+        yield run
+
+
+class _Seen:
+    """The keys and values of some pictures, each computed once."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any, questions: Sequence[Question]) -> None:
+        self._processor, self._device = processor, model.device
+        first: dict[bytes, int] = {}
+        self._picture = [first.setdefault(image.tobytes(), len(first)) for image, _ in questions]
+        shown = {p: question for p, question in zip(self._picture, questions, strict=True)}
+        images, texts = zip(*(shown[p] for p in range(len(first))), strict=True)
+        starts, self._rest = zip(*(split_prompt(processor, text) for _, text in questions), strict=True)
+        inputs, prefixes = prefix_inputs(processor, images, [split_prompt(processor, text)[0] for text in texts])
+        self.alike = len(set(starts)) == 1 and len(set(map(len, prefixes))) == 1
+        if self.alike:
+            inputs = {k: v.to(model.device) for k, v in inputs.items()}
+            self._ids = inputs["input_ids"]
+            self._states = model.base_model(**inputs, use_cache=True).past_key_values
+
+    def inputs(self, part: Sequence[int]) -> dict[str, Any]:
+        """For `generate`: the prompts of some questions, with what was seen. They are padded behind the picture, on the left."""
+        pictures = torch.tensor([self._picture[i] for i in part], device=self._device)
+        pad = self._processor.tokenizer.pad_token_id
+        rests = [tokens(self._processor.tokenizer, self._rest[i]) for i in part]
+        longest = max(map(len, rests))
+        rest = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rests], device=self._device)
+        real = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rests], device=self._device)
+        ids = torch.cat([self._ids[pictures], rest], 1)
+        mask = torch.cat([torch.ones_like(self._ids[pictures]), real], 1)
+        states = copy.copy(self._states)
+        states.layers = [copy.copy(layer) for layer in self._states.layers]  # selecting gives each its own keys and values
+        states.batch_select_indices(pictures)
+        return {"input_ids": ids, "attention_mask": mask, "past_key_values": states}
