@@ -19,7 +19,7 @@ from mgvq.errors import UserError
 
 MODES = ("auto", "online", "offline")
 PROBE_S = 5  # within which a server has to say anything at all
-STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation")
+_NO_STAGES = ("model", "calibration", "evaluation", "tracker")  # groups that are no part of the method
 _IDLE = ("uniform", "one", "none")  # what a stage is called where it does nothing
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class Wandb:
             settings=quiet,
         ) as mirror:
             if (blocks := tables.get("blocks")) is not None:
-                curves = blocks[blocks.chosen][["heldout_loss", "first_order", "gradient_norm", "step"]].add_prefix("blocks/")
+                curves = blocks.loc[blocks.chosen, ["heldout_loss", "first_order", "gradient_norm", "step"]].add_prefix("blocks/")
                 for number in range(len(curves)):
                     mirror.log(curves.iloc[number].to_dict(), step=number)
             mirror.log({f"table/{key}": wandb.Table(dataframe=table, allow_mixed_types=True) for key, table in tables.items()})
@@ -132,7 +132,8 @@ def variants(config: Mapping[str, Any]) -> list[str]:
     """
     if config["codebook"]["_target_"] is None:
         return ["full_precision"]
-    modules = [config[stage]["_target_"].split(".")[-2] for stage in STAGES if config[stage]["_target_"]]
+    groups = [value for key, value in config.items() if isinstance(value, dict) and key not in _NO_STAGES]
+    modules = [target.split(".")[-2] for group in groups if (target := group.get("_target_"))]
     return [module for module in modules if module not in _IDLE]
 
 
