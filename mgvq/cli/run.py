@@ -16,6 +16,7 @@ from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
+from mgvq.runs.tracking import track
 
 register_resolvers()
 SUMMARY = ("tiny_vqa/accuracy", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")
@@ -27,6 +28,7 @@ def hydra_main(cfg: DictConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         check(cfg)
+        tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
         if folder.is_done():
             print("done before; delete the folder to run it again")
@@ -34,8 +36,8 @@ def hydra_main(cfg: DictConfig) -> None:
             from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
 
             execute(cfg, folder)
-            if tracker := build(cfg, "tracker"):
-                tracker(folder.path.name, folder.metrics())
+        if tracker:
+            track(tracker, folder)
     except UserError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # Hydra goes on with the other jobs and exits with 1

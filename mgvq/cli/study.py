@@ -8,7 +8,9 @@ from mgvq.analysis.forecast import detectable, predicted_seconds
 from mgvq.analysis.records import collect
 from mgvq.analysis.render import markdown
 from mgvq.errors import UserError
+from mgvq.runs.build import build
 from mgvq.runs.places import results_folder
+from mgvq.runs.tracking import track
 from mgvq.studies.launch import launch
 from mgvq.studies.plan import build_components, distinct, expand
 from mgvq.studies.spec import read_study
@@ -30,10 +32,11 @@ def main() -> None:
     parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
     parser.add_argument("--jobs", type=_positive, default=1, help="runs side by side, each with one thread (default: 1)")
     parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
+    parser.add_argument("--tracker", choices=("csv", "wandb"), help="mirror every run there (default: as the study file says)")
     arguments = parser.parse_args()
     try:
         study = read_study(arguments.study)
-        runs = expand(study)
+        runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []))
     except UserError as error:
         print(f"mgvq-study: {error}", file=sys.stderr)
         sys.exit(2)
@@ -53,6 +56,9 @@ def main() -> None:
         print(f"mgvq-study: {study.name}, {error}", file=sys.stderr)
         sys.exit(2)
     failures = launch(runs, arguments.jobs)
+    for run in once:  # those that were done before, or killed before they could tell; the others have been told of
+        if run.folder.is_done() and (tracker := build(run.cfg, "tracker")):
+            track(tracker, run.folder)
     for failure in failures:
         print(f"\nFAILED ({failure.returncode}) {' '.join(failure.run.overrides)}\n{failure.output}", file=sys.stderr)
     if failures:

@@ -1,24 +1,27 @@
-"""Trackers: mirrors of a finished run's metrics. The run folder is the truth; losing a tracker loses nothing."""
+"""Tells a tracker of finished runs, each once."""
 
-import csv
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import logging
+
+from mgvq.runs.store import RunFolder
+from mgvq.tracker import Tracker
+
+# In the run folder, after DONE and no part of it: a line a place that has been told. Delete it to tell all again.
+MARK = "TRACKED"
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Csv:
-    """Appends one row a metric to a CSV file with the columns `run, metric, value`."""
+def track(tracker: Tracker, folder: RunFolder) -> None:
+    """Nothing where the tracker's place has been told before. May be called at any time after the run, by any process.
 
-    path: str
-
-    def __call__(self, run: str, metrics: Mapping[str, Any]) -> None:
-        file = Path(self.path)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not file.exists()
-        with file.open("a", newline="") as stream:
-            writer = csv.writer(stream)
-            if fresh:
-                writer.writerow(["run", "metric", "value"])
-            writer.writerows([run, name, value] for name, value in metrics.items())
+    Whatever goes wrong in a tracker ends here, as a warning: the run is finished, and the next call tries again.
+    """
+    mark = folder.path / MARK
+    if mark.is_file() and tracker.place in mark.read_text().splitlines():
+        return
+    try:
+        tracker(folder.path)
+        with mark.open("a") as file:
+            file.write(f"{tracker.place}\n")
+    except Exception as error:
+        retry = "The run is complete; the same command tells it again."
+        log.warning("tracker %s has not got %s (%r). %s", type(tracker).__name__, folder.path, error, retry)

@@ -35,12 +35,12 @@ class PlannedRun:
         return self.cfg.evaluation.get("num_questions")
 
 
-def expand(study: Study) -> list[PlannedRun]:
-    """All runs in the order of the file. Raises UserError, naming the arm, for an override that does not compose."""
+def expand(study: Study, *more: str) -> list[PlannedRun]:
+    """All runs in the order of the file, with `more` overrides. Raises UserError, naming the arm, for what does not compose."""
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return [_plan(study, arm, point, seed) for point in study.points() for arm in study.arms for seed in study.seeds]
+        return [_plan(study, more, arm, point, seed) for point in study.points() for arm in study.arms for seed in study.seeds]
 
 
 def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -51,16 +51,24 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return list(first.values())
 
 
-def _plan(study: Study, arm: str, point: dict[str, Any], seed: int) -> PlannedRun:
+def _plan(study: Study, more: Sequence[str], arm: str, point: dict[str, Any], seed: int) -> PlannedRun:
     values = [f"{key}={'null' if value is None else value}" for key, value in point.items()]
-    overrides = [*study.common, *values, *study.arms[arm], f"seed={seed}"]
+    overrides = [*study.common, *more, *values, *study.arms[arm], f"seed={seed}"]
     try:
         cfg = compose("config", overrides)
+        if "group" in (cfg.tracker or ()):  # it shows runs by study, arm and seed
+            overrides += [f"tracker.group={_quoted(study.name)}", f"tracker.name={_quoted(f'{arm}, seed {seed}')}"]
+            cfg = compose("config", overrides)
         check(cfg)
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
     return PlannedRun(arm, point, seed, tuple(overrides), folder, cfg)
+
+
+def _quoted(text: str) -> str:
+    """As Hydra's override grammar takes any text."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:

@@ -28,7 +28,7 @@ NEEDS = {
     ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
     ("allocation", "transfer"): [f"allocation.source={ROOT / 'tests/config/allocation.parquet'}"],
 }
-NOT_STAGES = {"model": "mgvq.model.source", "tracker": "mgvq.runs.tracking"}
+NOT_STAGES = {"model": "mgvq.model.source"}
 HELPERS = {
     "calibration": {"examples"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
     "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
