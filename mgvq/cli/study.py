@@ -14,7 +14,6 @@ from mgvq.studies.launch import LAUNCHERS, choose, launch
 from mgvq.studies.plan import build_components, distinct, expand
 from mgvq.studies.spec import read_study
 
-
 EPILOG = """\
 Finished runs are never run again; after a failure, or a kill, the same command goes on where it stopped.
 Started twice, on one results folder, a study does no run twice. Ctrl-C ends the runs that were started.

@@ -95,6 +95,7 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
         finally:
             for started in running:
                 started.job.stop()
+                started.reserved.close()
     return failures
 
 

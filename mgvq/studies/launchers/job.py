@@ -40,7 +40,7 @@ class Command:
 
 def command(run: PlannedRun, log: Path) -> Command:
     """The same for every launcher. `log` has to be on a file system that the run sees."""
-    paths = {"PYTHONPATH": os.environ[key] for key in ("PYTHONPATH",) if key in os.environ}
+    paths = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
     return Command(
         [sys.executable, "-m", "mgvq.cli.run", *run.overrides],
         {"MGVQ_RESULTS": str(run.folder.path.parents[1]), **paths},

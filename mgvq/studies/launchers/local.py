@@ -12,7 +12,10 @@ from mgvq.studies.launchers.job import Command, Start, end
 
 @dataclass(frozen=True, kw_only=True)
 class Local:
-    """`jobs` processes side by side. With `gpus` (device numbers) each sees one of them, and shares it where there are more jobs."""
+    """`jobs` processes side by side.
+
+    With `gpus` (device numbers) each sees one of them, and shares it where there are more jobs than devices.
+    """
 
     jobs: int = 1
     gpus: list[int] = field(default_factory=list)
