@@ -1,4 +1,4 @@
-"""Kills a study with all its runs (`kill -9`) at random moments, resumes it, and holds the outcome against an undisturbed study's.
+"""Kills a study with all its runs (`kill -9`) at random moments, resumes it, compares the outcome with an undisturbed one's.
 
     python experiments/resume/kill_and_resume.py --points 50
 

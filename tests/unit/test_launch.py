@@ -118,9 +118,9 @@ def test_each_slot_has_its_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "named"),
     [
-        ("local", "gpus: 0", "gpus must be a list"),
+        ("local", "gpus: [-1]", "gpus must be a list"),
         ("local", "partition: gpu", "partition"),
-        ("slurm", "hours: long", "hours must be a number"),
+        ("slurm", "hours: 0.0", "hours must be a number"),
         ("slurm", "cluster: pbs", "cluster must be slurm or local"),
         ("ray", "cpus: 0", "cpus must be a number >= 1"),
         ("ray", "[", "settings.yaml"),

@@ -1,5 +1,6 @@
 """Tasks of a Ray cluster."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +44,7 @@ class Ray:
 
         cluster = {"num_cpus": self.jobs * self.cpus if self.jobs else None, "include_dashboard": False}
         try:
-            ray.init(self.address, log_to_driver=False, logging_level="error", **({} if self.address else cluster))
+            ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **({} if self.address else cluster))
         except ConnectionError as error:
             raise UserError(f"launcher ray: no cluster at address {self.address!r}: {error}") from error
         # A process of its own for every task: what one leaves behind, no other finds. No retries: a failure is reported.
@@ -66,6 +67,7 @@ class RayJob:
 
     def poll(self) -> int | None:
         import ray
+        import ray.exceptions
 
         if not ray.wait([self.task], timeout=0)[0]:
             return None
@@ -77,6 +79,7 @@ class RayJob:
 
     def stop(self) -> None:
         import ray
+        import ray.exceptions
 
         ray.cancel(self.task)  # interrupts `run_to_end`, which ends the run
         with suppress(ray.exceptions.RayError):

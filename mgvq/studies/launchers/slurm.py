@@ -60,7 +60,18 @@ class Slurm:
             )
         except RuntimeError as error:  # no sbatch
             raise UserError(f"launcher slurm: {error}. Start the study on a login node, or try cluster: local.") from error
-        yield lambda command, slot: SlurmJob(executor.submit(run_to_end, command), command)
+        jobs: list[Any] = []
+
+        def start(command: Command, slot: int) -> SlurmJob:
+            jobs.append(executor.submit(run_to_end, command))
+            return SlurmJob(jobs[-1], command)
+
+        try:
+            yield start
+        finally:
+            if self.cluster == "local":  # Slurm sees to the end of what was cancelled; here nobody else does
+                for job in jobs:
+                    job.wait()
 
 
 @dataclass(frozen=True)
