@@ -3,10 +3,12 @@
 import logging
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -19,6 +21,8 @@ from mgvq.runs.store import RunFolder
 from mgvq.runs.tracking import track
 
 register_resolvers()
+log = logging.getLogger(__name__)
+EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}  # a plugin of Hydra's, and the extra that installs it
 SUMMARY = ("tiny_vqa/accuracy", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")
 
 
@@ -40,7 +44,8 @@ def hydra_main(cfg: DictConfig) -> None:
             track(tracker, folder)
     except UserError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # Hydra goes on with the other jobs and exits with 1
+            log.error("refused: %s", error)
+            raise CompactHydraException(f"mgvq-run: {error}") from None  # Hydra goes on with the other jobs and exits with 1
         print(f"mgvq-run: {error}", file=sys.stderr)
         sys.exit(2)
     metrics = folder.metrics()
@@ -56,6 +61,12 @@ def main() -> None:
     """Entry point."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
+    for plugin, extra in EXTRAS.items():
+        if find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None and any(
+            word.startswith("hydra/launcher=") and plugin in word for word in sys.argv
+        ):
+            print(f"mgvq-run: this launcher needs a plugin of Hydra's: pip install 'mgvq[{extra}]'", file=sys.stderr)
+            sys.exit(2)
     hydra_main()
 
 

@@ -1,6 +1,7 @@
 """`mgvq-study`: run what a study lacks, then print its table."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -11,9 +12,30 @@ from mgvq.errors import UserError
 from mgvq.runs.build import build
 from mgvq.runs.places import results_folder
 from mgvq.runs.tracking import track
-from mgvq.studies.launch import launch
+from mgvq.studies.launch import LAUNCHERS, choose, launch
 from mgvq.studies.plan import build_components, distinct, expand
 from mgvq.studies.spec import read_study
+
+EPILOG = """\
+Finished runs are never run again; after a failure, or a kill, the same command goes on where it stopped.
+Started twice, on one results folder, a study does no run twice. Ctrl-C ends the runs that were started.
+
+  mgvq-study STUDY.yaml --dry                      what would be run, how long it takes, what it can find
+  mgvq-study STUDY.yaml --jobs 2                   two processes on this machine
+  mgvq-study STUDY.yaml --launcher slurm --launcher-config cluster.yaml
+  mgvq-study STUDY.yaml --launcher ray --jobs 8    a Ray cluster on this machine, or at `address`
+
+cluster.yaml holds settings of the launcher, all of them optional:
+
+  local   gpus: [0, 1]                             each run sees one of these devices
+  slurm   partition: gpu                           hours: 4, cpus: 1, memory_gb: 8, gpus: 0 for each run
+          options: {account: a}                    further ones of sbatch
+          setup: [module load cuda]                shell before the run
+          cluster: local                           no Slurm, but processes of this machine: for trying it out
+  ray     address: auto                            a running cluster; cpus: 1, gpus: 0, memory_gb: 0 for each run
+
+Slurm and Ray need the extras mgvq[slurm] and mgvq[ray], and results on a file system that all machines share.
+"""
 
 
 def _positive(text: str) -> int:
@@ -27,14 +49,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="mgvq-study",
         description=__doc__,
-        epilog="Finished runs are never run again; after a failure, or a kill, the same command goes on where it stopped.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs side by side, each with one thread (default: 1)")
+    parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs happen (default: local)")
+    parser.add_argument("--launcher-config", type=Path, metavar="FILE", help="settings of the launcher, see below")
+    parser.add_argument(
+        "--jobs",
+        type=_positive,
+        help="runs side by side, each with one thread (default: 1; slurm, ray: as many as there is room for)",
+    )
     parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
     parser.add_argument("--tracker", choices=("csv", "wandb"), help="mirror every run there (default: as the study file says)")
     arguments = parser.parse_args()
     try:
+        launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
         runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []))
     except UserError as error:
@@ -42,25 +72,35 @@ def main() -> None:
         sys.exit(2)
     once = distinct(runs)
     missing = sum(not run.folder.is_done() for run in once)
-    seconds = predicted_seconds(runs, arguments.jobs)
+    seconds = predicted_seconds(runs, jobs := launcher.jobs or max(1, missing))
     duration = "unknown, no run has finished here yet" if seconds is None else f"about {seconds / 60:.1f} min"
+    if arguments.launcher != "local":
+        duration += f" with room for {jobs}"
     print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
     print(detectable(study, runs, results_folder() / "records"), flush=True)
     if arguments.dry:
         for run in once:
             print("done   " if run.folder.is_done() else "missing", run.folder.path, " ".join(run.overrides))
         return
+    for ended in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ended) is signal.SIG_DFL:
+            signal.signal(ended, signal.default_int_handler)
     try:
         build_components(runs)
+        failures = launch(runs, launcher)
     except UserError as error:
         print(f"mgvq-study: {study.name}, {error}", file=sys.stderr)
         sys.exit(2)
-    failures = launch(runs, arguments.jobs)
+    except KeyboardInterrupt:
+        done = sum(run.folder.is_done() for run in once)
+        print(f"\ninterrupted with {done} of {len(once)} runs done; the same command goes on.", file=sys.stderr)
+        sys.exit(130)
     for run in once:  # those that were done before, or killed before they could tell; the others have been told of
         if run.folder.is_done() and (tracker := build(run.cfg, "tracker")):
             track(tracker, run.folder)
     for failure in failures:
-        print(f"\nFAILED ({failure.returncode}) {' '.join(failure.run.overrides)}\n{failure.output}", file=sys.stderr)
+        words = " ".join(failure.run.overrides)
+        print(f"\nFAILED ({failure.returncode}) {words}\n{failure.output}\nall of it: {failure.log}", file=sys.stderr)
     if failures:
         print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
         sys.exit(1)

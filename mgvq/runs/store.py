@@ -3,25 +3,31 @@
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import yaml
 
 from mgvq.errors import UserError
 
+log = logging.getLogger(__name__)
+
 
 class RunFolder:
     """`results/runs/<id>/`. Used as a context: entering claims and empties the folder, leaving it without an error writes DONE.
 
-    A folder that is done when it is entered stays as it is. A folder without DONE is no result: nothing reads it, and the next
-    run of the same settings starts it afresh. DONE holds the SHA-256 of every file beside it.
+    Of several processes that enter one folder the first fills it while the others wait; the kernel drops the lock of one that
+    dies. A folder that is done when it is entered stays as it is. A folder without DONE is no result: nothing reads it, and the
+    next run of the same settings starts it afresh. DONE holds the SHA-256 of every file beside it, and is written when these are
+    on the disk: a power cut leaves a complete run or none. Processes on several machines need a file system on which `flock`
+    reaches all of them (NFS 4, Lustre mounted with `flock`).
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,16 +46,32 @@ class RunFolder:
             raise UserError(f"{self.path} is not finished (no DONE): its numbers are not used. Run its settings again.")
         return json.loads((self.path / "metrics.json").read_text())
 
-    def __enter__(self) -> "RunFolder":
-        """Raises UserError where another process holds the folder. The kernel drops the lock of a process that dies."""
+    def reserve(self) -> IO[bytes] | None:
+        """For one who is about to start the run in another process: a file to hold open until that has ended.
+
+        None where somebody else has it.
+        """
+        lock = self._lock_file(".reserved")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return None
+        return lock
+
+    def _lock_file(self, suffix: str = "") -> IO[bytes]:
         locks = self.path.parent / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
-        self._lock = (locks / self.path.name).open("w")
+        return (locks / f"{self.path.name}{suffix}").open("wb")
+
+    def __enter__(self) -> "RunFolder":
+        """Waits while another process holds the folder."""
+        self._lock = self._lock_file()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
-            raise UserError(f"{self.path} is being written by another process; wait for it or stop it.") from None
+            log.info("waiting for another process, which is writing %s", self.path)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.path.mkdir(exist_ok=True)
         self._was_done = self.is_done()
         if not self._was_done:
@@ -70,7 +92,11 @@ class RunFolder:
         for file in files:
             with file.open("rb") as stream:
                 digests[str(file.relative_to(self.path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+                os.fsync(stream.fileno())
+        for folder in {self.path.parent, self.path, *(file.parent for file in files)}:
+            _sync_names(folder)
         self._write("DONE", json.dumps(digests, indent=1).encode())
+        _sync_names(self.path)
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         self._write(name, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
@@ -91,3 +117,12 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(self.path / name)
+
+
+def _sync_names(folder: Path) -> None:
+    """Bring to the disk which names the folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

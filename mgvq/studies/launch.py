@@ -1,67 +1,130 @@
-"""Runs what is missing, one process a run, a few side by side."""
+"""Runs what is missing, one process a run, a few side by side, here or on a cluster."""
 
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import IO
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mgvq.errors import UserError
+from mgvq.studies.launchers.job import Job, Launcher, command
+from mgvq.studies.launchers.local import Local
+from mgvq.studies.launchers.ray import Ray
+from mgvq.studies.launchers.slurm import Slurm
 from mgvq.studies.plan import PlannedRun, distinct
+
+LAUNCHERS: dict[str, type[Local] | type[Slurm] | type[Ray]] = {"local": Local, "slurm": Slurm, "ray": Ray}
+
+
+def choose(name: str, jobs: int | None, settings: Path | None) -> Launcher:
+    """A launcher with the settings of a yaml file. Raises UserError for bad ones, and where its package is not installed."""
+    given = {} if jobs is None else {"jobs": jobs}
+    try:
+        read = yaml.safe_load(settings.read_text()) or {} if settings else {}
+        return LAUNCHERS[name](**{**read, **given})
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise UserError(f"{settings} is no file of settings of the launcher {name}: {error}") from error
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended badly, with the end of its output."""
+    """A run that ended badly, with the end of its output. `returncode` is negative for a signal that ended it."""
 
     run: PlannedRun
     returncode: int
     output: str
+    log: Path
 
 
-def launch(runs: Sequence[PlannedRun], jobs: int) -> list[Failure]:
-    """Run every planned run that is not done, `jobs` at a time, each once; a failure does not stop the others.
+@dataclass(frozen=True)
+class _Started:
+    run: PlannedRun
+    job: Job
+    slot: int
+    log: Path
+    reserved: IO[bytes]
+    since: float
 
-    A terminal shows a bar with the time left, a pipe gets a line a finished run (stderr, both).
+
+def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
+    """Run every planned run that is not done, each once; a failure does not stop the others.
+
+    Runs that another study has started are left to it, until they are done or it gives them up. Outputs are kept in
+    `runs/.logs`. A terminal shows a bar with the time left, a pipe gets a line a finished run (stderr, both). When interrupted
+    the started runs are ended.
     """
-    missing = [run for run in distinct(runs) if not run.folder.is_done()]
-    if not missing:
+    waiting = [run for run in distinct(runs) if not run.folder.is_done()]
+    if not waiting:
         return []
+    logs = waiting[0].folder.path.parent / ".logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    slots = list(range(launcher.jobs or len(waiting)))
+    running: list[_Started] = []
     failures: list[Failure] = []
-    console = Console(stderr=True)
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
-    with tempfile.TemporaryDirectory() as scratch, Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=(total := len(missing)))
-        running: dict[subprocess.Popen[bytes], tuple[PlannedRun, Path, float]] = {}
+    with launcher.open(logs) as start, _Report(len(waiting)) as report:
         try:
-            while missing or running:
-                while missing and len(running) < jobs:
-                    run = missing.pop(0)
-                    log = Path(scratch) / f"{run.folder.path.name}.log"
-                    running[_start(run, log)] = run, log, time.monotonic()
-                for process in [p for p in running if p.poll() is not None]:
-                    run, log, started = running.pop(process)
-                    bar.advance(task)
-                    if not console.is_terminal:
-                        state = f"{'FAILED' if process.returncode else 'done'} after {time.monotonic() - started:.0f} s"
-                        words = " ".join(map(str, [*run.point.values(), run.arm, "seed", run.seed]))
-                        print(f"{total - len(missing) - len(running)}/{total} {state}: {words}", file=sys.stderr)
-                    if process.returncode:
-                        failures.append(Failure(run, process.returncode, log.read_text(errors="replace")[-2000:]))
-                time.sleep(0.05)
+            while waiting or running:
+                for run in waiting.copy():
+                    if not slots:
+                        break
+                    if (reserved := run.folder.reserve()) is None:
+                        continue
+                    waiting = [other for other in waiting if other is not run]
+                    if run.folder.is_done():
+                        reserved.close()
+                        report.ended(run, "done by another study")
+                        continue
+                    slot, log = slots.pop(0), logs / f"{run.folder.path.name}.log"
+                    job = start(command(run, log), slot)
+                    running.append(_Started(run, job, slot, log, reserved, time.monotonic()))
+                for started in running.copy():
+                    if (status := started.job.poll()) is None:
+                        continue
+                    running.remove(started)
+                    started.reserved.close()
+                    slots.append(started.slot)
+                    report.ended(started.run, f"{'FAILED' if status else 'done'} after {time.monotonic() - started.since:.0f} s")
+                    if status:
+                        failures.append(Failure(started.run, status, _tail(started.log), started.log))
+                time.sleep(0.1)
         finally:
-            for process in running:
-                process.terminate()
+            for started in running:
+                started.job.stop()
+                started.reserved.close()
     return failures
 
 
-def _start(run: PlannedRun, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mgvq.cli.run", *run.overrides]
-    results = str(run.folder.path.parents[1])
-    with log.open("wb") as output:
-        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "MGVQ_RESULTS": results})
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+
+
+class _Report:
+    """Tells how far a study is."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.number, self.since = total, 0, time.monotonic()
+        self.console = Console(stderr=True, soft_wrap=True, highlight=False)
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("runs", total=total)
+
+    def __enter__(self) -> "_Report":
+        self.bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.bar.stop()
+
+    def ended(self, run: PlannedRun, state: str) -> None:
+        """One more run has ended."""
+        self.number += 1
+        self.bar.advance(self.task)
+        words = " ".join(map(str, [*run.point.values(), run.arm, "seed", run.seed]))
+        left = (time.monotonic() - self.since) / self.number * (self.total - self.number)
+        line = f"{self.number}/{self.total} {state}: {words}" + (f" (about {left / 60:.1f} min left)" if left else "")
+        self.console.print(line, markup=False)

@@ -1,0 +1,143 @@
+"""Kills a study with all its runs (`kill -9`) at random moments, resumes it, compares the outcome with an undisturbed one's.
+
+    python experiments/resume/kill_and_resume.py --points 50
+
+Writes results/tables/resume.md after every kill; exits with 1 if an outcome differs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mgvq.analysis.records import collect
+from mgvq.analysis.report import write_tables
+from mgvq.runs.places import results_folder
+from mgvq.studies.plan import expand
+from mgvq.studies.spec import read_study
+
+STUDY = """
+name: resume
+question: is a study that was killed and resumed the same?
+common: [model=tiny_internvl, scope=language_projector, evaluation.num_questions=8, evaluation.answers=forced]
+arms: {rtn: [method=rtn], kmeans: [method=kmeans, codebook.sample=64]}
+seeds: [0]
+baseline: rtn
+"""
+COMPARED = ("checkpoint/", "samples.parquet", "ledger.parquet", "layers.parquet", "allocation.parquet", "identity.json")
+
+
+def start(study: Path, results: Path) -> subprocess.Popen[bytes]:
+    """The command, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "mgvq.cli.study", str(study), "--jobs", "2"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "MGVQ_RESULTS": str(results)},
+        start_new_session=True,
+    )
+
+
+def finish(study: Path, results: Path) -> float:
+    """Run the study to its end; the seconds that takes. A failure raises with its output."""
+    since = time.monotonic()
+    process = start(study, results)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(errors.decode())
+    return time.monotonic() - since
+
+
+def kill(study: Path, results: Path, seconds: float) -> str:
+    """Kill the study after so many seconds; how far it was, or that it had ended before."""
+    process = start(study, results)
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        return how_far(results)
+    return "the study had ended"
+
+
+def how_far(results: Path) -> str:
+    """By the files that lie there."""
+    runs = [folder for folder in (results / "runs").glob("*") if not folder.name.startswith(".")]
+    if not runs:
+        return "no run had written anything"
+    if (done := sum((run / "DONE").exists() for run in runs)) == 2:
+        return "both runs were done"
+    if done:
+        return "one run was done"
+    if any((run / "ledger.parquet").exists() for run in runs):
+        return "a checkpoint was written"
+    return "a run had begun"
+
+
+def outcome(study: Path, results: Path) -> dict[str, str]:
+    """SHA-256 of the tables, and of the files of every run. Seconds and memory count as 0: no two runs have the same."""
+    os.environ["MGVQ_RESULTS"] = str(results)
+    planned = read_study(study)
+    runs = expand(planned)
+    records = collect(planned, runs)
+    records["metrics"] = [json.dumps(_timeless(json.loads(metrics))) for metrics in records.metrics]
+    write_tables(planned.name, records, results / "compared")
+    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (results / "compared/tables").iterdir()}
+    found["records"] = hashlib.sha256(records.to_json().encode()).hexdigest()
+    for run in runs:
+        written = json.loads((run.folder.path / "DONE").read_text())
+        found |= {f"{run.folder.path.name}/{name}": sha for name, sha in written.items() if name.startswith(COMPARED)}
+    return found
+
+
+def _timeless(metrics: dict[str, object]) -> dict[str, object]:
+    return {name: 0.0 if name.startswith(("time/", "memory/")) else value for name, value in metrics.items()}
+
+
+def table(rows: list[dict[str, object]], seconds: float) -> str:
+    """Markdown: a row for each state in which the study was killed."""
+    frame = pd.DataFrame(rows).groupby("when killed", sort=False).agg(kills=("same", "size"), identical=("same", "sum"))
+    frame.loc["all"] = frame.sum()
+    return (
+        f"{frame.to_markdown()}\n\nA study of two runs, killed at moments drawn uniformly from the {seconds:.0f} s that it takes "
+        "undisturbed, then started again. Identical: tables, records, checkpoints and answers have the same bytes as the "
+        "undisturbed study's.\n"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=50, help="kills (default: 50)")
+    parser.add_argument("--seed", type=int, default=0, help="of their moments (default: 0)")
+    parser.add_argument("--out", type=Path, default=results_folder() / "tables/resume.md", help="the table")
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        study = Path(scratch) / "study.yaml"
+        study.write_text(STUDY)
+        seconds = finish(study, Path(scratch) / "undisturbed")
+        wanted = outcome(study, Path(scratch) / "undisturbed")
+        rows: list[dict[str, object]] = []
+        for number, moment in enumerate(np.random.default_rng(arguments.seed).uniform(0, seconds, arguments.points)):
+            results = Path(scratch) / str(number)
+            state = kill(study, results, moment)
+            finish(study, results)
+            same = outcome(study, results) == wanted
+            rows.append({"when killed": state, "same": same})
+            arguments.out.write_text(table(rows, seconds))
+            print(f"{number + 1}/{arguments.points} after {moment:.1f} s, {state}: {'same' if same else 'DIFFERENT'}", flush=True)
+    print(arguments.out.read_text())
+    sys.exit(not all(row["same"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Processes of this machine."""
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mgvq.errors import UserError
+from mgvq.studies.launchers.job import Command, Start, end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """`jobs` processes side by side.
+
+    With `gpus` (device numbers) each sees one of them, and shares it where there are more jobs than devices.
+    """
+
+    jobs: int = 1
+    gpus: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.gpus, list) and all(type(g) is int and g >= 0 for g in self.gpus)):
+            raise UserError(f"launcher local: gpus must be a list of device numbers such as [0, 1], got {self.gpus!r}.")
+
+    @contextmanager
+    def open(self, scratch: Path) -> Iterator[Start]:
+        def start(command: Command, slot: int) -> Process:
+            seen = {"CUDA_VISIBLE_DEVICES": str(self.gpus[slot % len(self.gpus)])} if self.gpus else {}
+            return Process(command.popen(**seen))
+
+        yield start
+
+
+@dataclass(frozen=True)
+class Process:
+    """A run as a child of this process."""
+
+    process: subprocess.Popen[bytes]
+
+    def poll(self) -> int | None:
+        return self.process.poll()
+
+    def stop(self) -> None:
+        end(self.process)
