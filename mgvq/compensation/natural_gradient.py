@@ -16,9 +16,10 @@ from mgvq.types import Metric
 class NaturalGradient(NoCompensation):
     """Nearest codes of `W - step N`, `N = (H_O + a)^-1 G (H_I + b)^-1`, to which the codebook is fitted too.
 
-    Method: EDSG of RSAVQ (Xu et al. 2025). G is the gradient of the right answers' loss at full precision. RSAVQ draws the error towards the negative natural gradient by
-    `|W - W^ - lambda N|^2`, whose minimum that target is; the unit of its N is not published. Here a and b are `damping` times
-    the mean diagonals, and N is scaled to the norm of W, so that `step` is the share of its norm that a layer moves by.
+    Method: EDSG of RSAVQ (Xu et al. 2025). G is the gradient of the right answers' loss at full precision. RSAVQ draws the error
+    towards the negative natural gradient by `|W - W^ - lambda N|^2`, whose minimum that target is; the unit of its N is not
+    published. Here a and b are `damping` times the mean diagonals, and N is scaled to the norm of W, so that `step` is the share
+    of its norm that a layer moves by.
 
     Raises UserError for a metric without an output factor or with several input factors.
     """

@@ -18,8 +18,8 @@ class GridWeight:
     """Codes are integers of [0, 2^bits), `middle` is `(2^bits - 1) / 2`: no zero point is stored, and 0 is between two levels.
 
     `scale_codes` are integers of [0, 2^scale_bits) into scales that rise geometrically from `span[0]` to `span[1]`; the last
-    group of a row may be shorter than `group_size`. `channels`: `pack_channels` of the code of every input channel, which divides its
-    column by `2^(code / 2)`; layers that read the same activations hold the same object, which is then stored once.
+    group of a row may be shorter than `group_size`. `channels`: `pack_channels` of the code of every input channel, which divides
+    its column by `2^(code / 2)`; layers that read the same activations hold the same object, which is then stored once.
     """
 
     codes: Int[Tensor, "out in"]
