@@ -16,7 +16,7 @@ from mgvq.types import Piece, Rate
 
 _TRIES = tuple(2 ** (-i / 4) for i in range(12))  # of the scale that spans all weights of a group
 _RANGE = 16.0  # of a layer's scales: the largest over the smallest, at most
-_SMALLEST = 2.0**-14  # of the normal fp16 numbers
+_SMALLEST = 2.0**-24  # of the fp16 numbers above 0
 _HALF_MAX = 65000.0
 
 

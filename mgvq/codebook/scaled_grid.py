@@ -20,8 +20,8 @@ class ScaledGrid(Grid):
 
     The exponent a is the one of `num_exponents` in [0, 1), 0 among them, with the least output error `tr(D H D^T)` of round to
     nearest, H the input side of the metric; layers that read the same activations share it, as their channels, and their errors
-    add up. s_c is rounded to a power of sqrt(2) and spans a factor of 11, the channel of most activation at its top: 3 bits a
-    channel, stored (AWQ folds s into the layer before, where it would cost the same rows a scale).
+    add up. s_c is rounded to a power of sqrt(2) and spans a factor of 11 at most, below the channel of most activation: 3 bits a
+    channel, stored and counted (AWQ folds s into the norm or layer before).
     """
 
     num_exponents: int
@@ -75,9 +75,9 @@ class ScaledGrid(Grid):
 
 
 def _channel_codes(power: Float[Tensor, "c"], exponent: float) -> Int[Tensor, "c"]:
-    """Steps of sqrt(2) of `power^(exponent / 2)`, counted down from the largest."""
-    down = exponent * (power.max() / power.clamp(min=1e-30)).log2()
-    return (2**CHANNEL_BITS - 1 - down.round()).clamp(min=0).int()
+    """Steps of sqrt(2) of `power^(exponent / 2)` above the smallest, or above 1/11 of the largest; all 0 for exponent 0."""
+    down = (exponent * (power.max() / power.clamp(min=1e-30)).log2()).round().clamp(max=2**CHANNEL_BITS - 1)
+    return (down.max() - down).int()
 
 
 def _output_error(weight: Float[Tensor, "out c"], fitted: FittedGrid, gram: Float[Tensor, "c c"]) -> float:

@@ -229,7 +229,7 @@ def awq_search(layers, x, token_weights):
     for exponent in (i / 20 for i in range(20)):
         wanted = power.sqrt() ** exponent
         steps = (2 * (wanted.max() / wanted).log2()).round().clamp(max=7)
-        stretch = 2 ** ((7 - steps) / 2)
+        stretch = 2 ** ((steps.max() - steps) / 2)
         tried, loss = [], 0.0
         for item in layers:
             wide = (item.weight * stretch.float()).float()
