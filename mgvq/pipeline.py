@@ -98,7 +98,9 @@ def quantize(
     groups = method.grouping(scores, bank)
 
     units = cut_units(groups, scores, method.codebook)
-    fits = Fits(units, method.codebook, weights, {site: metric.channel_energy() for site, metric in metrics.items()})
+    whole = method.codebook.needs_gram
+    energies = {site: metric.mean_gram() if whole else metric.channel_energy() for site, metric in metrics.items()}
+    fits = Fits(units, method.codebook, weights, energies)
     table = rate_table(fits, scores, method.allocation.distortion)
     ids = {site.reads: pack_groups(group) for site, group in groups.items() if group.max() > 0}
     id_bits = sum(8 * packed.nbytes for packed in ids.values())

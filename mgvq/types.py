@@ -158,6 +158,10 @@ class Metric:
         """The mean diagonal of `h_in`: how much an error of an input channel counts."""
         return torch.stack([h.diagonal() for h in self.h_in]).mean(0).clamp(min=0)
 
+    def mean_gram(self) -> Float[Tensor, "in in"]:
+        """The mean of `h_in`."""
+        return torch.stack(self.h_in).mean(0)
+
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
@@ -229,12 +233,15 @@ class FittedCodebook(Protocol):
 class Codebook(Protocol):
     """Offers rates; fits the pieces of a unit at one of them, and predicts the exact bits of that from the shapes alone.
 
-    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike. `needs_energy` says whether it is
-    looked at. `name` names the unit: the random stream of the fit. Fallbacks that were taken are appended to `flags`.
+    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike; where `needs_gram`, how the errors of
+    two channels count together (`Metric.mean_gram`). `needs_energy` says whether it is looked at. `name` names the unit: the
+    random stream of the fit. Fallbacks that were taken are appended to `flags`.
     """
 
     @property
     def needs_energy(self) -> bool: ...
+    @property
+    def needs_gram(self) -> bool: ...
     def rates(self) -> Sequence[Rate]: ...
     def unit(self, piece: Piece) -> str:
         """Pieces of one name share a table and a rate."""
@@ -246,7 +253,7 @@ class Codebook(Protocol):
         name: str,
         weights: Sequence[Float[Tensor, "out c"]],
         rate: Rate,
-        energy: Sequence[Float[Tensor, "c"] | None],
+        energy: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
         flags: list[str],
     ) -> Sequence[FittedCodebook]: ...
 

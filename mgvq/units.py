@@ -12,7 +12,7 @@ from torch import Tensor
 from mgvq.formats.vector import to_vectors
 from mgvq.types import Codebook, FittedCodebook, Piece, Rate, RateTable, Site, UnitInfo
 
-Energies = Mapping[Site, Float[Tensor, "_"]]
+Energies = Mapping[Site, Float[Tensor, "_"] | Float[Tensor, "_ _"]]  # of channels, or of pairs of them (`Codebook.fit`)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Fits:
         if (unit, rate.name) not in self._done:
             pieces, flags = self.units[unit].pieces, []
             weights = [self.columns(p) for p in pieces]
-            energies = [self.energies[p.site][p.columns] if p.site in self.energies else None for p in pieces]
+            energies = [_of_columns(self.energies[p.site], p) if p.site in self.energies else None for p in pieces]
             fitted = self.codebook.fit(self.units[unit].info.name, weights, rate, energies, flags)
             self._done[unit, rate.name] = fitted, flags
         return self._done[unit, rate.name]
@@ -114,6 +114,10 @@ class Fits:
             energy = weight.square().sum(0)
             errors.append(torch.where(energy > 0, (weight - values).square().sum(0) / energy.clamp(min=1e-30), 0.0))
         return errors
+
+
+def _of_columns(energy: Float[Tensor, "_"] | Float[Tensor, "_ _"], piece: Piece) -> Tensor:
+    return energy[piece.columns] if energy.ndim == 1 else energy[piece.columns][:, piece.columns]
 
 
 def rate_table(

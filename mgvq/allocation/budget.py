@@ -80,6 +80,12 @@ def log_density(table: RateTable) -> Float[Tensor, "u"]:
     return logs - (logs @ sizes(table)) / sizes(table).sum()
 
 
+def layer_numbers(table: RateTable) -> Int[Tensor, "u"]:
+    """Which layer a unit is of (its first piece, where layers share), counted from 0."""
+    numbers: dict[tuple[str, str, int | None], int] = {}
+    return torch.tensor([numbers.setdefault((u.tower, u.kind, u.block), len(numbers)) for u in table.units])
+
+
 Key = Callable[[int, int, int], Any]
 
 

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.allocation.budget import check_positive, legal_rates, log_density, round_wishes, sizes
+from mgvq.allocation.budget import check_positive, layer_numbers, legal_rates, log_density, round_wishes, sizes
 from mgvq.errors import UserError
 from mgvq.types import RateTable
 
@@ -56,9 +56,8 @@ class Threshold:
 
     def _quantiles(self, table: RateTable) -> Float[Tensor, "u"]:
         density, weights = log_density(table), sizes(table)
-        layers: dict[tuple[str, str, int | None], int] = {}
-        keys = [layers.setdefault((u.tower, u.kind, u.block), len(layers)) if self.within == "layer" else 0 for u in table.units]
-        layer, quantiles = torch.tensor(keys), torch.empty_like(density)
+        layer = layer_numbers(table) if self.within == "layer" else torch.zeros(len(table.units), dtype=torch.int64)
+        quantiles = torch.empty_like(density)
         for i in layer.unique():
             d, w = density[layer == i], weights[layer == i]
             below, same = (compare(d, d[:, None]).double() @ w for compare in (torch.lt, torch.eq))

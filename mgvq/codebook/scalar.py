@@ -55,6 +55,7 @@ class Scalar:
     clip: str  # min_max | mse
 
     needs_energy: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):

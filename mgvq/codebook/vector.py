@@ -149,6 +149,10 @@ class VectorCodebook(ABC):
     def needs_energy(self) -> bool:
         return self.weight_power > 0
 
+    @property
+    def needs_gram(self) -> bool:
+        return False
+
     @abstractmethod
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         """The tables of that size that the variant takes."""
@@ -188,7 +192,7 @@ class VectorCodebook(ABC):
         Raises ValueError for weights that are not finite, and UserError where energies are asked for and there are none.
         """
         layout = self.layouts()[rate]
-        sources = [self._source(w, e, layout.vector_length) for w, e in zip(weights, energy, strict=True)]
+        sources = [self._source(w, self._importance(w, e), layout.vector_length) for w, e in zip(weights, energy, strict=True)]
         if self.weight_power and any(e is not None and not e.max() > 0 for e in energy):
             flags.append(f"no_activation:{name}")
         tables, steps, num_reseeded = [], [], 0
@@ -220,42 +224,48 @@ class VectorCodebook(ABC):
     def _lengths(self) -> list:
         return self.vector_length if isinstance(self.vector_length, list) else [self.vector_length]
 
-    def _source(self, weight: Float[Tensor, "out c"], energy: Float[Tensor, "c"] | None, vector_length: int) -> "_Source":
+    def _source(self, weight: Float[Tensor, "out c"], importance: Float[Tensor, "c"], vector_length: int) -> "Source":
         scale = None
         if self.share != "layer":
             mean = exact_sum(weight.double().square()) / weight.numel()
             scale = torch.tensor(max(mean**0.5, _SMALLEST_SCALE), device=weight.device).half()
-        importance = torch.ones(weight.shape[1], device=weight.device)
-        if self.weight_power:
-            if energy is None:
-                raise UserError(
-                    f"codebook.weight_power={self.weight_power} weighs channels by their energy, but there are no statistics: "
-                    "choose a curvature and a calibration set, or codebook.weight_power=0"
-                )
-            if energy.max() > 0:
-                importance = (energy.to(weight.device) / energy.max()).float() ** self.weight_power
         vectors = to_vectors(weight, vector_length)
         if weight.shape[1] % vector_length == 0 and (importance == importance[0]).all():
-            return _Source(vectors, scale, None)
-        return _Source(vectors, scale, to_vectors(importance[None], vector_length)[0])
+            return Source(vectors, scale, None)
+        return Source(vectors, scale, to_vectors(importance[None], vector_length)[0])
+
+    def _importance(self, weight: Float[Tensor, "out c"], energy: Float[Tensor, "c"] | None) -> Float[Tensor, "c"]:
+        """How much each channel counts, 1 the most."""
+        if self.weight_power and energy is None:
+            raise UserError(
+                f"codebook.weight_power={self.weight_power} weighs channels by their energy, but there are no statistics: "
+                "choose a curvature and a calibration set, or codebook.weight_power=0"
+            )
+        if not self.weight_power or energy is None or not energy.max() > 0:
+            return torch.ones(weight.shape[1], device=weight.device)
+        return (energy.to(weight.device) / energy.max()).float() ** self.weight_power
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """The vectors of a piece, its scale, and the weight of their coordinates: 0 for padding; None: all alike."""
+class Source:
+    """The vectors of a piece, its scale, and the weight of their coordinates: 0 for padding; None: all alike.
+
+    `rows`: the weight of whole rows beside that, in the fit alone.
+    """
 
     vectors: Float[Tensor, "out v d"]
     scale: Float[Tensor, ""] | None
     importance: Float[Tensor, "v d"] | None
+    rows: Float[Tensor, "out"] | None = None
 
-    def turn(self, turn: int, turns: int) -> "_Source":
+    def turn(self, turn: int, turns: int) -> "Source":
         """Every `turns`-th vector of a row."""
         importance = None if self.importance is None else self.importance[turn::turns]
-        return _Source(self.vectors[:, turn::turns], self.scale, importance)
+        return Source(self.vectors[:, turn::turns], self.scale, importance, self.rows)
 
 
 def _draw(
-    sources: Sequence[_Source], limit: int, draws: torch.Generator
+    sources: Sequence[Source], limit: int, draws: torch.Generator
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"] | None]:
     """At most `limit` vectors of all sources (0: all of them), over their scales, and the importance of their coordinates."""
     sizes = [s.vectors.shape[0] * s.vectors.shape[1] for s in sources]
@@ -268,8 +278,10 @@ def _draw(
         per_row = max(1, source.vectors.shape[1])
         found = source.vectors[own // per_row, own % per_row].float()
         points.append(found if source.scale is None else found / source.scale.float())
-        weight.append(torch.ones_like(found) if source.importance is None else source.importance[own % per_row])
-    return torch.cat(points), None if all(s.importance is None for s in sources) else torch.cat(weight)
+        counts = torch.ones_like(found) if source.importance is None else source.importance[own % per_row]
+        weight.append(counts if source.rows is None else counts * source.rows[own // per_row, None])
+    plain = all(s.importance is None and s.rows is None for s in sources)
+    return torch.cat(points), None if plain else torch.cat(weight)
 
 
 def _num_turns(layout: Layout, widths: Sequence[int]) -> int:

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.grid import GridWeight
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.vector import VectorWeight, index_width
 
-PIECES = {f.format: f for f in (ScalarWeight, VectorWeight)}  # what a group can be stored as
+PieceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
+PIECES = {f.format: f for f in get_args(PieceWeight)}  # what a group can be stored as
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class GroupedWeight:
     Layers that read the same activations hold the same `groups` object, which is then stored once.
     """
 
-    pieces: tuple[ScalarWeight | VectorWeight, ...]
+    pieces: tuple[PieceWeight, ...]
     groups: UInt8[Tensor, "bytes"]
     num_in: int
 

@@ -2,6 +2,8 @@
 
 from omegaconf import DictConfig
 
+from mgvq.codebook.columns import Columns
+from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.pipeline import Method
@@ -37,6 +39,11 @@ def _check_metric(method: Method) -> None:
     if method.compensation.needs_output_metric and not isinstance(method.curvature, KroneckerFisher):
         raise UserError(
             "this compensation weighs output channels too, for which only curvature=kronecker has a metric: choose that one."
+        )
+    if isinstance(method.compensation, HessianTwoSided) and isinstance(method.codebook, Columns):
+        raise UserError(
+            "compensation=hessian_two_sided corrects errors from row to row, but a vector of codebook=columns takes several rows "
+            "at once: choose codebook=kmeans, or compensation=hessian."
         )
     if method.curvature is not None and not users:
         raise UserError(

@@ -78,9 +78,9 @@ def test_every_study_expands_and_bears_its_folders_name(study: Path) -> None:
 
 
 def test_command_line_wins_over_preset_wins_over_group() -> None:
-    assert composed().allocation.tolerance == 0.01
-    assert composed("method=rtn").allocation.tolerance == 0.15
-    assert composed("method=rtn", "allocation.tolerance=0.2").allocation.tolerance == 0.2
+    assert composed("codebook=kmeans").codebook.weight_power == 0.0
+    assert composed("method=kmeans_ldlq").codebook.weight_power == 0.5
+    assert composed("method=kmeans_ldlq", "codebook.weight_power=0.2").codebook.weight_power == 0.2
 
 
 def test_identity_follows_what_moves_numbers() -> None:
@@ -156,6 +156,7 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["sensitivity=weight_norm", "grouping=modality"], "sensitivity has no effect"),
         (["grouping=modality"], "grouping reads statistics"),
         (["method=kmeans_ldlq", "calibration=none"], "curvature reads statistics"),
+        (["method=yaqa", "codebook=columns"], "codebook=kmeans"),
     ],
 )
 def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named: str) -> None:
@@ -215,5 +216,6 @@ def test_no_torch_for_planning() -> None:
 def test_the_shipped_default_is_what_help_shows() -> None:
     done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    for word in ("codebook: kmeans, none, product, residual, scalar", "method=kmeans", "bits_per_weight: 2.0"):
+    codebooks = "codebook: columns, grid, kmeans, none, product, residual, scalar, scaled_grid"
+    for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout

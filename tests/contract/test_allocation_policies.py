@@ -22,7 +22,8 @@ OFF = dict(min_bits=None, min_bits_kv=None)
 BY_SCORE = {
     "threshold-model": Threshold(thresholds=[0.25, 0.75], steps=[-0.5, 0.0, 0.5], within="model", **OFF),
     "threshold-layer": Threshold(thresholds=[0.4], steps=[0.0, 1.0], within="layer", **OFF),
-    "ratio": Ratio(**OFF),
+    "ratio": Ratio(within="model", **OFF),
+    "ratio-layer": Ratio(within="layer", **OFF),
     "water_filling": WaterFilling(**OFF),
 }
 BY_LOSS = {
@@ -244,6 +245,7 @@ FINE = {
         *((p, f, v) for p in FINE if p != "uniform" for f in OFF for v in (0, -1.0, float("nan"), float("inf"), "2", True)),
         ("threshold", "thresholds", [0.5, 0.5]), ("threshold", "thresholds", [0.0, 0.5]), ("threshold", "thresholds", [0.5, 1.0]),
         ("threshold", "steps", [0.0, 1.0]), ("threshold", "steps", [0.0, 0.0, 1.0]), ("threshold", "within", "tower"),
+        ("ratio", "within", "tower"),
         ("greedy", "distortion", "guessed"), ("exact", "distortion", None),
         ("exact", "gap", -1e-4), ("exact", "gap", 1.0), ("exact", "gap", float("nan")),
         ("exact", "time_limit", 0), ("exact", "time_limit", float("nan")),

@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgvq.codebook.columns import Columns
+from mgvq.codebook.grid import Grid
 from mgvq.codebook.kmeans import KMeans
 from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
+from mgvq.codebook.scaled_grid import ScaledGrid
 from mgvq.types import Codebook, FittedCodebook, Piece, QuantizedWeight, Site
 
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 CODEBOOKS = {
     **{f"scalar-{g}-{c}": Scalar(group_size=g, clip=c) for g, c in [(64, "min_max"), (5, "min_max"), (5, "mse"), (None, "mse")]},
+    **{f"grid-{g}-{b}": Grid(group_size=g, scale_bits=b) for g, b in [(5, 4), (None, 2), (64, 1)]},
+    "scaled_grid": ScaledGrid(group_size=8, scale_bits=3, num_exponents=4),
     **{f"kmeans-layer-{d}": KMeans(**VECTORS | dict(vector_length=d)) for d in (1, 4)},
     "kmeans-kind-3": KMeans(**VECTORS | dict(share="kind", vector_length=3)),
     "kmeans-input-2": KMeans(**VECTORS | dict(share="input")),
@@ -29,6 +34,8 @@ CODEBOOKS = {
     "product-kind-int8": Product(**VECTORS | dict(share="kind", table="int8", vector_length=4), num_tables=2),
     "residual-layer": Residual(**VECTORS | dict(vector_length=4)),
     "residual-kind-int8": Residual(**VECTORS | dict(share="kind", table="int8", vector_length=3)),
+    "columns-layer": Columns(**VECTORS),
+    "columns-kind-int8": Columns(**VECTORS | dict(share="kind", table="int8", weight_power=1.0)),
 }  # fmt: skip
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
@@ -61,8 +68,9 @@ def weights_of(members):
     return [sizes[p.site.name] * torch.randn(*p.shape, generator=draws) for p in members]
 
 
-def energies_of(members):
-    return [torch.linspace(0.1, 4, p.shape[1]) for p in members]
+def energies_of(members, codebook):
+    energies = [torch.linspace(0.1, 4, p.shape[1]) for p in members]
+    return [e.diag() + 0.05 for e in energies] if codebook.needs_gram else energies
 
 
 def units(codebook, num_groups=1):
@@ -73,7 +81,7 @@ def units(codebook, num_groups=1):
 
 
 def fit(codebook, name, members, rate, flags=None):
-    energies = energies_of(members) if codebook.needs_energy else [None] * len(members)
+    energies = energies_of(members, codebook) if codebook.needs_energy else [None] * len(members)
     return codebook.fit(name, weights_of(members), rate, energies, [] if flags is None else flags)
 
 
@@ -172,10 +180,10 @@ def test_the_same_seed_gives_the_same_bytes(codebook, num_groups):
 @each_codebook
 def test_weights_and_energies_are_left_alone(codebook):
     for name, members in units(codebook).items():
-        weights, energies = weights_of(members), energies_of(members)
+        weights, energies = weights_of(members), energies_of(members, codebook)
         codebook.fit(name, weights, codebook.rates()[1], energies if codebook.needs_energy else [None] * len(members), [])
         assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(members), strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(energies, energies_of(members), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(energies, energies_of(members, codebook), strict=True))
 
 
 @each_codebook
@@ -202,7 +210,7 @@ def test_pieces_of_a_unit_are_one_group_and_units_are_of_one_tower(codebook):
         assert len({(p.group, p.site.tower) for p in members}) == 1
 
 
-NAMES = ["scalar-5-mse", "kmeans-weighted", "product-kind-int8", "residual-layer"]
+NAMES = ["scalar-5-mse", "grid-5-4", "scaled_grid", "columns-kind-int8", "kmeans-weighted", "product-kind-int8", "residual-layer"]
 
 
 def digest():
@@ -227,7 +235,7 @@ def test_a_gpu_gives_the_bytes_of_the_cpu(name):
         stored = []
         for device in ("cpu", "cuda"):
             weights = [w.to(device) for w in weights_of(members)]
-            energies = [e.to(device) if codebook.needs_energy else None for e in energies_of(members)]
+            energies = [e.to(device) if codebook.needs_energy else None for e in energies_of(members, codebook)]
             fitted = codebook.fit(unit, weights, codebook.rates()[2], energies, [])
             codes = [f.encode(vectors_of(w, f.vector_length), 0, None)[0] for f, w in zip(fitted, weights, strict=True)]
             quantized = [f.weight(c) for f, c in zip(fitted, codes, strict=True)]

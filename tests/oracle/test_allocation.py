@@ -22,7 +22,7 @@ OFF = dict(min_bits=None, min_bits_kv=None)
 EXACT = Exact(distortion="measured", gap=0.0, time_limit=60.0, **OFF)
 GREEDY = Greedy(distortion="measured", **OFF)
 WATER = WaterFilling(**OFF)
-RATIO = Ratio(**OFF)
+RATIO = Ratio(within="model", **OFF)
 
 
 def unit(u, num_weights, score, tower="language", kind="q_proj", block=0, depth=0.5, quantile=0.5):
@@ -253,6 +253,17 @@ def test_the_ratio_rule_is_its_formula_on_a_fine_grid():
 def layers(scores):
     """Four groups of 640 weights a layer."""
     return [unit(4 * i + g, 640, s, block=i) for i, groups in enumerate(scores) for g, s in enumerate(groups)]
+
+
+def test_the_ratio_rule_within_layers_gives_every_layer_the_same_bits():
+    """The second layer's scores are a million times those of the first, in the same proportions."""
+    groups = [1.0, 3.0, 10.0, 50.0]
+    table = modelled(layers([groups, [1e6 * g for g in groups]]), np.arange(0, 16, 1 / 64))
+    logs = np.log2(np.array(groups) / np.exp(np.log(groups).mean()) + 1)
+    rates = [table.rates[r].index_bits for r in Ratio(within="layer", **OFF)(table, 2 * 8 * 640)]
+    np.testing.assert_allclose(rates, np.tile(2 * logs / logs.mean(), 2), atol=1 / 64)
+    whole = [table.rates[r].index_bits for r in RATIO(table, 2 * 8 * 640)]
+    assert min(whole[4:]) > max(whole[:4])
 
 
 def pattern(within, table, budget):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.grid import CHANNEL_BITS, GridWeight, channel_bits, pack_channels, scale_levels
 from mgvq.formats.grouped import PIECES, GroupedWeight, group_bits, pack_groups
 from mgvq.formats.packing import unpack
 from mgvq.formats.scalar import ScalarWeight
@@ -61,6 +63,64 @@ def test_scalar_decode_by_hand():
     codes, zeros = torch.tensor([[0, 1, 3]], dtype=torch.int32), torch.tensor([[1, 0]], dtype=torch.int32)
     weight = ScalarWeight(codes, zeros, torch.tensor([[0.5, 2.0]]).half(), 2, 2)
     assert weight.decode().tolist() == [[-0.5, 0.0, 6.0]]
+
+
+def grid_weight(shape, bits, scale_bits, group_size, channels=None):
+    scale_codes = integers(2**scale_bits, shape[0], -(-shape[1] // group_size), seed=2)
+    return GridWeight(
+        integers(2**bits, *shape), scale_codes, torch.tensor([0.1, 0.7]).half(), bits, scale_bits, group_size, channels
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("bits", "scale_bits"), [(1, 1), (2, 4), (8, 8)])
+@pytest.mark.parametrize("group_size", [3, 64])
+@pytest.mark.parametrize("stretched", [False, True])
+def test_grid_round_trip_and_bits(shape, bits, scale_bits, group_size, stretched):
+    channels = pack_channels(integers(2**CHANNEL_BITS, shape[1], seed=3)) if stretched else None
+    weight = grid_weight(shape, bits, scale_bits, group_size, channels)
+    loaded = reloaded(weight)
+    assert loaded.shape == weight.shape == shape
+    assert torch.equal(loaded.decode(), weight.decode())
+    predicted = GridWeight.storage_bits(shape, bits, scale_bits, group_size) + stretched * channel_bits(shape[1])
+    assert bits_of(weight.tensors()) == predicted
+
+
+def test_grid_decode_by_hand():
+    """Scales 1, 2, 4, 8; the second channel was stretched by 2, the third by sqrt(8)."""
+    codes, scale_codes = (
+        torch.tensor([[0, 1, 3], [2, 2, 0]], dtype=torch.int32),
+        torch.tensor([[0, 3], [1, 2]], dtype=torch.int32),
+    )
+    channels = pack_channels(torch.tensor([0, 2, 3], dtype=torch.int32))
+    weight = GridWeight(codes, scale_codes, torch.tensor([1.0, 8.0]).half(), 2, 2, 2, channels)
+    expected = torch.tensor([[-1.5, -0.5 / 2, 8 * 1.5 / 8**0.5], [2 * 0.5, 2 * 0.5 / 2, 4 * -1.5 / 8**0.5]])
+    torch.testing.assert_close(weight.decode(), expected)
+
+
+def test_grid_bits_by_hand():
+    # 15 codes of 3 bits: 6 bytes; 9 scales of 4 bits: 5; smallest and largest scale: 4; 5 channels of 3 bits: 2.
+    assert GridWeight.storage_bits((3, 5), 3, 4, 2) == 8 * (6 + 5 + 4)
+    assert channel_bits(5) == 8 * 2
+
+
+def test_scales_rise_geometrically_and_equal_ends_are_one_scale():
+    assert scale_levels(torch.tensor([1.0, 8.0]).half(), 2).tolist() == [1, 2, 4, 8]
+    assert scale_levels(torch.tensor([0.5, 0.5]).half(), 1).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_column_vectors_round_trip(shape):
+    weight = ColumnWeight(vector_weight(shape[::-1], 2, 16, "int8"))
+    loaded = reloaded(weight)
+    assert loaded.shape == weight.shape == shape
+    assert torch.equal(loaded.decode(), weight.decode())
+
+
+def test_column_vectors_decode_by_hand():
+    """Two columns of three rows, in vectors of two rows."""
+    table, codes = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]).half(), torch.tensor([[[0], [1]], [[1], [0]]], dtype=torch.int32)
+    assert ColumnWeight(VectorWeight(codes, table, 3)).decode().tolist() == [[1, 3], [2, 4], [3, 1]]
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,141 @@
+"""Symmetric uniform grids whose scales take few bits: what scalar methods are stored in where every byte counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mgvq.errors import UserError
+from mgvq.formats.grid import CHANNEL_BITS, GridWeight, middle, scale_levels, stretch
+from mgvq.formats.packing import unpack
+from mgvq.types import Piece, Rate
+
+_TRIES = tuple(2 ** (-i / 4) for i in range(12))  # of the scale that spans all weights of a group
+_RANGE = 16.0  # of a layer's scales: the largest over the smallest, at most
+_SMALLEST = 2.0**-24  # of the fp16 numbers above 0
+_HALF_MAX = 65000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FittedGrid:
+    """The grids of one piece, as `GridWeight` stores them."""
+
+    scale_codes: Int[Tensor, "out groups"]
+    span: Float[Tensor, "2"]  # fp16
+    bits: int
+    scale_bits: int
+    group_size: int
+    num_in: int
+    channels: UInt8[Tensor, "bytes"] | None = None
+
+    vector_length: ClassVar[int] = 1
+
+    @cached_property
+    def _scales(self) -> Float[Tensor, "out groups"]:
+        return scale_levels(self.span, self.scale_bits)[self.scale_codes.long()]
+
+    @cached_property
+    def _stretch(self) -> Float[Tensor, "c"]:
+        if self.channels is None:
+            return torch.ones(self.num_in, device=self.span.device)
+        return stretch(unpack(self.channels, CHANNEL_BITS, self.num_in))
+
+    def encode(
+        self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
+    ) -> tuple[Int[Tensor, "out v"], Float[Tensor, "out v 1"]]:
+        """See `FittedCodebook`; in one dimension every root gives the same code."""
+        columns = torch.arange(first, first + targets.shape[1], device=targets.device)
+        scales, factors = self._scales[:, columns // self.group_size], self._stretch[columns]
+        codes = _codes(targets[:, :, 0] * factors, scales, self.bits)
+        return codes.int(), (scales * (codes - middle(self.bits)) / factors)[:, :, None]
+
+    def rows(self, part: slice) -> "FittedGrid":
+        sizes = {"bits": self.bits, "scale_bits": self.scale_bits, "group_size": self.group_size, "num_in": self.num_in}
+        return FittedGrid(scale_codes=self.scale_codes[part], span=self.span, channels=self.channels, **sizes)
+
+    def weight(self, codes: Int[Tensor, "out v"]) -> GridWeight:
+        sizes = self.bits, self.scale_bits, self.group_size
+        return GridWeight(codes, self.scale_codes, self.span, *sizes, channels=self.channels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Levels `scale * (-1.5, -.5, .5, 1.5)` at two bits: no zero point, and as far above 0 as below.
+
+    `group_size` input channels of a row share a scale; null: the whole row of a piece does. It is the one of 2^scale_bits scales
+    of the piece with the least squared error of round to nearest; these rise geometrically from the smallest to the largest that
+    the groups would choose for themselves. A group of zeros has no level at 0 and takes the smallest scale.
+    """
+
+    group_size: int | None
+    scale_bits: int
+
+    needs_energy: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
+            raise UserError(f"codebook.group_size must be a whole number >= 1 or null, got {self.group_size!r}")
+        if not (isinstance(self.scale_bits, int) and 1 <= self.scale_bits <= 8):
+            raise UserError(f"codebook.scale_bits must be a whole number of 1 to 8, got {self.scale_bits!r}")
+
+    def rates(self) -> Sequence[Rate]:
+        return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
+
+    def unit(self, piece: Piece) -> str:
+        """Every piece has grids of its own."""
+        return f"{piece.site.name}/{piece.group}"
+
+    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+        bits = int(rate.index_bits)
+        return sum(GridWeight.storage_bits(p.shape, bits, self.scale_bits, self._size(p.shape[1])) for p in pieces)
+
+    def fit(
+        self,
+        name: str,
+        weights: Sequence[Float[Tensor, "_ _"]],
+        rate: Rate,
+        energy: Sequence[Tensor | None],
+        flags: list[str],
+    ) -> Sequence[FittedGrid]:
+        """Raises ValueError for weights that are not finite or too large for fp16 scales."""
+        return [self._fit(w.float(), int(rate.index_bits)) for w in weights]
+
+    def _size(self, num_in: int) -> int:
+        return min(num_in, self.group_size or num_in)
+
+    def _fit(self, weight: Float[Tensor, "out c"], bits: int, channels: UInt8[Tensor, "bytes"] | None = None) -> FittedGrid:
+        """`weight` is stretched as `channels` says."""
+        num_in = weight.shape[1]
+        size = self._size(num_in)
+        grouped = torch.nn.functional.pad(weight, (0, -num_in % size), value=torch.nan).unflatten(1, (-1, size))
+        largest = weight.abs().amax()
+        if not largest < _HALF_MAX:
+            raise ValueError(f"weights must be finite and below {_HALF_MAX:g}, got {float(largest):g}")
+        whole = grouped.abs().nan_to_num(0).amax(2) / middle(bits)  # the scale whose outer levels are the largest weights
+        own = whole * torch.tensor(_TRIES, device=weight.device)[_best(grouped, [whole * t for t in _TRIES], bits)]
+        used = own[whole > 0] if (whole > 0).any() else whole
+        high = used.max().clamp(_SMALLEST, _HALF_MAX)
+        span = torch.stack([torch.maximum(used.min(), high / _RANGE).clamp(min=_SMALLEST), high]).half()
+        levels = scale_levels(span, self.scale_bits)
+        scale_codes = _best(grouped, [level.expand_as(whole) for level in levels], bits).int()
+        sizes = {"bits": bits, "scale_bits": self.scale_bits, "group_size": size, "num_in": num_in}
+        return FittedGrid(scale_codes=scale_codes, span=span, channels=channels, **sizes)
+
+
+def _best(grouped: Float[Tensor, "out g c"], tries: Sequence[Float[Tensor, "out g"]], bits: int) -> Int[Tensor, "out g"]:
+    """Which of the scales rounds each group with the least squared error, of equal ones the first; NaN is padding."""
+    errors = []
+    for scales in tries:
+        wide = scales.clamp(min=_SMALLEST)[..., None]
+        values = wide * (_codes(grouped, wide, bits) - middle(bits))
+        errors.append((values - grouped).nan_to_num(0).square().sum(2, dtype=torch.float64))
+    return torch.stack(errors).argmin(0)
+
+
+def _codes(values: Float[Tensor, "..."], scales: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
+    return (values / scales + middle(bits)).round().clamp(0, 2**bits - 1)

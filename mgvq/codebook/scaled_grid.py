@@ -1,0 +1,86 @@
+"""AWQ: a grid for weights whose input channels are stretched first, the more the larger their activations are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mgvq.codebook.grid import FittedGrid, Grid
+from mgvq.errors import UserError
+from mgvq.formats.grid import CHANNEL_BITS, channel_bits, pack_channels, stretch
+from mgvq.types import Piece, Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledGrid(Grid):
+    """Column c is rounded as `s_c W_c` and divided by s_c again, `s_c = (mean square activation of c)^(a / 2)` (Lin et al. 2024).
+
+    The exponent a is the one of `num_exponents` in [0, 1), 0 among them, with the least output error `tr(D H D^T)` of round to
+    nearest, H the input side of the metric; layers that read the same activations share it, as their channels, and their errors
+    add up. s_c is rounded to a power of sqrt(2) and spans a factor of 11 at most, below the channel of most activation: 3 bits a
+    channel, stored and counted (AWQ folds s into the norm or layer before).
+    """
+
+    num_exponents: int
+
+    needs_energy: ClassVar[bool] = True
+    needs_gram: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.num_exponents, int) and self.num_exponents >= 2):
+            raise UserError(
+                f"codebook.num_exponents must be a whole number >= 2, got {self.num_exponents!r}; for 1: codebook=grid"
+            )
+
+    def unit(self, piece: Piece) -> str:
+        return f"{piece.site.reads}/{piece.group}"
+
+    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+        return super().storage_bits(pieces, rate) + channel_bits(pieces[0].shape[1])
+
+    def fit(
+        self,
+        name: str,
+        weights: Sequence[Float[Tensor, "_ _"]],
+        rate: Rate,
+        energy: Sequence[Tensor | None],
+        flags: list[str],
+    ) -> Sequence[FittedGrid]:
+        """Flags `no_activation:<unit>`, whose channels are left alone. Raises UserError without energies."""
+        grams = [gram.to(w.device) for w, gram in zip(weights, energy, strict=True) if gram is not None]
+        if len(grams) < len(weights):
+            raise UserError(
+                "codebook=scaled_grid looks at activations, but there are no statistics: choose a curvature and a calibration set"
+            )
+        power = torch.stack([gram.diagonal() for gram in grams]).mean(0).clamp(min=0)
+        if not power.max() > 0:
+            flags.append(f"no_activation:{name}")
+            return self._fit_all(weights, int(rate.index_bits), torch.zeros_like(power).int())
+        least, best = float("inf"), None
+        for step in range(self.num_exponents):
+            fitted = self._fit_all(weights, int(rate.index_bits), _channel_codes(power, step / self.num_exponents))
+            error = sum(_output_error(w.float(), f, gram) for w, f, gram in zip(weights, fitted, grams, strict=True))
+            if error < least:
+                least, best = error, fitted
+        assert best is not None, "the errors are finite"
+        return best
+
+    def _fit_all(self, weights: Sequence[Float[Tensor, "_ _"]], bits: int, codes: Int[Tensor, "c"]) -> list[FittedGrid]:
+        channels = pack_channels(codes)  # one object: stored once
+        return [self._fit(w.float() * stretch(codes), bits, channels) for w in weights]
+
+
+def _channel_codes(power: Float[Tensor, "c"], exponent: float) -> Int[Tensor, "c"]:
+    """Steps of sqrt(2) of `power^(exponent / 2)` above the smallest, or above 1/11 of the largest; all 0 for exponent 0."""
+    down = (exponent * (power.max() / power.clamp(min=1e-30)).log2()).round().clamp(max=2**CHANNEL_BITS - 1)
+    return (down.max() - down).int()
+
+
+def _output_error(weight: Float[Tensor, "out c"], fitted: FittedGrid, gram: Float[Tensor, "c c"]) -> float:
+    """`tr(D H D^T)` of round to nearest."""
+    error = (fitted.encode(weight[:, :, None], 0, None)[1][:, :, 0] - weight).double()
+    return float(((error @ gram.double()) * error).sum())

@@ -1,0 +1,38 @@
+"""Vector codes along the output channels: each run of `d` rows of a column is an index into a table of centroids."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.formats.vector import VectorWeight
+
+
+@dataclass(frozen=True)
+class ColumnWeight:
+    """The transposed weight, stored as vectors of its rows; the last vector of a column is padded where `d` does not divide."""
+
+    transposed: VectorWeight
+
+    format: ClassVar[str] = "columns"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_in, num_out = self.transposed.shape
+        return num_out, num_in
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """float32; exact for every device."""
+        return self.transposed.decode().T.contiguous()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.transposed.tensors()
+
+    def settings(self) -> Mapping[str, Any]:
+        return {**self.transposed.settings(), "shape": list(self.shape)}
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> "ColumnWeight":
+        return cls(VectorWeight.load(tensors, shape[::-1], stages))

@@ -1,0 +1,100 @@
+"""Symmetric uniform grids: `w = scale * (code - middle)`, the scale of each group of channels one of a few of the layer's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mgvq.formats.packing import pack, packed_bytes, unpack
+
+CHANNEL_BITS = 3  # of the power of sqrt(2) that an input channel is stretched by: 1 to 11.3
+
+
+@dataclass(frozen=True)
+class GridWeight:
+    """Codes are integers of [0, 2^bits), `middle` is `(2^bits - 1) / 2`: no zero point is stored, and 0 is between two levels.
+
+    `scale_codes` are integers of [0, 2^scale_bits) into scales that rise geometrically from `span[0]` to `span[1]`; the last
+    group of a row may be shorter than `group_size`. `channels`: `pack_channels` of the code of every input channel, which divides
+    its column by `2^(code / 2)`; layers that read the same activations hold the same object, which is then stored once.
+    """
+
+    codes: Int[Tensor, "out in"]
+    scale_codes: Int[Tensor, "out groups"]
+    span: Float[Tensor, "2"]  # fp16
+    bits: int
+    scale_bits: int
+    group_size: int
+    channels: UInt8[Tensor, "bytes"] | None = None
+
+    format: ClassVar[str] = "grid"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """float32; exact for every device."""
+        num_in = self.codes.shape[1]
+        scales = scale_levels(self.span, self.scale_bits)[self.scale_codes.long()]
+        weight = scales.repeat_interleave(self.group_size, 1)[:, :num_in] * (self.codes.float() - middle(self.bits))
+        return weight if self.channels is None else weight / stretch(unpack(self.channels, CHANNEL_BITS, num_in))
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        stored = {
+            "codes": pack(self.codes.flatten(), self.bits),
+            "scales": pack(self.scale_codes.flatten(), self.scale_bits),
+            "span": self.span,
+        }
+        return stored if self.channels is None else {**stored, "channels": self.channels}
+
+    def settings(self) -> Mapping[str, Any]:
+        sizes = {"bits": self.bits, "scale_bits": self.scale_bits, "group_size": self.group_size}
+        return {"shape": list(self.shape), **sizes}
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int, scale_bits: int, group_size: int) -> "GridWeight":
+        num_out, num_in = shape
+        num_groups = -(-num_in // group_size)
+        codes = unpack(tensors["codes"], bits, num_out * num_in).view(num_out, num_in)
+        scale_codes = unpack(tensors["scales"], scale_bits, num_out * num_groups).view(num_out, num_groups)
+        return cls(codes, scale_codes, tensors["span"], bits, scale_bits, group_size, tensors.get("channels"))
+
+    @staticmethod
+    def storage_bits(shape: tuple[int, int], bits: int, scale_bits: int, group_size: int) -> int:
+        """Exact size of `tensors` in bits, without the channels."""
+        num_out, num_in = shape
+        num_groups = num_out * -(-num_in // group_size)
+        return 8 * (packed_bytes(num_out * num_in, bits) + packed_bytes(num_groups, scale_bits)) + 2 * 16
+
+
+def middle(bits: int) -> float:
+    """The code that would stand for 0."""
+    return (2**bits - 1) / 2
+
+
+def scale_levels(span: Float[Tensor, "2"], scale_bits: int) -> Float[Tensor, "levels"]:
+    """The scales of a layer, float32: of fp16 precision, so that no device's last digit of a power matters."""
+    low, high = span.double().tolist()
+    top = 2**scale_bits - 1
+    levels = [low * (high / low) ** (i / top) for i in range(top + 1)]
+    return torch.tensor(levels, dtype=torch.float16, device=span.device).float()
+
+
+def pack_channels(code: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:
+    """The codes of all input channels as they are stored."""
+    return pack(code, CHANNEL_BITS)
+
+
+def channel_bits(num_in: int) -> int:
+    """Exact size of `pack_channels` in bits."""
+    return 8 * packed_bytes(num_in, CHANNEL_BITS)
+
+
+def stretch(code: Int[Tensor, "in"]) -> Float[Tensor, "in"]:
+    """What a channel's weights are multiplied by before they are rounded: `2^(code / 2)`, float32."""
+    factors = torch.tensor([2 ** (i / 2) for i in range(2**CHANNEL_BITS)], device=code.device)
+    return factors[code.long()]
