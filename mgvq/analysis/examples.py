@@ -34,7 +34,8 @@ class Example:
 
 def examples(records: pd.DataFrame, runs: Path) -> dict[str, list[Example]]:
     """By grid point (JSON text), as `RULE` says. Empty where run folders are not here, or the task is not the tiny VQA."""
-    first = records[records.seeds.map(lambda seeds: seeds[0] == records.seeds.iloc[0][0])]
+    seed = records.seeds.iloc[0][0]
+    first = records.loc[[seed in seeds for seeds in records.seeds]]
     if not all((runs / run / "samples.parquet").is_file() for run in first["run"]):
         return {}
     return {str(point): _of_point(part, runs) for point, part in first.groupby("point", sort=False)}
@@ -48,8 +49,8 @@ def _of_point(records: pd.DataFrame, runs: Path) -> list[Example]:
     right = pd.DataFrame({arm: frame.score > 0 for arm, frame in samples.items()})
     others = right.drop(columns=full)
     wanted = others.any(axis=1) & ~others.all(axis=1) & right[full].all(axis=1)
-    questions = next(iter(samples.values()))
-    questions = questions[wanted & (questions.task == "tiny_vqa")].drop_duplicates("type").head(NUM_EXAMPLES)
+    asked = next(iter(samples.values()))
+    chosen = asked.loc[wanted & (asked.task == "tiny_vqa")].drop_duplicates("type").head(NUM_EXAMPLES)
     return [
         Example(
             picture=_picture(row["sample_id"], row["sample_hash"], row["question"], row["answer"]),
@@ -58,7 +59,7 @@ def _of_point(records: pd.DataFrame, runs: Path) -> list[Example]:
             type=row["type"],
             answers=_answers({arm: (frame.prediction[i], bool(right.loc[i, arm])) for arm, frame in samples.items()}),
         )
-        for i, row in questions.iterrows()
+        for i, row in chosen.to_dict(orient="index").items()
     ]
 
 

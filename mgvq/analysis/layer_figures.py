@@ -5,6 +5,7 @@ They are drawn from the table that `mgvq.analysis.layers` describes.
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,9 +41,9 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
     Arms with one value everywhere are left out. `sensitivity` is the score over the mean of the model, in powers of ten from -2
     to 2: definitions have different units.
     """
-    part = layers[layers.quantity == quantity]
-    differs = part.groupby(["point", "arm"])["value"].transform("nunique") > 1
-    part = part[part.arm.isin(part.arm[differs])]
+    part = layers.loc[layers.quantity == quantity]
+    differs = part.arm[part.groupby(["point", "arm"])["value"].transform(lambda values: values.nunique() > 1)]
+    part = part.loc[part.arm.isin(differs)]
     part = part.assign(layer=_layer_names(part), shown=_relative(layers, part) if quantity == "sensitivity" else part.value)
     arms = list(part.arm.unique())
     low, high = (-2, 2) if quantity == "sensitivity" else (part.value.min(), part.value.max())
@@ -129,7 +130,7 @@ def proxy_figure(layers: pd.DataFrame) -> Figure:
         for stage in stages[1:]:
             ratio = table[stage] / table[PROXY[0]]
             number = PROXY.index(stage) - 1
-            how = {"color": COLOURS[number], "marker": MARKERS[number], "label": _STAGES[stage]}
+            how: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "label": _STAGES[stage]}
             ax.plot(ratio.to_numpy(), markersize=3, linewidth=0.8, **how)
         ax.axhline(1, color=QUIET, linewidth=0.8)
         ax.set_yscale("log")
@@ -143,7 +144,7 @@ def proxy_figure(layers: pd.DataFrame) -> Figure:
         line[0].set_ylabel("error / nearest")
     for ax in flat[max(0, len(cells) - 3) : len(cells)]:
         ax.set_xlabel("layer, in the order of the model")
-    found: dict[str, object] = {}
+    found: dict[str, Any] = {}
     for ax in flat[: len(cells)]:
         found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3)

@@ -21,8 +21,8 @@ def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
     Quantities: `bits` (index bits a weight), `sensitivity` (mean channel score), `usage` (entropy of a codebook's codes over the
     log of its size: 1 where all centroids are used alike; a mean over stages, none for a scalar grid), by group; `weights`, how
-    many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them, the
-    proxy error after each stage of `PROXY`. Full-precision runs have no rows; without any other the table is empty.
+    many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them,
+    the proxy error after each stage of `PROXY`. Full-precision runs have no rows; without any other the table is empty.
     """
     parts = []
     for run in runs:
@@ -32,8 +32,8 @@ def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
     if not parts:
         return pd.DataFrame(columns=[*KEYS, "quantity", "value"])
     rows = pd.concat(parts).drop_duplicates([*KEYS, "run", "quantity"])  # seeds that share a run count once
-    means = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False)["value"].mean()
-    return means.astype("float32").reset_index()
+    means = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False, as_index=False).agg({"value": "mean"})
+    return means.astype({"value": "float32"})
 
 
 def _tables(run: Path) -> Iterator[pd.DataFrame]:
@@ -42,7 +42,8 @@ def _tables(run: Path) -> Iterator[pd.DataFrame]:
     pieces = pd.read_parquet(run / "allocation.parquet")
     groups = pieces[["site", "tower", "kind", "block", "group"]]
     score = pieces.score / pieces.num_channels
-    usage = pieces[["site", "group"]].apply(tuple, axis=1).map(codebook_usage(run / "checkpoint"))
+    used = codebook_usage(run / "checkpoint")
+    usage = pd.Series([used.get(key) for key in zip(pieces.site, pieces.group, strict=True)], pieces.index, dtype=float)
     found = {"bits": pieces.index_bits, "sensitivity": score, "usage": usage, "weights": pieces.num_weights}
     for quantity, value in found.items():
         yield groups.assign(quantity=quantity, value=value).dropna(subset="value")

@@ -1,6 +1,7 @@
 """Pictures of a study's table: every arm with its interval, and accuracy and loss against measured bits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -116,14 +117,14 @@ def _place(row: Row) -> str:
     return str({key: value for key, value in row.point.items() if key != _BUDGET})
 
 
-def _curve(ax: Axes, curve: Sequence[Row], column: str, how: dict[str, str]) -> None:
+def _curve(ax: Axes, curve: Sequence[Row], column: str, how: dict[str, Any]) -> None:
     x, y = (np.array([row.mean(name) for row in curve]) for name in (BITS, column))
     spread = np.array([row.sd(column) or 0.0 for row in curve])
     if len(curve) > 1:
-        ax.plot(x, y, **how)  # type: ignore[arg-type]
+        ax.plot(x, y, **how)
         ax.fill_between(x, y - spread, y + spread, color=how["color"], alpha=0.18, linewidth=0)
     else:
-        ax.errorbar(x, y, spread, linestyle="none", **how)  # type: ignore[arg-type]
+        ax.errorbar(x, y, spread, linestyle="none", **how)
 
 
 def point_name(point: dict[str, object], table: Sequence[Row]) -> str:

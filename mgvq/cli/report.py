@@ -57,7 +57,7 @@ def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
 
 
 def _paper(results: Path) -> list[Path]:
-    from mgvq.analysis.paper import write_paper
+    from mgvq.analysis.paper_tables import write_paper  # here: matplotlib
 
     return write_paper(results)
 
