@@ -34,7 +34,7 @@ class Number:
     method: str
     model: str
     benchmark: str | None
-    bits: float
+    bits: Decimal
     where: str
     evidence: str
 
@@ -206,4 +206,4 @@ def judge(published: Decimal, mean: float, low: float, high: float) -> str:
     `not reproduced`."""
     if abs(Decimal(str(mean)) - published) <= _half_unit(published):
         return "reproduced"
-    return "inside the interval" if low <= published <= high else "not reproduced"
+    return "inside the interval" if low <= float(published) <= high else "not reproduced"

@@ -45,7 +45,7 @@ def _planned(parts: Sequence[Sequence[Row]], arm: str, metric: str, baseline: st
 
 
 def _has_gap(row: Row) -> bool:
-    return row.gap_closed is not None and row.gap_closed > 0
+    return row.gap_closed is not None and bool(row.gap_closed > 0)
 
 
 def _corrected(part: Sequence[Row], baseline: str) -> str:
