@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from mgvq.analysis.drawing import COLOURS, MARKERS, QUIET, panels
 from mgvq.analysis.layers import PROXY
@@ -122,7 +123,7 @@ def proxy_figure(layers: pd.DataFrame) -> Figure:
     part = layers[layers.quantity.isin(PROXY)]
     cells = [cell for _, cell in part.groupby(["point", "arm"], sort=False)]
     num_rows = -(-len(cells) // 3)
-    figure, axes = panels(num_rows, 3, 1.5 * num_rows + 0.5, sharey=True)
+    figure, axes = panels(num_rows, 3, 1.7 * num_rows + 0.5, sharey=True)
     flat = [ax for line in axes for ax in line]
     for ax, cell in zip(flat, cells, strict=False):
         table = cell.pivot_table(index="site", columns="quantity", values="value", sort=False).astype(float)
@@ -134,9 +135,12 @@ def proxy_figure(layers: pd.DataFrame) -> Figure:
             ax.plot(ratio.to_numpy(), markersize=3, linewidth=0.8, **how)
         ax.axhline(1, color=QUIET, linewidth=0.8)
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
         ax.grid(axis="y")
         last = np.exp(np.log(table[stages[-1]] / table[PROXY[0]]).mean())
-        ax.text(0.98, 0.95, f"{last:.2f}", transform=ax.transAxes, ha="right", va="top", color=QUIET)
+        ax.text(0.98, 0.04, f"{last:.2f}", transform=ax.transAxes, ha="right", va="bottom", color=QUIET)
         ax.set_title(f"{', '.join(map(str, json.loads(cell.point.iloc[0]).values()))}\n{cell.arm.iloc[0]}", fontsize=8)
     for ax in flat[len(cells) :]:
         ax.remove()
