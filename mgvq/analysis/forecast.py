@@ -58,10 +58,10 @@ def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
     found = []
     for measure, (factor, unit, decimals) in _UNITS.items():
         smallest = smallest_difference(
-            components[measure], num_seeds=len(study.seeds), num_samples=num_pictures, num_tests=num_arms
+            components[measure], num_seeds=study.least_seeds, num_samples=num_pictures, num_tests=num_arms
         )
         found.append(f"{smallest * factor:.{decimals}f} {unit}")
-    design = f"{len(study.seeds)} seeds x {num_pictures} pictures, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
+    design = f"{study.least_seeds} seeds x {num_pictures} pictures, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
     return f"finds differences of {' and '.join(found)} with 80 % power ({design}; spread {source})"
 
 

@@ -24,7 +24,7 @@ def markdown(records: pd.DataFrame) -> str:
 
 def latex(records: pd.DataFrame) -> str:
     """The table as a booktabs tabular, the note as a comment above it."""
-    header, *cells = (" & ".join(map(_tex, line)) + r" \\" for line in printable(records))
+    header, *cells = (" & ".join(map(tex_cell, line)) + r" \\" for line in printable(records))
     comment = "\n".join(f"% {line}" for line in note(records).splitlines() if line)
     body = "\n".join([header, r"\midrule", *cells])
     return f"{comment}\n\\begin{{tabular}}{{{'l' * header.count(' & ')}l}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
@@ -160,7 +160,8 @@ _TEX = {
 }
 
 
-def _tex(cell: str) -> str:
+def tex_cell(cell: str) -> str:
+    """A cell of `printable` in LaTeX."""
     text, bold = re.subn(r"^\*\*(.*)\*\*$", r"\1", cell)
     pieces = re.split(r"(\+-|(?<!\w)-(?=\d)|[_%&#$\\<])", text)  # a hyphen before a number is a minus
     text = "".join(_TEX.get(piece, piece) for piece in pieces)

@@ -1,4 +1,4 @@
-"""Files that are built from records: tables, and the tables inside README.md."""
+"""Files that are built from records: tables, figures, and the tables inside README.md."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,21 @@ import pandas as pd
 
 from mgvq.analysis.records import against
 from mgvq.analysis.render import latex, markdown, plain
+from mgvq.analysis.table import rows
+
+# By the end of the file's name: what the figure shows.
+FIGURES = {
+    "arms": "Every arm: the difference to the baseline with its 95 % interval (filled: p below 0.05, corrected; orange: the "
+    "planned comparison; grey: full precision), or, in a study without a baseline, mean and standard deviation over runs.",
+    "bits": "Accuracy and answer loss against measured bits a weight; bands and bars are the standard deviation over runs, the "
+    "dashed line is full precision.",
+    "allocation": "Where the bits went: index bits a weight by layer (rows) and arm (columns), channel groups side by side by "
+    "ascending score, means over runs. Arms with the same bits everywhere are left out.",
+    "sensitivity": "What each arm took for sensitive: the mean channel score of a layer's groups over that of the model.",
+    "usage": "How evenly the centroids are used: the entropy of the stored codes over its maximum, by layer and channel group.",
+    "proxy": "The proxy error of each layer after each stage of rounding, over that of the nearest centroids; in the corner the "
+    "geometric mean after the last stage.",
+}
 
 
 def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
@@ -19,10 +34,40 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
         tables[f"{name}_vs_{re.sub('[^a-z0-9]+', '_', baseline.lower())}"] = against(records, baseline)
     folder = results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for table, rows in tables.items():
+    for table, of_table in tables.items():
         for suffix, render in ((".md", markdown), (".csv", plain), (".tex", latex)):
-            (folder / f"{table}{suffix}").write_text(render(rows))
+            (folder / f"{table}{suffix}").write_text(render(of_table))
     return [folder / f"{table}.md" for table in tables]
+
+
+def figure_path(results: Path, name: str, kind: str) -> Path:
+    """Where `write_figures` puts a figure."""
+    return results / "figures" / f"{name}_{kind}.svg"
+
+
+def write_figures(name: str, records: pd.DataFrame, layers: pd.DataFrame, results: Path) -> list[Path]:
+    """`figures/NAME_*.svg` under `results`, those of `FIGURES` for which the study has something to show.
+
+    Equal records and layers give equal bytes, as long as matplotlib is the same.
+    """
+    # Here: matplotlib takes a second to import, and tables need none of it.
+    from mgvq.analysis.drawing import save, style
+    from mgvq.analysis.layer_figures import has_stages, heat_map, proxy_figure, varies
+    from mgvq.analysis.study_figures import arms_figure, bits_figure, has_bit_widths, has_curves
+
+    table = rows(records)
+    for kind in FIGURES:
+        figure_path(results, name, kind).unlink(missing_ok=True)
+    with style():
+        figures = {} if has_curves(table) else {"arms": arms_figure(table, records.attrs.get("baseline"))}
+        if has_bit_widths(table):
+            figures["bits"] = bits_figure(table)
+        for quantity, kind in (("bits", "allocation"), ("sensitivity", "sensitivity"), ("usage", "usage")):
+            if varies(layers, quantity):
+                figures[kind] = heat_map(layers, quantity)
+        if has_stages(layers):
+            figures["proxy"] = proxy_figure(layers)
+        return [save(figure, figure_path(results, name, kind)) for kind, figure in figures.items()]
 
 
 def with_tables(text: str, tables: Path) -> str:

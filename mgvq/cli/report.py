@@ -1,11 +1,12 @@
-"""`mgvq-report`: a study's record and tables (md, csv, tex) from its finished runs, and the tables in README.md."""
+"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in README.md; a report to read."""
 
 import argparse
 import sys
 from pathlib import Path
 
+from mgvq.analysis.layers import collect_layers, layers_path, read_layers, write_layers
 from mgvq.analysis.records import collect, read_records, write_records
-from mgvq.analysis.report import with_tables, write_tables
+from mgvq.analysis.report import with_tables, write_figures, write_tables
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
 from mgvq.studies.plan import expand
@@ -13,28 +14,52 @@ from mgvq.studies.spec import read_study
 
 
 def main() -> None:
-    """Entry point: exits with 2 where a run is missing."""
+    """Entry point: prints what it wrote; exits with 2 where a run is missing or a file is bad."""
     parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__)
-    parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
+    parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
+    parser.add_argument("--html", action="store_true", help="results/reports/STUDY/index.html too: one file, no server")
+    parser.add_argument("--paper", action="store_true", help="instead of a study: our numbers beside the published ones")
     arguments = parser.parse_args()
+    if (arguments.study is None) != arguments.paper:
+        parser.error("one of STUDY and --paper")
+    if arguments.paper and (arguments.html or arguments.from_records):
+        parser.error("--paper always reads records, and has no HTML")
     results = results_folder()
     try:
-        study = read_study(arguments.study)
-        path = results / "records" / f"{study.name}.parquet"
-        if arguments.from_records:
-            records = read_records(path)
-        else:
-            records = collect(study, expand(study))
-            write_records(records, path)
+        written = _paper(results) if arguments.paper else _study(arguments, results)
     except UserError as error:
         print(f"mgvq-report: {error}", file=sys.stderr)
         sys.exit(2)
-    print(*write_tables(study.name, records, results), sep="\n")
+    print(*written, sep="\n")
     root = checkout()
     if root and results == root / "results":  # not where MGVQ_RESULTS points
         readme = root / "README.md"
         readme.write_text(with_tables(readme.read_text(), results / "tables"))
+
+
+def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
+    study = read_study(arguments.study)
+    path, layers_file = results / "records" / f"{study.name}.parquet", layers_path(results, study.name)
+    if arguments.from_records:
+        records, layers = read_records(path), read_layers(layers_file)
+    else:
+        runs = expand(study)
+        records, layers = collect(study, runs), collect_layers(runs)
+        write_records(records, path)
+        write_layers(layers, layers_file)
+    written = [*write_tables(study.name, records, results), *write_figures(study.name, records, layers, results)]
+    if arguments.html:
+        from mgvq.analysis.html import write_html  # here: tables need neither Jinja nor pictures
+
+        written.append(write_html(study, records, results))
+    return written
+
+
+def _paper(results: Path) -> list[Path]:
+    from mgvq.analysis.paper_tables import write_paper  # here: matplotlib
+
+    return write_paper(results)
 
 
 if __name__ == "__main__":

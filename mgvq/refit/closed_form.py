@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mgvq.codebook.vector import FittedTables
+from mgvq.codebook.columns import Columns
+from mgvq.codebook.vector import FittedTables, VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.types import CodedPiece, FittedCodebook
+from mgvq.types import Codebook, CodedPiece
 
 Tables = Float[Tensor, "t k d"]
 
@@ -34,8 +35,8 @@ class ClosedForm:
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise UserError(f"refit.rounds must be a whole number >= 1, got {self.rounds!r}; refit=none leaves the tables alone.")
 
-    def can_refit(self, codebook: FittedCodebook) -> bool:
-        return isinstance(codebook, FittedTables)
+    def can_refit(self, codebook: Codebook) -> bool:
+        return isinstance(codebook, VectorCodebook) and not isinstance(codebook, Columns)
 
     def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedTables]:
         fitted = [_tables(piece) for piece in pieces]

@@ -3,7 +3,6 @@
 from omegaconf import DictConfig
 
 from mgvq.codebook.columns import Columns
-from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.pipeline import Method
@@ -40,11 +39,13 @@ def _check_metric(method: Method) -> None:
         raise UserError(
             "this compensation weighs output channels too, for which only curvature=kronecker has a metric: choose that one."
         )
-    if isinstance(method.compensation, HessianTwoSided) and isinstance(method.codebook, Columns):
+    if method.compensation.needs_output_metric and isinstance(method.codebook, Columns):
         raise UserError(
-            "compensation=hessian_two_sided corrects errors from row to row, but a vector of codebook=columns takes several rows "
-            "at once: choose codebook=kmeans, or compensation=hessian."
+            "this compensation corrects errors from row to row, but a vector of codebook=columns takes several rows at once: "
+            "choose codebook=kmeans, or compensation=hessian."
         )
+    if method.refit is not None and not method.refit.can_refit(method.codebook):
+        raise UserError("refit has no effect: it moves the tables of codebook=kmeans, product and residual; set refit=none.")
     if method.curvature is not None and not users:
         raise UserError(
             "curvature has no effect: nothing in this run looks at the metric. Leave it out (curvature=none), or set "

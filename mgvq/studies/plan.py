@@ -40,7 +40,7 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return [_plan(study, more, arm, point, seed) for point in study.points() for arm in study.arms for seed in study.seeds]
+        return [run for point in study.points() for arm in study.arms for run in _plan(study, more, arm, point)]
 
 
 def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -51,19 +51,24 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return list(first.values())
 
 
-def _plan(study: Study, more: Sequence[str], arm: str, point: dict[str, Any], seed: int) -> PlannedRun:
-    values = [f"{key}={'null' if value is None else value}" for key, value in point.items()]
-    overrides = [*study.common, *more, *values, *study.arms[arm], f"seed={seed}"]
+def _plan(study: Study, more: Sequence[str], arm: str, point: dict[str, Any]) -> list[PlannedRun]:
+    """A cell at all its seeds: composed once, which takes longer than all the rest."""
+    overrides = [*more, *study.overrides(arm, point)]
+    planned = []
     try:
         cfg = compose("config", overrides)
-        if "group" in (cfg.tracker or ()):  # it shows runs by study, arm and seed
-            overrides += [f"tracker.group={_quoted(study.name)}", f"tracker.name={_quoted(f'{arm}, seed {seed}')}"]
-            cfg = compose("config", overrides)
-        check(cfg)
-        folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+        for seed in study.seeds_at(point):
+            own, words = cfg.copy(), [*overrides, f"seed={seed}"]
+            own.seed = seed
+            if "group" in (own.tracker or ()):  # it shows runs by study, arm and seed
+                own.tracker.group, own.tracker.name = study.name, f"{arm}, seed {seed}"
+                words += [f"tracker.group={_quoted(study.name)}", f"tracker.name={_quoted(own.tracker.name)}"]
+            check(own)
+            folder = RunFolder(Path(own.paths.results) / "runs" / run_id(own))
+            planned.append(PlannedRun(arm, point, seed, tuple(words), folder, own))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
-    return PlannedRun(arm, point, seed, tuple(overrides), folder, cfg)
+    return planned
 
 
 def _quoted(text: str) -> str:

@@ -16,7 +16,8 @@ METRICS = ("accuracy", "loss")
 class Study:
     """`common` overrides of every run, `arms` by name, `grid` of values that every arm is run at, and the seeds.
 
-    Arms are rows of the table, values of the grid its sections. An arm in which nothing is random is one run for all seeds.
+    Arms are rows of the table, values of the grid its sections. An arm's own override of a key of the grid wins over the grid's.
+    An arm in which nothing is random is one run for all seeds. `seeds` may be a list for each value of one key of the grid.
     The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
     metric: accuracy | loss}` names the one comparison with the first of them that was planned before a run was started, which is
     therefore not corrected for the others.
@@ -25,7 +26,7 @@ class Study:
     name: str
     question: str
     arms: dict[str, list[str]]
-    seeds: list[int]
+    seeds: list[int] | dict[Any, list[int]]
     common: list[str] = field(default_factory=list)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     baseline: str | list[str] | None = None
@@ -36,6 +37,12 @@ class Study:
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
         lists = {"seeds": self.seeds, "common": self.common, **self.arms, **self.grid}
+        if isinstance(self.seeds, dict):
+            if set(self.seeds) not in map(set, self.grid.values()):
+                raise UserError(
+                    f"study {self.name}: seeds names {', '.join(map(str, self.seeds))}, which no key of the grid has as values."
+                )
+            lists |= {"seeds": list(self.seeds), **{f"seeds of {value}": own for value, own in self.seeds.items()}}
         for name, value in lists.items():
             if not isinstance(value, list):
                 raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
@@ -60,6 +67,23 @@ class Study:
             raise UserError(f"study {self.name}: primary.arm must be one of {', '.join(others)}; got {primary['arm']!r}.")
         if primary["metric"] not in METRICS:
             raise UserError(f"study {self.name}: primary.metric must be {' or '.join(METRICS)}, got {primary['metric']!r}.")
+
+    def seeds_at(self, point: dict[str, Any]) -> list[int]:
+        """Those of one combination of the grid's values."""
+        if isinstance(self.seeds, list):
+            return self.seeds
+        return next(own for value, own in self.seeds.items() if value in point.values())
+
+    @property
+    def least_seeds(self) -> int:
+        """How many every combination has at least."""
+        return min(len(self.seeds_at(point)) for point in self.points())
+
+    def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
+        """Of one cell."""
+        own = {word.partition("=")[0].lstrip("+~") for word in self.arms[arm]}
+        values = [f"{key}={'null' if value is None else value}" for key, value in point.items() if key not in own]
+        return [*self.common, *values, *self.arms[arm]]
 
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values."""

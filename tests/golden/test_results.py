@@ -9,8 +9,10 @@ import pandas as pd
 import pytest
 from conftest import FAMILIES, ROOT
 
+from mgvq.analysis.layers import layers_path, read_layers
+from mgvq.analysis.paper_tables import write_paper
 from mgvq.analysis.records import metric_frame, read_records
-from mgvq.analysis.report import with_tables, write_tables
+from mgvq.analysis.report import FIGURES, figure_path, with_tables, write_figures, write_tables
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.studies.plan import distinct, expand
 from mgvq.studies.spec import read_study
@@ -28,6 +30,32 @@ def test_tables_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path)
     for rebuilt in write_tables(study, records(study), tmp_path):
         for file in (rebuilt, rebuilt.with_suffix(".csv"), rebuilt.with_suffix(".tex")):
             assert file.read_bytes() == (RESULTS / "tables" / file.name).read_bytes()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_figures_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path) -> None:
+    rebuilt = write_figures(study, records(study), read_layers(layers_path(RESULTS, study)), tmp_path)
+    committed = [path for kind in FIGURES if (path := figure_path(RESULTS, study, kind)).is_file()]
+    assert sorted(file.name for file in rebuilt) == sorted(file.name for file in committed)
+    for file in rebuilt:
+        assert file.read_bytes() == (RESULTS / "figures" / file.name).read_bytes()
+
+
+def test_the_paper_tables_are_rebuilt_to_the_byte(tmp_path: Path) -> None:
+    for name in ("paper", "records"):
+        (tmp_path / name).symlink_to(RESULTS / name)
+    for file in write_paper(tmp_path):
+        assert file.read_bytes() == (RESULTS / file.relative_to(tmp_path)).read_bytes()
+
+
+def test_the_paper_table_says_that_the_abstract_does_not_add_up() -> None:
+    lines = (RESULTS / "tables" / "paper.md").read_text().splitlines()
+    (line,) = [line for line in lines if "maximum accuracy improvement" in line]
+    assert [word.strip() for word in line.split("|")][3:6] == ["4.9 points", "71.4 - 67.0 = 4.4", "does not hold: off by 0.5"]
+
+
+def test_records_stay_small() -> None:
+    assert sum(file.stat().st_size for file in (RESULTS / "records").rglob("*.parquet")) < 10_000_000
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -1,0 +1,59 @@
+"""How every picture of a study looks, and how it is written: equal numbers give equal bytes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+WIDTH = 8.6  # inches: what a README shows unscaled
+# Okabe and Ito (2008): told apart with any colour vision, black apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+QUIET = "#6b6b6b"
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "mgvq",
+    "svg.fonttype": "none",  # text stays text: small, searchable, and read aloud
+    "font.size": 8.5,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": QUIET,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """Figures are made and saved inside."""
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):  # type: ignore[arg-type]
+        yield
+
+
+def look(number: int) -> dict[str, Any]:
+    """Colour and marker of the series `number`; no two of the first 49 alike."""
+    turn, colour = divmod(number, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": MARKERS[(colour + turn) % len(MARKERS)]}
+
+
+def panels(num_rows: int, num_columns: int, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of the common width, `height` inches high, and its axes by row and column."""
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(num_rows, num_columns, squeeze=False, **options).tolist()
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """As SVG, without date and version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Creator": None})
+    return path

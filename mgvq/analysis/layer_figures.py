@@ -1,0 +1,155 @@
+"""Pictures by layer: where bits, sensitivity and codebook use lie, and what each stage of rounding does to a layer's error.
+
+They are drawn from the table that `mgvq.analysis.layers` describes.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from mgvq.analysis.drawing import COLOURS, MARKERS, QUIET, panels
+from mgvq.analysis.layers import PROXY
+
+_LEGEND = {
+    "bits": "index bits a weight",
+    "sensitivity": "mean channel score over that of the model, powers of ten",
+    "usage": "entropy of the codes over that of an even use",
+}
+_COLOURS = {"bits": "viridis", "sensitivity": "PuOr_r", "usage": "cividis"}
+_STAGES = {
+    "nearest": "nearest centroid",
+    "feedback": "error feedback",
+    "shifted": "target shifted by the gradient",
+    "refit": "centroids refitted",
+}
+
+
+def varies(layers: pd.DataFrame, quantity: str) -> bool:
+    """Some arm has different values of it in different layers or groups."""
+    part = layers[layers.quantity == quantity]
+    return bool((part.groupby(["point", "arm"])["value"].nunique() > 1).any())
+
+
+def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
+    """A panel a grid point: layers by arms, the channel groups of an arm side by side (by ascending score).
+
+    Arms with one value everywhere are left out. `sensitivity` is the score over the mean of the model, in powers of ten from -2
+    to 2: definitions have different units.
+    """
+    part = layers.loc[layers.quantity == quantity]
+    differs = part.arm[part.groupby(["point", "arm"])["value"].transform(lambda values: values.nunique() > 1)]
+    part = part.loc[part.arm.isin(differs)]
+    part = part.assign(layer=_layer_names(part), shown=_relative(layers, part) if quantity == "sensitivity" else part.value)
+    arms = list(part.arm.unique())
+    low, high = (-2, 2) if quantity == "sensitivity" else (part.value.min(), part.value.max())
+    colours = {"cmap": _COLOURS[quantity], "vmin": low, "vmax": high, "rasterized": True}
+    tables = [(str(point), rows) for point, rows in part.groupby("point", sort=False)]
+    figure, flat = _heat_panels([rows.layer.nunique() for _, rows in tables], arms)
+    for ax, (point, rows) in zip(flat, tables, strict=True):
+        for place, arm in enumerate(arms):
+            table = rows[rows.arm == arm].pivot_table(index="layer", columns="group", values="shown", sort=False)
+            if not table.empty:
+                table = table.reindex(index=rows.layer.unique())[sorted(table)]
+                edges = np.linspace(place, place + 1, table.shape[1] + 1)
+                ax.pcolormesh(edges, np.arange(len(table) + 1), table.to_numpy(float), **colours)
+        _label(ax, list(rows.layer.unique()), arms)
+        ax.set_title(("\n" if len(flat) > 1 and _one_row(flat) else ", ").join(map(str, json.loads(point).values())))
+    bar = figure.colorbar(flat[0].collections[0], ax=flat, aspect=40, pad=0.01)
+    bar.set_label(_LEGEND[quantity])
+    return figure
+
+
+def _heat_panels(num_layers: Sequence[int], arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """One below the other, or side by side where all arms of all points are few; layers so high that their names can be read."""
+    row = min(0.14, 9 / max(num_layers))
+    names = 0.5 + 0.05 * max(map(len, arms))
+    if len(arms) * len(num_layers) <= 8:
+        figure, axes = panels(1, len(num_layers), max(num_layers) * row + names)
+        return figure, axes[0]
+    height = sum(n * row + 0.4 for n in num_layers) + names
+    figure, axes = panels(len(num_layers), 1, height, sharex=True, height_ratios=num_layers)
+    return figure, [ax for (ax,) in axes]
+
+
+def _one_row(axes: Sequence[Axes]) -> bool:
+    return axes[0].get_subplotspec().get_gridspec().nrows == 1  # type: ignore[union-attr]
+
+
+def _relative(layers: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
+    """log10 of a mean channel score over that of the model, all weights alike."""
+    keys = ["point", "arm", "site", "group"]
+    weights = rows[keys].merge(layers[layers.quantity == "weights"], on=keys, how="left").value.to_numpy(float)
+    cells = [rows.point, rows.arm]
+    values = rows.value.astype(float)
+    mean = (values * weights).groupby(cells).transform("sum") / pd.Series(weights, rows.index).groupby(cells).transform("sum")
+    return np.log10((values / mean).clip(lower=1e-12))  # a score may be 0
+
+
+def _layer_names(rows: pd.DataFrame) -> pd.Series:
+    block = rows.block.map(lambda b: "" if pd.isna(b) else f" {int(b)}")
+    several = rows.tower.nunique() > 1
+    return (rows.tower + " " if several else "") + rows.kind.str.removesuffix("_proj") + block
+
+
+def _label(ax: Axes, layers: Sequence[str], arms: Sequence[str]) -> None:
+    for place in range(1, len(arms)):
+        ax.axvline(place, color="white", linewidth=1.5)
+    ax.set_xticks(np.arange(len(arms)) + 0.5, arms, rotation=40, ha="right", rotation_mode="anchor")
+    step = -(-len(layers) // 60)  # names that can be read
+    ax.set_yticks(np.arange(0, len(layers), step) + 0.5, layers[::step], fontsize=6)
+    ax.set_ylim(len(layers), 0)
+    ax.set_xlim(0, len(arms))
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+
+
+def has_stages(layers: pd.DataFrame) -> bool:
+    """Some run kept its layers' errors before compensation."""
+    return bool((layers.quantity == PROXY[0]).any())
+
+
+def proxy_figure(layers: pd.DataFrame) -> Figure:
+    """A panel an arm and grid point: the proxy error of each layer after each stage, over that of the nearest centroids.
+
+    Below 1 a stage helps. The geometric mean of the layers stands in the panel's corner. Arms whose runs kept no stages are
+    left out.
+    """
+    part = layers[layers.quantity.isin(PROXY)]
+    cells = [cell for _, cell in part.groupby(["point", "arm"], sort=False)]
+    num_rows = -(-len(cells) // 3)
+    figure, axes = panels(num_rows, 3, 1.7 * num_rows + 0.5, sharey=True)
+    flat = [ax for line in axes for ax in line]
+    for ax, cell in zip(flat, cells, strict=False):
+        table = cell.pivot_table(index="site", columns="quantity", values="value", sort=False).astype(float)
+        stages = [stage for stage in PROXY if stage in table]
+        for stage in stages[1:]:
+            ratio = table[stage] / table[PROXY[0]]
+            number = PROXY.index(stage) - 1
+            how: dict[str, Any] = {"color": COLOURS[number], "marker": MARKERS[number], "label": _STAGES[stage]}
+            ax.plot(ratio.to_numpy(), markersize=3, linewidth=0.8, **how)
+        ax.axhline(1, color=QUIET, linewidth=0.8)
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("")
+        ax.grid(axis="y")
+        last = np.exp(np.log(table[stages[-1]] / table[PROXY[0]]).mean())
+        ax.text(0.98, 0.04, f"{last:.2f}", transform=ax.transAxes, ha="right", va="bottom", color=QUIET)
+        ax.set_title(f"{', '.join(map(str, json.loads(cell.point.iloc[0]).values()))}\n{cell.arm.iloc[0]}", fontsize=8)
+    for ax in flat[len(cells) :]:
+        ax.remove()
+    for line in axes:
+        line[0].set_ylabel("error / nearest")
+    for ax in flat[max(0, len(cells) - 3) : len(cells)]:
+        ax.set_xlabel("layer, in the order of the model")
+    found: dict[str, Any] = {}
+    for ax in flat[: len(cells)]:
+        found |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=3)
+    return figure

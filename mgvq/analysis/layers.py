@@ -1,0 +1,98 @@
+"""What a study's runs did to each layer: bits and sensitivity by channel group, error of the rounding, use of the codebooks.
+
+Means over the runs of an arm, small enough to be committed beside the record: the pictures by layer are drawn from it.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mgvq.studies.plan import PlannedRun
+
+KEYS = ["point", "arm", "site", "tower", "kind", "block", "group"]
+PROXY = ("nearest", "feedback", "shifted", "refit")  # the stages of rounding a layer, in this order
+
+
+def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
+    """One row a grid point, arm, layer, channel group and quantity; `value` is its mean over the arm's distinct runs.
+
+    Quantities: `bits` (index bits a weight), `sensitivity` (mean channel score), `usage` (entropy of a codebook's codes over the
+    log of its size: 1 where all centroids are used alike; a mean over stages, none for a scalar grid), by group; `weights`, how
+    many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them,
+    the proxy error after each stage of `PROXY`. Full-precision runs have no rows; without any other the table is empty.
+    """
+    parts = []
+    for run in runs:
+        folder = run.folder.path
+        key = {"point": json.dumps(run.point), "arm": run.arm, "run": folder.name}
+        parts += [part.assign(**key) for part in _tables(folder)]
+    if not parts:
+        return pd.DataFrame(columns=[*KEYS, "quantity", "value"])
+    rows = pd.concat(parts).drop_duplicates([*KEYS, "run", "quantity"])  # seeds that share a run count once
+    means = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False, as_index=False).agg({"value": "mean"})
+    return means.astype({"value": "float32"})
+
+
+def _tables(run: Path) -> Iterator[pd.DataFrame]:
+    if not (run / "allocation.parquet").is_file():
+        return
+    pieces = pd.read_parquet(run / "allocation.parquet")
+    groups = pieces[["site", "tower", "kind", "block", "group"]]
+    score = pieces.score / pieces.num_channels
+    used = codebook_usage(run / "checkpoint")
+    usage = pd.Series([used.get(key) for key in zip(pieces.site, pieces.group, strict=True)], pieces.index, dtype=float)
+    found = {"bits": pieces.index_bits, "sensitivity": score, "usage": usage, "weights": pieces.num_weights}
+    for quantity, value in found.items():
+        yield groups.assign(quantity=quantity, value=value).dropna(subset="value")
+    layers = pd.read_parquet(run / "layers.parquet")
+    whole = layers[["site", "tower", "kind", "block"]].assign(group=-1)
+    yield whole.assign(quantity="stored", value=layers.proxy_error).dropna(subset="value")
+    if (run / "proxy.parquet").is_file():
+        proxy = pd.read_parquet(run / "proxy.parquet")
+        columns = {"group": -1, "quantity": proxy.part, "value": proxy.proxy_error}
+        yield proxy[["site", "tower", "kind", "block"]].assign(**columns).dropna(subset="value")
+
+
+def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
+    """By layer and channel group: the entropy of its codes over log k, a mean over the codebooks of a piece.
+
+    Where layers share a table, the codes of one layer may well use a part of it.
+    """
+    from mgvq.checkpoint.load import FORMATS, read  # here: torch takes seconds to import, and records need none of it
+
+    usage = {}
+    for layer in read(checkpoint)[0]:
+        stored = FORMATS[layer.format].load(layer.tensors, **layer.settings)
+        for group, piece in enumerate(getattr(stored, "pieces", (stored,))):
+            if piece.format == "vector":
+                usage[layer.name, group] = _evenness(piece.codes.numpy(), *piece.table.shape[:2])
+    return usage
+
+
+def _evenness(codes: np.ndarray, num_tables: int, num_centroids: int) -> float:
+    """Codes are (out, vectors, stages); see `VectorWeight` for which table an entry points into."""
+    _, num_vectors, stages = codes.shape
+    table = (np.arange(num_vectors)[:, None] % (num_tables // stages)) * stages + np.arange(stages)
+    counts = np.bincount((table * num_centroids + codes).ravel(), minlength=num_tables * num_centroids)
+    share = counts.reshape(num_tables, -1) / counts.reshape(num_tables, -1).sum(1, keepdims=True)
+    entropy = -(share * np.log(share, out=np.zeros_like(share), where=share > 0)).sum(1)
+    return float(entropy.mean() / np.log(num_centroids))
+
+
+def layers_path(results: Path, study: str) -> Path:
+    """Beside the records, in a folder of its own."""
+    return results / "records" / "layers" / f"{study}.parquet"
+
+
+def write_layers(layers: pd.DataFrame, path: Path) -> None:
+    """One parquet file; what repeats is stored once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    layers.to_parquet(path, index=False, compression="zstd")
+
+
+def read_layers(path: Path) -> pd.DataFrame:
+    """Empty where the study kept none, as one without quantised runs does."""
+    return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=[*KEYS, "quantity", "value"])

@@ -1,0 +1,84 @@
+"""What a study found, in sentences: the planned comparison first, otherwise the best arms."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from mgvq.analysis.compare import Comparison
+from mgvq.analysis.table import COLUMNS, Row, rows
+
+ALPHA = 0.05
+_WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a token")}
+
+
+def verdict(records: pd.DataFrame) -> list[str]:
+    """One summary, then a sentence a grid point. Every number is the table's."""
+    table = rows(records)
+    points = list(dict.fromkeys(str(row.point) for row in table))
+    parts = [[row for row in table if str(row.point) == point] for point in points]
+    if primary := records.attrs.get("primary"):
+        return _planned(parts, primary["arm"], primary["metric"], records.attrs["baseline"])
+    if baseline := records.attrs.get("baseline"):
+        summary = f"No comparison was planned: every arm is held against {baseline}, corrected for their number."
+        return [summary, *(_corrected(part, baseline) for part in parts)]
+    return ["No arm is compared with another here; the table describes.", *(_described(part) for part in parts)]
+
+
+def _planned(parts: Sequence[Sequence[Row]], arm: str, metric: str, baseline: str) -> list[str]:
+    column = next(name for name, c in COLUMNS.items() if c.measure == metric)
+    found = [next(row for row in part if row.arm == arm) for part in parts]
+    better, worse, open_ = 0, 0, 0
+    sentences = []
+    for row in found:
+        comparison = row.comparisons[column]
+        gain = comparison.effect.mean > 0 if COLUMNS[column].better == "max" else comparison.effect.mean < 0
+        decided = comparison.p < ALPHA
+        better, worse, open_ = better + (decided and gain), worse + (decided and not gain), open_ + (not decided)
+        word = ("better" if gain else "worse") if decided else "not shown to differ"
+        sentence = f"{place(row)}: {arm} is {word}: {difference(comparison, column)}"
+        gap = f", {row.gap_closed:.0f} % of the loss that {baseline} has above full precision avoided" if _has_gap(row) else ""
+        sentences.append(f"{sentence}{gap}.")
+    counts = {f"better than {baseline} on": better, "worse on": worse, "not shown to differ on": open_}
+    said = ", ".join(f"{words} {n}" for words, n in counts.items() if n)
+    summary = f"The planned comparison, {arm} against {baseline} by {_WORDS[metric][0]}: {said} of {len(found)} grid points."
+    return [summary, *sentences]
+
+
+def _has_gap(row: Row) -> bool:
+    return row.gap_closed is not None and bool(row.gap_closed > 0)
+
+
+def _corrected(part: Sequence[Row], baseline: str) -> str:
+    column = "loss"
+    found = {row.arm: row.comparisons[column] for row in part if column in row.comparisons and not row.full_precision}
+    better = [arm for arm, c in found.items() if c.p < ALPHA and c.effect.mean < 0]
+    worse = [arm for arm, c in found.items() if c.p < ALPHA and c.effect.mean > 0]
+    best = min(better, key=lambda arm: found[arm].effect.mean, default=None)
+    text = f"{place(part[0])}: by answer loss {len(better)} of {len(found)} arms are better than {baseline}, {len(worse)} worse"
+    return f"{text}; the best is {best}: {difference(found[best], column)}." if best else f"{text}."
+
+
+def _described(part: Sequence[Row]) -> str:
+    full = [row for row in part if row.full_precision]
+    best = max((row for row in part if not row.full_precision), key=lambda row: row.mean("accuracy %"), default=None)
+    if best is None:
+        return f"{place(part[0])}: full precision only."
+    against = f" of {full[0].mean('accuracy %'):.1f} % in full precision" if full else ""
+    bits = f"{best.mean('bits, layers'):.2f} measured bits a weight"
+    return f"{place(best)}: {best.arm} keeps most, {best.mean('accuracy %'):.1f} %{against}, at {bits}."
+
+
+def difference(found: Comparison, column: str) -> str:
+    """Mean, interval and p of a comparison in the unit and the digits of the table's column."""
+    c = COLUMNS[column]
+    name, unit = _WORDS[str(c.measure)]
+    e = found.effect
+    mean, low, high = (f"{value * c.factor:+.{c.decimals}f}" for value in (e.mean, e.low, e.high))
+    p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
+    design = "questions only" if e.samples_only else f"{e.num_seeds} seeds x {e.num_samples} pictures"
+    return f"{name} {mean} {unit} [{low}, {high}], {p}, {design}"
+
+
+def place(row: Row) -> str:
+    """The grid point of a row in words."""
+    return ", ".join(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in row.point.items()) or "all runs"

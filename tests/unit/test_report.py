@@ -1,0 +1,248 @@
+"""Pictures and the HTML report, on made-up runs whose numbers can be followed."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from mgvq.analysis import layers as layers_module
+from mgvq.analysis.drawing import style
+from mgvq.analysis.examples import examples
+from mgvq.analysis.html import write_html
+from mgvq.analysis.layer_figures import has_stages, heat_map, proxy_figure, varies
+from mgvq.analysis.layers import _evenness, collect_layers, read_layers, write_layers
+from mgvq.analysis.records import collect
+from mgvq.analysis.report import write_figures
+from mgvq.analysis.study_figures import arms_figure, has_bit_widths
+from mgvq.analysis.table import rows
+from mgvq.analysis.verdict import verdict
+from mgvq.errors import UserError
+from mgvq.evaluation.documents import documents, headline_accuracy
+from mgvq.runs.store import RunFolder
+from mgvq.studies.plan import PlannedRun
+from mgvq.studies.spec import Study
+
+STUDY = Study(
+    name="made_up",
+    question="is <good> better than bad?",
+    arms={"full": ["method=full_precision"], "bad": ["a=1"], "good": ["a=2"]},
+    seeds=[0, 1, 2],
+    grid={"model": ["one", "two"]},
+    baseline="bad",
+    primary={"arm": "good", "metric": "loss"},
+)
+WRONG = {"full": 20, "bad": 2, "good": 5}  # every so-manieth question is answered wrongly
+DOCS = documents(0, 40)
+SITES = ["a.q_proj", "a.down_proj"]
+
+
+def finish(folder: Path, arm: str, seed: int) -> None:
+    lines = []
+    for number, doc in enumerate(DOCS):
+        right = (number + seed * (arm != "full")) % WRONG[arm] != 1
+        line = {key: doc[key] for key in ("sample_id", "sample_hash", "type", "question", "answer")}
+        prediction = doc["answer"] if right else f"{arm} & nonsense"
+        loss = (0.1 if right else 2.0) + 0.01 * (number % 3)
+        lines.append({"task": "tiny_vqa", **line, "prediction": prediction, "score": float(right), "loss": loss, "num_tokens": 2})
+    samples = pd.DataFrame(lines)
+    by_type = samples.groupby("type").score.mean()
+    metrics = {
+        "tiny_vqa/accuracy": headline_accuracy(samples[["type", "score"]].to_dict("records")),
+        **{f"tiny_vqa/accuracy/{kind}": value for kind, value in by_type.items()},
+        "loss/answer": samples.loss.sum() / samples.num_tokens.sum(),
+        "kl/full_precision": 0.1,
+        "bits/quantized_layers": 16.0 if arm == "full" else 2.0,
+        "bits/model": 3.0,
+        "time/quantize_s": 20.0,
+        "time/evaluate_s": 30.0,
+        "rate": "full_precision" if arm == "full" else "mixed",
+        "flags": [],
+    }
+    folder.mkdir(parents=True)
+    samples.to_parquet(folder / "samples.parquet")
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "identity.json").write_text("{}")
+    if arm != "full":
+        layer = pd.DataFrame({"site": SITES, "tower": "language", "kind": ["q_proj", "down_proj"], "block": [0, 0]})
+        by_group = pd.concat([layer.assign(group=g, num_channels=4, num_weights=16 * (g + 1)) for g in (0, 1)])
+        by_group.assign(score=[4.0, 8.0, 40.0, 80.0], index_bits=[1.0, 1.0, 3.0, 3.0 + seed]).to_parquet(
+            folder / "allocation.parquet"
+        )
+        layer.assign(proxy_error=[0.5, 0.25]).to_parquet(folder / "layers.parquet")
+        stages = [layer.assign(part="nearest", proxy_error=[2.0, 1.0]), layer.assign(part="feedback", proxy_error=[0.5, 0.25])]
+        pd.concat(stages).to_parquet(folder / "proxy.parquet")
+    (folder / "DONE").touch()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def runs(results: Path) -> list[PlannedRun]:
+    planned = []
+    for point in STUDY.points():
+        for arm in STUDY.arms:
+            for seed in STUDY.seeds:
+                folder = results / "runs" / f"{point['model']}-{arm}-{0 if arm == 'full' else seed}"
+                if not folder.exists():
+                    finish(folder, arm, seed)
+                overrides = (f"model={point['model']}", f"arm={arm}", f"seed={seed}")
+                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+    return planned
+
+
+@pytest.fixture(scope="module")
+def records(runs: list[PlannedRun]) -> pd.DataFrame:
+    return collect(STUDY, runs)
+
+
+@pytest.fixture(scope="module")
+def layers(runs: list[PlannedRun]) -> pd.DataFrame:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers_module, "codebook_usage", lambda _: {(site, g): 0.5 for site in SITES for g in (0, 1)})
+        return collect_layers(runs)
+
+
+def test_the_table_by_layer_has_means_over_distinct_runs(layers: pd.DataFrame, tmp_path: Path) -> None:
+    write_layers(layers, tmp_path / "x.parquet")
+    pd.testing.assert_frame_equal(read_layers(tmp_path / "x.parquet"), layers)
+    assert set(layers.arm) == {"bad", "good"}
+    assert len(layers) == 2 * 2 * (4 * 4 + 2 + 2 * 2)
+    last = layers[(layers.site == "a.down_proj") & (layers.group == 1)].groupby("quantity").value.first()
+    assert dict(last) == {"bits": 4.0, "sensitivity": 20.0, "usage": 0.5, "weights": 32.0}
+
+
+@pytest.mark.parametrize(
+    ("codes", "tables", "size", "expected"),
+    [
+        ([[0, 1], [2, 3]], 1, 4, 1.0),
+        ([[0, 0], [0, 0]], 1, 4, 0.0),
+        ([[0, 0], [1, 1]], 1, 4, 0.5),
+        ([[0, 1], [1, 1]], 2, 2, 0.5),  # two tables in turn: one used evenly, one at a single entry
+    ],
+)
+def test_usage_is_the_entropy_of_the_codes_over_its_maximum(
+    codes: list[list[int]], tables: int, size: int, expected: float
+) -> None:
+    assert _evenness(np.array(codes)[..., None], tables, size) == pytest.approx(expected)
+
+
+def test_the_proxy_figure_shows_every_stage_over_the_nearest(layers: pd.DataFrame) -> None:
+    assert has_stages(layers)
+    with style():
+        figure = proxy_figure(layers)
+    assert len(figure.axes) == 4
+    assert list(figure.axes[0].lines[0].get_ydata()) == pytest.approx([0.25, 0.25])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.25"]
+
+
+def test_heat_maps_show_the_values_and_leave_out_what_is_alike(layers: pd.DataFrame) -> None:
+    assert varies(layers, "bits")
+    assert not varies(layers, "usage")
+    with style():
+        bits, scores = (heat_map(layers, quantity) for quantity in ("bits", "sensitivity"))
+    assert bits.axes[0].collections[0].get_array().tolist() == [[1, 3], [1, 4]]
+    # Mean scores 1, 10, 2, 20 of 16, 32, 16, 32 weights: over 10.5.
+    shown = scores.axes[0].collections[0].get_array()
+    assert np.asarray(shown) == pytest.approx(np.log10(np.array([[1, 10], [2, 20]]) / 10.5), abs=1e-6)
+
+
+def test_the_figure_of_arms_shows_the_tables_differences(records: pd.DataFrame) -> None:
+    table = rows(records)
+    with style():
+        figure = arms_figure(table, "bad")
+    good = next(row for row in table if row.arm == "good")
+    dots = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    effect = good.comparisons["loss"].effect
+    assert any(line.get_xdata()[0] == pytest.approx(effect.mean) for line in dots)
+    assert not has_bit_widths(table)
+
+
+def test_equal_records_give_equal_pictures(records: pd.DataFrame, layers: pd.DataFrame, tmp_path: Path) -> None:
+    first, second = ({f.name: f.read_bytes() for f in write_figures("x", records, layers, tmp_path / str(i))} for i in range(2))
+    assert first == second
+    assert set(first) == {f"x_{kind}.svg" for kind in ("arms", "allocation", "sensitivity", "proxy")}
+    assert not any(b"dc:date" in svg or b"Matplotlib v" in svg for svg in first.values())
+
+
+def test_the_verdict_reads_the_planned_comparison(records: pd.DataFrame) -> None:
+    summary, *sentences = verdict(records)
+    assert summary == "The planned comparison, good against bad by answer loss: better than bad on 2 of 2 grid points."
+    good = next(row for row in rows(records) if row.arm == "good")
+    assert f"{good.comparisons['loss'].effect.mean:+.3f} nats a token" in sentences[0]
+
+
+def test_examples_follow_their_rule(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
+    found = examples(records, results / "runs")
+    assert len(found) == 2
+    for example in next(iter(found.values())):
+        by_arm = {arm: (text, right) for text, right, arms in example.answers for arm in arms}
+        assert by_arm["full"] == (example.answer, True)
+        assert by_arm["good"][1] != by_arm["bad"][1]
+        assert example.picture.startswith("data:image/png;base64,")
+    assert examples(records, tmp_path) == {}
+
+
+def test_a_picture_that_is_another_one_is_refused(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results / "runs", tmp_path / "runs")
+    for file in (tmp_path / "runs").glob("*/samples.parquet"):
+        pd.read_parquet(file).assign(sample_hash="0").to_parquet(file)
+    with pytest.raises(UserError, match="another picture"):
+        examples(records, tmp_path / "runs")
+
+
+@pytest.fixture(scope="module")
+def page(records: pd.DataFrame, layers: pd.DataFrame, results: Path) -> Path:
+    write_figures(STUDY.name, records, layers, results)
+    return write_html(STUDY, records, results)
+
+
+def test_the_page_stands_alone_and_escapes(page: Path) -> None:
+    text = page.read_text()
+    assert "Is &lt;good&gt; better than bad?" in text
+    assert "bad &amp; nonsense" in text
+    assert not re.search(r"(src|href)=\"(https?:)?//", text)
+    links = re.findall(r'href="(\.\./[^"]+)/"', text)
+    assert len(links) == 2 * (1 + 3 + 3)
+    assert all((page.parent / link / "metrics.json").is_file() for link in links)
+    assert "mgvq-run model=two arm=good seed=2" in text
+    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,', text)) == 4
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here to look at the page with")
+def test_a_browser_sorts_the_table_and_shows_all_pictures(page: Path, tmp_path: Path) -> None:
+    probe = """<script>addEventListener("load", () => {
+    document.querySelectorAll("#tables thead button")[2].click();
+    const cells = [...document.querySelectorAll("#tables table")[0].tBodies[0].rows].map(r => parseFloat(r.cells[2].textContent));
+    const broken = [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length;
+    document.title = JSON.stringify([cells, broken, document.images.length, document.documentElement.scrollWidth > innerWidth]);
+    })</script></body>"""
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>", probe))
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=600,2000",
+        f"--user-data-dir={tmp_path}/b",
+    ]
+    done = subprocess.run([*command, "--dump-dom", probed.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    cells, broken, number, overflows = json.loads(re.search("<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"'))
+    assert cells == sorted(cells)
+    assert len(set(cells)) == 3
+    assert broken == 0
+    assert number > 4
+    assert not overflows
+    shot = tmp_path / "page.png"
+    subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=120, check=True)
+    assert np.asarray(Image.open(shot).convert("L")).std() > 10  # something is on it
