@@ -64,7 +64,7 @@ class Columns(VectorCodebook):
     def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
         layout = self.layouts()[rate]
         d, k = layout.vector_length, layout.num_centroids
-        codes = sum(codes_bits(p.shape[::-1], d, k) for p in pieces)
+        codes = sum(codes_bits((p.shape[1], p.shape[0]), d, k) for p in pieces)
         scales = 16 * len(pieces) if self.share != "layer" else 0
         return codes + scales + table_bits(d, k, self.table)
 

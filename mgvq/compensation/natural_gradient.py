@@ -48,11 +48,12 @@ class NaturalGradient(NoCompensation):
     ) -> Float[Tensor, "out in"]:
         """`W - step |W| N / |N|`, float32; W itself for a gradient of 0."""
         assert metric.h_out is not None, "the pipeline checks needs_output_metric"
-        if len(metric.h_in) > 1:
+        h_in, *others = metric.h_in
+        if others:
             raise UserError("compensation=natural_gradient needs one input factor a layer: choose curvature=kronecker")
         if not gradient.any():
             return weight.float()
-        h_out, h_in = (_damped(h.to(weight.device), self.damping) for h in (metric.h_out, metric.h_in[0]))
+        h_out, h_in = (_damped(h.to(weight.device), self.damping) for h in (metric.h_out, h_in))
         natural = torch.linalg.solve(h_in, torch.linalg.solve(h_out, gradient.double()).T).T
         return (weight.double() - step * weight.double().norm() / natural.norm() * natural).float()
 
