@@ -32,6 +32,7 @@ class NaturalGradient(NoCompensation):
     # As a `Shift`: one step, tried without another.
     source: ClassVar[str] = "sft"
     refresh: ClassVar[bool] = False
+    sweeps: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:

@@ -3,10 +3,13 @@
 from omegaconf import DictConfig
 
 from mgvq.codebook.columns import Columns
+from mgvq.compensation.gradient_hessian import GradientHessian
+from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.pipeline import Method
 from mgvq.runs.build import STAGES, build, chosen
+from mgvq.types import Compensation
 
 
 def build_method(cfg: DictConfig) -> Method | None:
@@ -39,7 +42,7 @@ def _check_metric(method: Method) -> None:
         raise UserError(
             "this compensation weighs output channels too, for which only curvature=kronecker has a metric: choose that one."
         )
-    if method.compensation.needs_output_metric and isinstance(method.codebook, Columns):
+    if _corrects_rows(method.compensation) and isinstance(method.codebook, Columns):
         raise UserError(
             "this compensation corrects errors from row to row, but a vector of codebook=columns takes several rows at once: "
             "choose codebook=kmeans, or compensation=hessian."
@@ -51,6 +54,11 @@ def _check_metric(method: Method) -> None:
             "curvature has no effect: nothing in this run looks at the metric. Leave it out (curvature=none), or set "
             "codebook.weight_power above 0, or a compensation."
         )
+
+
+def _corrects_rows(compensation: Compensation) -> bool:
+    gradient = isinstance(compensation, GradientHessian) and compensation.output_damping is not None
+    return gradient or isinstance(compensation, HessianTwoSided)
 
 
 def _check_scores(method: Method, cfg: DictConfig) -> None:
