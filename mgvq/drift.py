@@ -55,11 +55,12 @@ class Drift:
         if both := {i for b in self.batches for i in b.sample_ids} & {i for b in self.heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         with torch.inference_mode():
+            with _called_before(model, sites) as still:
+                self._logs(self.heldout[0])
             self._teacher, self._heldout_teacher = (
                 [_Teacher(self._logs(b)) for b in part] for part in (self.batches, self.heldout)
             )
         names = [block_name(block[0]) for block in by_block(sites)]
-        still = [name for name in _parts(model) if not any(site.name.startswith(f"{name}.") for site in sites)]
         self._replay = Replay(model, [*([name] for name in still), *_rows(sites)])
         for name in still:
             self._replay.settle(name)
@@ -167,11 +168,23 @@ def _rows(sites: Sequence[Site]) -> list[list[str]]:
     return list(rows.values())
 
 
-def _parts(model: PreTrainedModel) -> list[str]:
-    """The modules that the model is made of, towers and what joins them."""
+@contextmanager
+def _called_before(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[list[str]]:
+    """Filled by the forward pass inside: the modules that the model is made of (towers, say) and that ran before any site."""
     base = model.base_model
     prefix = next(name for name, module in model.named_modules() if module is base)
-    return [f"{prefix}.{name}" for name, _ in base.named_children()]
+    calls: list[str] = []
+    before: list[str] = []
+    handles = [model.get_submodule(s.name).register_forward_pre_hook(lambda *_: calls.append("")) for s in sites]
+    parts = {f"{prefix}.{name}": part for name, part in base.named_children()}
+    handles += [part.register_forward_hook(lambda *_, name=name: calls.append(name)) for name, part in parts.items()]
+    try:
+        yield before
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = calls.index("") if "" in calls else 0
+    before += [name for name in dict.fromkeys(calls[:first]) if name not in calls[first:]]
 
 
 def block_name(site: Site) -> str:

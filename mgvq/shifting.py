@@ -37,6 +37,8 @@ def shifted_rounding(
 ) -> tuple[Rounded, pd.DataFrame]:
     """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
 
+    Steps are tried from the smallest up, until one is worse than the one before it.
+
     From the second sweep on all blocks are quantised, and the gradient holds the errors of the block itself and of those behind
     it too: the target that the block was rounded to is moved once more, and what comes of that has to beat what there is.
 
@@ -82,6 +84,8 @@ def shifted_rounding(
                         | {"step": step, "gradient_norm": norm, "first_order": change}
                         | {"heldout_before": before, "heldout_loss": trials[-1].loss, "chosen": False}
                     )
+                    if trials[-1].loss > (trials[-2].loss if len(trials) > 1 else before):
+                        break  # larger steps would be worse still
                 least = min(range(len(trials)), key=lambda t: trials[t].loss)
                 if sweep and not trials[least].loss < before:
                     _install(model, present)

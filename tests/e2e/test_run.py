@@ -246,7 +246,11 @@ def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_p
            "codebook.iterations=2", "evaluation.num_questions=8", "evaluation.answers=forced")  # fmt: skip
     runs = [
         Path(run_command(RUN, *few, *more, results=tmp_path).stdout.splitlines()[-1])
-        for more in ([], ["compensation=gradient_hessian", "compensation.steps=[0.0]"], ["compensation=gradient_hessian"])
+        for more in (
+            [],
+            ["compensation=gradient_hessian", "compensation.steps=[0.0]", "compensation.sweeps=1"],
+            ["compensation=gradient_hessian", "refit=closed_form"],
+        )
     ]
     plain, still, moved = (checkpoint_bytes(run)["mgvq.safetensors"] for run in runs)
     assert plain == still != moved
@@ -254,8 +258,17 @@ def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_p
     assert "no_step" in flags[1]
     assert "no_step" not in flags[0]
     blocks = pd.read_parquet(runs[2] / "blocks.parquet")
-    assert blocks.groupby("block").chosen.sum().eq(1).all()
-    assert blocks.groupby("block").size().tolist() == [1, 5, 5, 5], "nothing has drifted before the first block is quantised"
-    best = blocks.loc[blocks.groupby("block").heldout_loss.idxmin()]
-    assert best.chosen.all()
+    first, second = (blocks[blocks.sweep == sweep] for sweep in (0, 1))
+    assert first.groupby("block").chosen.sum().eq(1).all()
+    assert first[first.block == 0].step.tolist() == [0], "nothing has drifted before the first block is quantised"
+    assert first.loc[first.groupby("block").heldout_loss.idxmin()].chosen.all()
+    assert (second[second.chosen].heldout_loss < second[second.chosen].heldout_before).all()
+    assert second.groupby("block").chosen.sum().le(1).all()
+    for _, tried in blocks.groupby(["sweep", "block"]):
+        assert tried.heldout_loss[:-1].is_monotonic_decreasing, "the first that is worse is the last"
     assert not (runs[0] / "blocks.parquet").exists()
+    proxy = pd.read_parquet(runs[2] / "proxy.parquet").pivot(index="site", columns="part", values="proxy_error")
+    assert {"nearest", "refit"} <= set(proxy) <= {"nearest", "feedback", "shifted", "refit"}
+    assert proxy.notna().all(axis=1).sum() < len(proxy), "a layer was rounded to its weights or to a moved target, not both"
+    plain_proxy = pd.read_parquet(runs[0] / "proxy.parquet").pivot(index="site", columns="part", values="proxy_error")
+    assert (plain_proxy.feedback < plain_proxy.nearest).mean() > 0.9

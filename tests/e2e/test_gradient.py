@@ -1,0 +1,84 @@
+"""The block loop of the gradient term, on a shipped model: what fails the run, what is flagged, what it leaves as it was."""
+
+import pytest
+import torch
+
+from mgvq.calibration.tiny_vqa import TinyVQA
+from mgvq.codebook.kmeans import KMeans
+from mgvq.compensation.gradient_hessian import GradientHessian
+from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.errors import UserError
+from mgvq.model.pack import packed_batches
+from mgvq.model.sites import list_sites, site_weights
+from mgvq.rounding import Layers
+from mgvq.shifting import Samples, shifted_rounding
+from mgvq.types import Metric, SiteStats
+from mgvq.units import Fits, cut_units
+
+GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
+
+
+def draw():
+    return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, seed=0, label_seed=0).draw()
+
+
+@pytest.fixture
+def loop(loaded):
+    """Runs the block loop over two small layers of each of two blocks; returns what `shifted_rounding` does and the flags."""
+    model = loaded.model
+    sites = [s for s in list_sites(model, "language") if s.kind in ("k_proj", "v_proj") and s.block in (1, 2)]
+    drawn, weights = draw(), site_weights(model, sites)
+    batches, heldout = (list(packed_batches(loaded.processor, e, 2)) for e in (drawn.examples, drawn.heldout_examples))
+    codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=2, sample=None, seed=0)
+    scores = {s: torch.arange(s.in_features).float() for s in sites}
+    units = cut_units({s: torch.zeros(s.in_features, dtype=torch.long) for s in sites}, scores, codebook)
+    metrics = {s: Metric((torch.eye(s.in_features),), torch.eye(s.out_features)) for s in sites}
+    rates = [next(r for r in codebook.rates() if r.index_bits == 1.0)] * len(units)
+
+    def run(bank=None, **settings):
+        shift, flags = GradientHessian(**GRADIENT | settings), []
+        layers, fits = Layers(shift, None, weights, metrics, scores, {}), Fits(units, codebook, weights, {})
+        return *shifted_rounding(model, sites, bank or {}, shift, Samples(batches, heldout), fits, rates, layers, flags), flags
+
+    run.sites, run.model = sites, model
+    return run
+
+
+def test_gradient_heldout_and_test_pictures_are_apart() -> None:
+    drawn = draw()
+    parts = [{e.image.tobytes() for e in part} for part in (drawn.examples, drawn.heldout_examples)]
+    parts.append({picture.pixels.tobytes() for picture in draw_test("test", 0, 200)})
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts))
+
+
+def test_a_gradient_of_zero_fails_the_run_and_leaves_the_model_as_it_was(loop) -> None:
+    before = {s: w.clone() for s, w in site_weights(loop.model, loop.sites).items()}
+    zeros = {s: SiteStats(num_tokens={}, gram={}, gradient=torch.zeros(s.out_features, s.in_features)) for s in loop.sites}
+    with pytest.raises(UserError, match="gradient is zero"):
+        loop(zeros, source="sft", refresh=False)
+    assert all(torch.equal(w, before[s]) for s, w in site_weights(loop.model, loop.sites).items())
+
+
+def test_a_step_of_zero_everywhere_is_flagged(loop) -> None:
+    rounded, blocks, flags = loop(steps=[0.0])
+    assert "no_step" in flags
+    assert set(rounded.stored) == set(loop.sites)
+    assert blocks.chosen.all()
+
+
+def test_later_sweeps_never_raise_the_heldout_loss(loop) -> None:
+    _, blocks, _ = loop(sweeps=3, steps=[0.0, 0.05, 0.2])
+    losses = blocks[blocks.chosen].heldout_loss
+    after_first = blocks[(blocks.sweep == 0) & blocks.chosen].heldout_loss.iloc[-1]
+    later = losses[blocks[blocks.chosen].sweep > 0]
+    assert later.is_monotonic_decreasing
+    assert (later < after_first).all()
+    assert blocks[blocks.sweep == 1].gradient_norm.gt(0).all(), "from the second sweep on the first block has a gradient too"
+
+
+def test_the_prediction_and_the_change_of_a_small_step_agree_in_sign(loop) -> None:
+    """First order against measured, where the gradient was taken: the samples of the gradient stand in for those held out."""
+    _, blocks, _ = loop(steps=[0.0, 0.1])
+    tried = blocks[blocks.block == 2].set_index("step")
+    assert tried.first_order[0.1] < tried.first_order[0.0]
