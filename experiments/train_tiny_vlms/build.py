@@ -1,28 +1,36 @@
 """The shipped small VLMs from their configurations: transformers' own classes, tokenizer, processors; random weights.
 
-Every model has a language tower of Qwen2 kind (hidden 256, 4 layers, 8 heads, 4 key-value heads) and a vision tower of width 128
-with 4 layers. MLPs are 512 wide in tiny_llava_onevision (3.5 million parameters in all) and 256 wide in tiny_internvl (2.4
-million), which with wider ones had room to spare and hardly felt 2 bits (LOG.md). All families share one vocabulary.
+Every model has a language tower (hidden 256, 4 layers, 8 heads, 4 key-value heads; of Llama kind in tiny_smolvlm, of Qwen2 kind
+in the others) and a vision tower of width 128 with 4 layers. MLPs are 512 wide in tiny_llava_onevision (3.5 million parameters
+in all) and 256 wide in the later ones: tiny_internvl with wider ones had room to spare and hardly felt 2 bits (LOG.md). All
+families share one vocabulary, to which tiny_smolvlm adds the three marks of its processor.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     GotOcr2ImageProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3ImageProcessor,
+    Idefics3Processor,
     InternVLConfig,
     InternVLForConditionalGeneration,
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    LlamaConfig,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -38,6 +46,7 @@ IMAGE, VIDEO, IMAGE_START, IMAGE_END = "<image>", "<video>", "<img>", "</img>"
 # The last four are Qwen2-VL's: one vocabulary for every family.
 SPECIAL = [PAD, END, USER, ASSISTANT, IMAGE, VIDEO, IMAGE_START, IMAGE_END,
            "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+SMOLVLM_MARKS = ["<fake_token_around_image>", "<global-img>", "<end_of_utterance>"]
 VOCAB_SIZE = 448
 MEAN_STD = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 # "<|user|><image>how many things are there ?<|assistant|>"; the answer follows and ends with <|im_end|>.
@@ -49,6 +58,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{% if message['role'] == 'assistant' %}{{ '<|im_end|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+Text = TypeVar("Text", bound=PreTrainedConfig)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -77,8 +87,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def text_config(intermediate_size: int) -> Qwen2Config:
-    return Qwen2Config(
+def text_config(intermediate_size: int, kind: type[Text] = Qwen2Config) -> Text:
+    return kind(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
         intermediate_size=intermediate_size,
@@ -183,6 +193,46 @@ def internvl_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Ten
     return model.model.get_image_features(pixel_values=pixels).pooler_output
 
 
+def smolvlm() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """SigLIP (patch 8) + pixel shuffle + one linear layer + Llama: Idefics3, the class of the first SmolVLM.
+
+    16 image tokens between marks. Image splitting is off: one tile, and no second look at the whole.
+    """
+    tokens = tokenizer()
+    tokens.add_tokens(SMOLVLM_MARKS, special_tokens=True)
+    num_image_tokens = (SIDE // 8) ** 2 // 4
+    config = Idefics3Config(
+        text_config=text_config(256, LlamaConfig),
+        vision_config={
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 8,
+        },
+        image_token_id=SPECIAL.index(IMAGE),
+        pad_token_id=SPECIAL.index(PAD),
+        scale_factor=2,
+        tie_word_embeddings=True,
+    )
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessor(
+            size={"longest_edge": SIDE}, max_image_size={"longest_edge": SIDE}, do_image_splitting=False, **MEAN_STD
+        ),
+        tokenizer=tokens,
+        image_seq_len=num_image_tokens,
+        chat_template=CHAT_TEMPLATE,
+    )
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def smolvlm_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """(b, 3, h, w) -> (b, 16, 256)."""
+    inner = model.model
+    return inner.connector(inner.vision_model(pixels).last_hidden_state)
+
+
 @dataclass(frozen=True)
 class Family:
     """How to build a family, and its image features for a batch of pictures in one call."""
@@ -194,6 +244,7 @@ class Family:
 FAMILIES = {
     "tiny_llava_onevision": Family(llava_onevision, llava_features),
     "tiny_internvl": Family(internvl, internvl_features),
+    "tiny_smolvlm": Family(smolvlm, smolvlm_features),
 }
 
 
