@@ -51,7 +51,7 @@ COUNTING = Recipe(
     weight_decay=0.0,
     mix=TRAINING_MIX | {"count": 3.0, "cmp_count": 1.5, "where": 1.5, "list_row": 0.8, "list_all": 0.5, "relation": 0.4},
 )
-RECIPES = {"tiny_llava_onevision": Recipe(), "tiny_internvl": COUNTING, "tiny_smolvlm": COUNTING}
+RECIPES = {"tiny_llava_onevision": Recipe(), "tiny_internvl": COUNTING, "tiny_smolvlm": COUNTING, "tiny_qwen2_vl": COUNTING}
 
 
 def cell_targets(scenes: list[Scene]) -> torch.Tensor:
@@ -94,8 +94,9 @@ class Trainer:
         # Compiled eager attention: 2.8 times as fast as plain eager on two cores, and faster than sdpa either way.
         self.model.set_attn_implementation("eager")
         self.model.get_decoder().compile(dynamic=True)
-        self.model.get_encoder(modality="image").compile(dynamic=True)
-        self.packer, self.head = Packer(self.processor), CellHead()
+        if self.family.compiled:
+            self.model.get_encoder(modality="image").compile(dynamic=True)
+        self.packer, self.head = Packer(self.model, self.processor), CellHead()
         parameters = [*self.model.parameters(), *self.head.parameters()]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},

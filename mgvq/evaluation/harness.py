@@ -48,7 +48,7 @@ class InProcessModel(lmms):
         order = sorted(range(len(requests)), key=lambda i: (len(prompts[i]), i))
         for at in range(0, len(order), self.batch_size):
             part = order[at : at + self.batch_size]
-            images = [_image(self.task_dict, requests[i]) for i in part]
+            images = [[_image(self.task_dict, requests[i])] for i in part]
             inputs = self.processor(images=images, text=[prompts[i] for i in part], return_tensors="pt", padding=True)
             settings: dict[str, Any] = requests[part[0]].args[1]  # type: ignore[misc]
             with torch.inference_mode():

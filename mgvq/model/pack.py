@@ -4,6 +4,7 @@ Row = [prompt up to the picture's end] [question, answer, end] [question, answer
 picture, and a mask keeps the questions apart. That equals one row a question (a test holds it), at less than half of the tokens.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,9 +37,15 @@ class PackedBatch:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether positions are plain counts: rotary positions of a picture's height and width (Qwen2-VL) cannot start again."""
-    text = model.config.get_text_config()
-    return "mrope_section" not in (getattr(text, "rope_parameters", None) or {})
+    """Whether a question sees its picture and itself through nothing but the mask, and positions are plain counts.
+
+    Not so with rotary positions of a picture's height and width (Qwen2-VL), where the model itself tells image from text tokens
+    (Gemma 3), and where layers see a window or keep a state.
+    """
+    text = model.config.get_text_config(decoder=True)
+    mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
+    typed = any("token_type_ids" in name for name in inspect.signature(model.base_model.forward).parameters)
+    return not mrope and not typed and set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
 
 
 def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: int) -> Iterator[PackedBatch]:
@@ -54,12 +61,12 @@ def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: in
 def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
     tokenizer = processor.tokenizer
     prompts = [chat_prompt(processor, row[0].question) for row in rows]
-    inputs = processor(images=[row[0].image for row in rows], text=prompts, return_tensors="pt", padding=True)
+    inputs = processor(images=[[row[0].image] for row in rows], text=prompts, return_tensors="pt", padding=True)
     lengths = inputs["attention_mask"].sum(1).tolist()
     whole = [ids[len(ids) - n :].tolist() for ids, n in zip(inputs["input_ids"], lengths, strict=True)]  # padded on the left
     prefixes = []
     for ids, prompt in zip(whole, prompts, strict=True):
-        behind = _tokens(tokenizer, _behind_image(tokenizer, prompt))
+        behind = _tokens(tokenizer, _behind_image(processor, prompt))
         if ids[len(ids) - len(behind) :] != behind:
             raise ValueError(f"the prompt {prompt!r} does not end with what follows its image: {tokenizer.decode(ids)!r}")
         prefixes.append(ids[: len(ids) - len(behind)])
@@ -93,13 +100,13 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
 def _segment(processor: Any, example: Example) -> tuple[list[int], int]:
     """Tokens from behind the image to the end of the answer, and how many of them are the answer with its end."""
     tokenizer = processor.tokenizer
-    asked = _behind_image(tokenizer, chat_prompt(processor, example.question))
+    asked = _behind_image(processor, chat_prompt(processor, example.question))
     tokens = _tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
     return tokens, len(tokens) - len(_tokens(tokenizer, asked))
 
 
-def _behind_image(tokenizer: Any, prompt: str) -> str:
-    return prompt.rsplit(tokenizer.image_token, 1)[-1]
+def _behind_image(processor: Any, prompt: str) -> str:
+    return prompt.rsplit(processor.image_token, 1)[-1]
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
