@@ -283,7 +283,7 @@ def qwen2_vl_features(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Ten
 class Family:
     """How to build a family, and its image features for a batch of pictures in one call.
 
-    `compiled`: whether compiling its vision tower helps. Qwen2-VL's attends to one picture after another, each a graph of its own.
+    `compiled`: whether to compile its vision tower. Qwen2-VL's attends to one picture after another, each a graph of its own.
     """
 
     build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]]

@@ -58,8 +58,8 @@ def _check_blocks_are_linear(model: PreTrainedModel, towers: Towers, sites: Sequ
     listed = sum(s.num_weights for s in sites if s.tower == "language" and s.block is not None)
     if listed < 0.5 * whole:
         raise UserError(
-            f"only {listed:,} of the {whole:,} weights in the blocks of {language} ({type(model).__name__}) are in linear layers, "
-            "and nothing else can be quantised yet."
+            f"only {listed:,} of {whole:,} weights in the blocks of {language} ({type(model).__name__}) are in linear layers; "
+            "nothing else can be quantised yet."
         )
 
 
