@@ -39,16 +39,24 @@ def image_token_id(processor: Any) -> int:
 
 
 def encode(processor: Any, examples: Sequence[Example]) -> Batch:
-    """One row an example: prompt, answer, end-of-sequence token; padded on the left."""
+    """One row an example: prompt, answer, end-of-sequence token; padded on the left.
+
+    Raises UserError for a processor that adds to the text behind the answer (PaliGemma's).
+    """
     tokenizer = processor.tokenizer
     prompts = [chat_prompt(processor, e.question) for e in examples]
     texts = [f"{p}{e.answer}{tokenizer.eos_token}" for p, e in zip(prompts, examples, strict=True)]
     inputs = processor(images=[[e.image] for e in examples], text=texts, return_tensors="pt", padding=True)
     valid = inputs["attention_mask"].bool()
     # Images add as many tokens to the prompt as to the whole, so the answer's length can be counted without them.
-    lengths = [
-        len(tokenizer(text).input_ids) - len(tokenizer(prompt).input_ids) for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    whole = tokenizer(texts).input_ids
+    lengths = [len(ids) - len(tokenizer(prompt).input_ids) for ids, prompt in zip(whole, prompts, strict=True)]
+    for row, ids, length in zip(inputs["input_ids"].tolist(), whole, lengths, strict=True):
+        if row[-length:] != ids[-length:]:
+            raise UserError(
+                f"{type(processor).__name__} ends the text in {tokenizer.decode(row[-length:])!r}, which is not the answer "
+                f"{tokenizer.decode(ids[-length:])!r}: it adds something, and where the answer lies cannot be told."
+            )
     places = torch.arange(valid.shape[1])
     loss_mask = places[None, :] >= valid.shape[1] - torch.tensor(lengths)[:, None]
     image_mask = inputs["input_ids"] == image_token_id(processor)

@@ -35,7 +35,10 @@ def find_towers(model: PreTrainedModel) -> Towers:
     that were found, for a model that is not of this pattern.
     """
     names = {module: name for name, module in model.named_modules()}
-    language = names[model.get_input_embeddings()].rpartition(".")[0]
+    try:
+        language = names[model.get_input_embeddings()].rpartition(".")[0]
+    except NotImplementedError as error:
+        raise _unclear(model, f"where its token embedding is, is not said: {error}") from error
     config = getattr(model.config, "vision_config", None)
     towers = [n for n, m in model.named_modules() if isinstance(m, PreTrainedModel) and n and type(m.config) is type(config)]
     vision = [n for n in towers if not any(n.startswith(f"{other}.") for other in towers)]
@@ -90,7 +93,7 @@ def _behind_blocks(model: torch.nn.Module, vision: str) -> list[str]:
 def _could_project(module: torch.nn.Module, width: int) -> bool:
     """Whether it ends in features of this width: by a linear layer, or a bare matrix (Gemma 3)."""
     outputs = [m.out_features for m in module.modules() if isinstance(m, torch.nn.Linear)]
-    return width in (outputs or [p.shape[-1] for p in module.parameters()])
+    return width in (outputs or [p.shape[-1] for p in module.parameters() if p.ndim == 2])
 
 
 def _unclear(model: PreTrainedModel, why: str) -> UserError:

@@ -24,11 +24,13 @@ from transformers import (
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
     LlavaProcessor,
+    PaliGemmaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    SiglipImageProcessor,
 )
 
 from mgvq.curvature.statistics import collect
@@ -159,6 +161,14 @@ def llava_processor(template: str) -> Any:
     images = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=SIDE)
     return LlavaProcessor(images, tokens(), patch_size=14, vision_feature_select_strategy="default", chat_template=template,
                           num_additional_image_tokens=1)  # fmt: skip
+
+
+def paligemma_processor(template: str) -> Any:
+    images = SiglipImageProcessor(size=SIDE)
+    images.image_seq_length = 16
+    marked = tokens()
+    marked.bos_token = "<|user|>"
+    return PaliGemmaProcessor(images, marked, chat_template=template)
 
 
 MODELS: dict[str, tuple[Callable[[], Any], dict[str, tuple[str, ...]]]] = {
@@ -353,3 +363,23 @@ def test_another_image_token_than_the_models_is_an_error(tmp_path: Path) -> None
     (folder / "config.json").write_text(text.replace('"image_token_index": 4', '"image_token_index": 6'))
     with pytest.raises(UserError, match=r"token 6, its processor .* by token 4"):
         load(Source(name="x", path=str(folder), revision=None, dtype="float32"), torch.device("cpu"))
+
+
+def test_a_processor_that_adds_behind_the_answer_is_an_error() -> None:
+    processor = paligemma_processor(TEMPLATE.replace("IMAGE", "'<image>'"))
+    with pytest.raises(UserError, match=r"PaliGemmaProcessor ends the text in .*, which is not the answer .*four"):
+        encode(processor, [Example("x", documents(0, 1)[0]["image"], "how many ?", "four")])
+
+
+def test_a_model_that_is_shown_the_answer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = {"model_type": "gemma3_text", "head_dim": 16, "use_bidirectional_attention": True, **TEXT}
+    monkeypatch.setitem(MODELS, "llava", (lambda: seeing(text), {}))
+    folder = saved("llava", tmp_path)
+    with pytest.raises(UserError, match=r"LlavaForConditionalGeneration predicts the first token of an answer from the whole"):
+        load(Source(name="x", path=str(folder), revision=None, dtype="float32"), torch.device("cpu"))
+
+
+def seeing(text: dict[str, Any]) -> Any:
+    """Llava with another language tower."""
+    settings = llava().to_dict() | {"text_config": text}
+    return config(settings.pop("model_type"), **settings)
