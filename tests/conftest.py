@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgvq.model.source import SHIPPED
 from mgvq.runs.places import register_resolvers
 
-FAMILIES = ("tiny_llava_onevision", "tiny_internvl")
+FAMILIES = tuple(sorted(f.parent.name for f in SHIPPED.glob("*/model.safetensors")))
 ROOT = Path(__file__).parents[1]
 
 register_resolvers()

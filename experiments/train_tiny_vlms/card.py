@@ -29,6 +29,8 @@ STUDY = "e00_response"
 TITLES = {
     "tiny_llava_onevision": "LLaVA-OneVision layout: SigLIP tower (patch 16), MLP projector, Qwen2 language model",
     "tiny_internvl": "InternVL layout: InternViT tower (patch 8), pixel shuffle, MLP projector, Qwen2 language model",
+    "tiny_smolvlm": "SmolVLM (Idefics3) layout: SigLIP tower (patch 8), pixel shuffle, one linear layer, Llama language model",
+    "tiny_qwen2_vl": "Qwen2-VL layout: tower with rotary positions (patch 8), merger of 2 x 2 patches, Qwen2 language model with M-RoPE",
 }
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from mgvq.data.tiny_vqa.dataset import Picture
@@ -24,21 +25,26 @@ class PackedBatch:
 
     pixels: torch.Tensor  # float (b, 3, h, w) in [-1, 1]
     ids: torch.Tensor  # (b, s)
-    positions: torch.Tensor  # (b, s)
+    positions: torch.Tensor  # (b, s); (3, b, s) for M-RoPE: frame, row, column
     mask: torch.Tensor  # additive (b, 1, s, s)
     labels: torch.Tensor  # (b, s): the next token, IGNORE outside the answers
     question: torch.Tensor  # (b, s): number of the question that a label belongs to, -1 elsewhere
 
 
 class Packer:
-    """Turns pictures into batches for one processor. Words are single tokens, so encoding is a look-up."""
+    """Turns pictures into batches for one model. Words are single tokens, so encoding is a look-up."""
 
-    def __init__(self, processor: ProcessorMixin) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin) -> None:
         tokens = processor.tokenizer
         blank = np.zeros((64, 64, 3), np.uint8)
         message = [{"role": "user", "content": [{"type": "image"}]}]
         prompt = processor.apply_chat_template(message, tokenize=False)
-        self.prefix: list[int] = processor(images=[blank], text=[prompt])["input_ids"][0]
+        inputs = processor(images=[blank], text=[prompt], return_tensors="pt")
+        self.prefix: list[int] = inputs["input_ids"][0].tolist()
+        self.prefix_positions = np.arange(len(self.prefix))
+        if hasattr(model.base_model, "get_rope_index"):
+            grid = {k: inputs[k] for k in ("input_ids", "mm_token_type_ids", "image_grid_thw")}
+            self.prefix_positions = model.base_model.get_rope_index(**grid)[0][:, 0].numpy()
         self.assistant, self.end = tokens.convert_tokens_to_ids(["<|assistant|>", "<|im_end|>"])
         self._vocabulary: dict[str, int] = tokens.get_vocab()
 
@@ -55,16 +61,17 @@ class Packer:
         num_prefix = len(self.prefix)
         length = num_prefix + max(sum(len(tokens) for tokens, _ in row) for row in rows)
         shape = (len(rows), length)
-        ids, positions = np.full(shape, self.end), np.zeros(shape, np.int64)
+        ids, positions = np.full(shape, self.end), np.zeros((*self.prefix_positions.shape[:-1], *shape), np.int64)
+        behind = self.prefix_positions.max() + 1
         owner = np.full(shape, -1)  # 0 prefix, 1.. the question, -1 padding
         labels, question = np.full(shape, IGNORE), np.full(shape, -1)
         for b, row in enumerate(rows):
-            ids[b, :num_prefix], positions[b, :num_prefix], owner[b, :num_prefix] = self.prefix, range(num_prefix), 0
+            ids[b, :num_prefix], positions[..., b, :num_prefix], owner[b, :num_prefix] = self.prefix, self.prefix_positions, 0
             at = num_prefix
             for number, (tokens, answer_at) in enumerate(row):
                 stop = at + len(tokens)
                 ids[b, at:stop] = tokens
-                positions[b, at:stop] = range(num_prefix, num_prefix + len(tokens))
+                positions[..., b, at:stop] = range(behind, behind + len(tokens))
                 owner[b, at:stop] = number + 1
                 labels[b, at + answer_at - 1 : stop - 1] = tokens[answer_at:]
                 question[b, at + answer_at - 1 : stop - 1] = number

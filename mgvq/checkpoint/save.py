@@ -11,25 +11,21 @@ from torch import Tensor
 from mgvq.checkpoint.ledger import Entry, Ledger
 from mgvq.formats.grouped import GroupedWeight
 from mgvq.model.load import Loaded
-from mgvq.types import QuantizedWeight, Site, Tower
+from mgvq.model.towers import find_towers
+from mgvq.types import QuantizedWeight, Site
 
 VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
 
 
-def save(
-    folder: Path,
-    loaded: Loaded,
-    sites: Sequence[Site],
-    weights: Mapping[Site, QuantizedWeight],
-    towers: Mapping[Tower, str],
-) -> Ledger:
+def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[Site, QuantizedWeight]) -> Ledger:
     """Write the checkpoint and return its ledger; equal inputs give equal bytes.
 
     Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. Raises
     AssertionError where the ledger and the bytes on disk differ.
     """
     folder.mkdir(parents=True)
+    towers = find_towers(loaded.model)
     tensors: dict[str, Tensor] = {}
     entries: list[Entry] = []
     layers = {}
@@ -51,7 +47,7 @@ def save(
         if name not in packed:
             stored = parameter.detach().to(loaded.stored_dtype) if parameter.is_floating_point() else parameter
             tensors[name] = stored.contiguous().cpu()
-            part = next((t for t, prefix in towers.items() if name.startswith(f"{prefix}.")), "other")
+            part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
     # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
     save_file(tensors, folder / TENSORS, metadata={"mgvq": str(VERSION)})

@@ -5,15 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.model.encode import chat_prompt
 from mgvq.model.pack import can_pack
-from mgvq.model.picture import prefix_inputs, split_prompt, tokens
-
-Question = tuple[Image, str]
+from mgvq.model.picture import Question, prefix_inputs, split_prompt, tokens
 
 
 @torch.inference_mode()
@@ -36,8 +33,9 @@ def generate(
             if seen is not None and seen.alike:
                 inputs = seen.inputs(part)
             else:
-                images, prompts = zip(*((asked[i][0], chat_prompt(processor, asked[i][1])) for i in part), strict=True)
-                inputs = processor(images=list(images), text=list(prompts), return_tensors="pt", padding=True).to(model.device)
+                prompts = [chat_prompt(processor, asked[i][1]) for i in part]
+                inputs = processor(images=[[asked[i][0]] for i in part], text=prompts, return_tensors="pt", padding=True)
+                inputs = inputs.to(model.device)
             sequences: Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
             new = sequences[:, inputs["input_ids"].shape[1] :]
             for i, text in zip(part, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -67,9 +65,8 @@ class _Seen:
         first: dict[bytes, int] = {}
         self._picture = [first.setdefault(image.tobytes(), len(first)) for image, _ in questions]
         shown = {p: question for p, question in zip(self._picture, questions, strict=True)}
-        images, texts = zip(*(shown[p] for p in range(len(first))), strict=True)
         starts, self._rest = zip(*(split_prompt(processor, text) for _, text in questions), strict=True)
-        inputs, prefixes = prefix_inputs(processor, images, [split_prompt(processor, text)[0] for text in texts])
+        inputs, prefixes = prefix_inputs(processor, [shown[p] for p in range(len(first))])
         self.alike = len(set(starts)) == 1 and len(set(map(len, prefixes))) == 1
         if self.alike:
             inputs = {k: v.to(model.device) for k, v in inputs.items()}

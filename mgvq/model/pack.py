@@ -4,6 +4,7 @@ Row = [prompt up to the picture's end] [question, answer, end] [question, answer
 picture, and a mask keeps the questions apart. That equals one row a question (a test holds it), at less than half of the tokens.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,13 +38,22 @@ class PackedBatch:
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether positions are plain counts: rotary positions of a picture's height and width (Qwen2-VL) cannot start again."""
-    text = model.config.get_text_config()
-    return "mrope_section" not in (getattr(text, "rope_parameters", None) or {})
+    """Whether a question sees its picture and itself through nothing but the mask, and positions are plain counts.
+
+    Not so with rotary positions of a picture's height and width (Qwen2-VL), where the model itself tells image from text tokens
+    (Gemma 3), and where layers see a window or keep a state.
+    """
+    text = model.config.get_text_config(decoder=True)
+    mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
+    typed = any("token_type_ids" in name for name in inspect.signature(model.base_model.forward).parameters)
+    return not mrope and not typed and set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
 
 
 def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: int) -> Iterator[PackedBatch]:
-    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row."""
+    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row.
+
+    Raises ValueError where the processor adds to the text behind the image.
+    """
     rows = [list(group) for _, group in itertools.groupby(examples, key=lambda e: id(e.image))]
     for at in range(0, len(rows), num_pictures):
         yield _pack(processor, rows[at : at + num_pictures])
@@ -51,8 +61,7 @@ def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: in
 
 def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
     tokenizer = processor.tokenizer
-    starts = [split_prompt(processor, row[0].question)[0] for row in rows]
-    inputs, prefixes = prefix_inputs(processor, [row[0].image for row in rows], starts)
+    inputs, prefixes = prefix_inputs(processor, [(row[0].image, row[0].question) for row in rows])
     segments = [[_segment(processor, e) for e in row] for row in rows]
     length = max(len(p) + sum(len(ids) for ids, _ in row) for p, row in zip(prefixes, segments, strict=True))
     shape = (len(rows), length)

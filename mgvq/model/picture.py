@@ -8,19 +8,33 @@ from torch import Tensor
 
 from mgvq.model.encode import chat_prompt
 
+Question = tuple[Image, str]
+
 
 def split_prompt(processor: Any, question: str) -> tuple[str, str]:
     """The chat prompt up to its image token, and what follows: together the text up to where the answer begins."""
-    token = processor.tokenizer.image_token
+    token = processor.image_token
     before, behind = chat_prompt(processor, question).rsplit(token, 1)
     return before + token, behind
 
 
-def prefix_inputs(processor: Any, images: Sequence[Image], prefixes: Sequence[str]) -> tuple[dict[str, Tensor], list[list[int]]]:
-    """Of prompts that end with their image: what the processor makes of them, padded on the left, and the tokens of each."""
-    inputs = processor(images=list(images), text=list(prefixes), return_tensors="pt", padding=True)
+def prefix_inputs(processor: Any, questions: Sequence[Question]) -> tuple[dict[str, Tensor], list[list[int]]]:
+    """What the processor makes of the prompts up to their images' ends, padded on the left, and the tokens of each.
+
+    Raises ValueError where that and the tokens of the rest are not the whole prompt, as the first question has it.
+    """
+    image, question = questions[0]
+    start, rest = split_prompt(processor, question)
+    (whole,) = processor(images=[[image]], text=[start + rest], return_tensors="pt")["input_ids"].tolist()
+    prefixes = [split_prompt(processor, text)[0] for _, text in questions]
+    inputs = processor(images=[[image] for image, _ in questions], text=prefixes, return_tensors="pt", padding=True)
     lengths = inputs["attention_mask"].sum(1).tolist()
-    return dict(inputs), [ids[len(ids) - n :].tolist() for ids, n in zip(inputs["input_ids"], lengths, strict=True)]
+    ids = [row[len(row) - n :].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
+    if ids[0] + tokens(processor.tokenizer, rest) != whole:
+        raise ValueError(
+            f"the prompt {start + rest!r} is not what the processor makes of it: {processor.tokenizer.decode(whole)!r}"
+        )
+    return dict(inputs), ids
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:

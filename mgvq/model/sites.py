@@ -1,13 +1,13 @@
 """The quantisable linear layers of a vision-language model, by tower and block."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
+from mgvq.model.towers import Towers, block_numbers, find_towers
 from mgvq.types import Site, Tower
 
 Scope = Literal["language", "language_projector", "all"]
@@ -17,42 +17,50 @@ TOWERS: Mapping[Scope, tuple[Tower, ...]] = {
     "all": ("language", "projector", "vision"),
 }
 
-# model_type -> module name of each tower; in the order in which data flows through them.
-FAMILIES: Mapping[str, Mapping[Tower, str]] = {
-    family: {
-        "vision": "model.vision_tower",
-        "projector": "model.multi_modal_projector",
-        "language": "model.language_model",
-    }
-    for family in ("llava_onevision", "internvl")
-}
-_BLOCK = re.compile(r"\.layers?\.(\d+)\.")
-# Siblings that read the same activations; curvature/statistics.py checks that they do.
+# Siblings that read the same activations; curvature/passes.py checks that they do.
 _READ_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
 def list_sites(model: PreTrainedModel, scope: Scope) -> list[Site]:
     """Every `nn.Linear` of the towers in scope, in the order of the data: vision, projector, language.
 
-    Embeddings, the head, norms, convolutions and biases are no sites. Raises UserError for an unknown scope or family.
+    Embeddings, the head, norms, convolutions and biases are no sites. Raises UserError for an unknown scope, for the projector's
+    where that has no linear layer, and for a model whose towers are not clear or whose language blocks are not of linear layers.
     """
     if scope not in get_args(Scope):
         raise UserError(f"scope must be one of {', '.join(get_args(Scope))}; got {scope!r}")
-    family = str(model.config.model_type)
-    if family not in FAMILIES:
-        raise UserError(f"model family {family!r} is not known; known are {', '.join(FAMILIES)} (mgvq/model/sites.py)")
-    sites = []
-    for tower, prefix in FAMILIES[family].items():
-        if tower not in TOWERS[scope]:
-            continue
-        for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-            if isinstance(module, torch.nn.Linear):
-                block = _BLOCK.search(name)
-                parent, kind = name.rsplit(".", 1)
-                num_block = int(block[1]) if block else None
-                reads = f"{parent}.{_READ_TOGETHER.get(kind, kind)}"
-                sites.append(Site(name, tower, kind, num_block, module.out_features, module.in_features, reads))
+    towers = find_towers(model)
+    sites = [site for tower in towers.modules if tower in TOWERS[scope] for site in _tower_sites(model, towers, tower)]
+    if scope == "language_projector" and not any(s.tower == "projector" for s in sites):
+        raise UserError(f"scope=language_projector: {towers.modules['projector']} holds no linear layer. Take scope=language.")
+    _check_blocks_are_linear(model, towers, sites)
     return sites
+
+
+def _tower_sites(model: PreTrainedModel, towers: Towers, tower: Tower) -> Iterator[Site]:
+    blocks = {} if tower == "projector" else block_numbers(model, towers.modules[tower][0])
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head and towers.of(name) == tower:
+            parent, kind = name.rsplit(".", 1)
+            block = next((number for b, number in blocks.items() if name.startswith(f"{b}.")), None)
+            reads = f"{parent}.{_READ_TOGETHER.get(kind, kind)}"
+            if kind.isdigit():  # of a Sequential: a number alone says nothing
+                kind = f"{parent.rsplit('.', 1)[-1]}.{kind}"
+            yield Site(name, tower, kind, block, module.out_features, module.in_features, reads)
+
+
+def _check_blocks_are_linear(model: PreTrainedModel, towers: Towers, sites: Sequence[Site]) -> None:
+    """Experts in one tensor, say, are no `nn.Linear`: to quantise what is left would be another experiment than was asked for."""
+    (language,) = towers.modules["language"]
+    blocks = [model.get_submodule(b) for b in block_numbers(model, language)]
+    whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
+    listed = sum(s.num_weights for s in sites if s.tower == "language" and s.block is not None)
+    if listed < 0.5 * whole:
+        raise UserError(
+            f"only {listed:,} of {whole:,} weights in the blocks of {language} ({type(model).__name__}) are in linear layers; "
+            "nothing else can be quantised yet."
+        )
 
 
 def site_weights(model: PreTrainedModel, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:

@@ -20,7 +20,7 @@ from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
 from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
-from mgvq.model.sites import FAMILIES, list_sites
+from mgvq.model.sites import list_sites
 from mgvq.pipeline import Method, QuantReport, quantize
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
@@ -75,7 +75,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
         weights = report.weights if report else {}
-        ledger = save(folder.checkpoint, loaded, sites, weights, FAMILIES[loaded.model.config.model_type])
+        ledger = save(folder.checkpoint, loaded, sites, weights)
         if report and ledger.scope_bits() != report.stored_bits:
             raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
         folder.write_table("ledger.parquet", ledger.frame())

@@ -14,7 +14,7 @@ from mgvq.checkpoint.save import save
 from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.errors import UserError
 from mgvq.model.encode import chat_prompt
-from mgvq.model.sites import FAMILIES, list_sites
+from mgvq.model.sites import list_sites
 
 
 def ask(model, processor, questions: int = 4) -> list[str]:
@@ -44,9 +44,8 @@ def test_packed_layers_compute_the_same(finished: Path) -> None:
 
 
 def test_unquantised_checkpoint_is_the_model_again(loaded, tmp_path: Path) -> None:
-    towers = FAMILIES[loaded.model.config.model_type]
     sites = list_sites(loaded.model, "all")
-    ledger = save(tmp_path / "checkpoint", loaded, sites, {}, towers)
+    ledger = save(tmp_path / "checkpoint", loaded, sites, {})
     again = mgvq.load(tmp_path / "checkpoint").state_dict()
     assert ledger.bits()["bits/quantized_layers"] == 16
     for name, tensor in loaded.model.state_dict().items():

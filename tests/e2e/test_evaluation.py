@@ -52,7 +52,7 @@ def test_other_weights_give_other_answers_under_the_same_label(loaded) -> None:
     """The stale-answer trap: lmms-eval's cache knows models by name, so it must stay off."""
     other = copy.deepcopy(loaded.model)
     with torch.no_grad():
-        other.model.language_model.norm.weight.mul_(-1)
+        other.get_decoder().norm.weight.mul_(-1)
     task = TinyVQA(num_questions=26, seed=0, answers="generated")
     first, second = (task(m, None, loaded.processor, "same label").samples.prediction for m in (loaded.model, other))
     assert first.tolist() != second.tolist()
@@ -84,7 +84,8 @@ def test_losses_do_not_depend_on_batches(loaded) -> None:
 
 
 def test_all_questions_of_a_picture_in_one_row_are_those_of_single_rows(loaded) -> None:
-    assert can_pack(loaded.model)
+    if not can_pack(loaded.model):
+        pytest.skip("M-RoPE: one row a question")
     asked = examples(60)
     single, packed = (
         score(loaded.model, None, b) for b in (batches(loaded.processor, asked, 20), packed_batches(loaded.processor, asked, 4))
@@ -103,7 +104,7 @@ def test_all_questions_of_a_picture_in_one_row_are_those_of_single_rows(loaded) 
 def test_kl_is_that_of_the_definition(loaded) -> None:
     other = copy.deepcopy(loaded.model)
     with torch.no_grad():
-        other.model.language_model.norm.weight.mul_(0.9)
+        other.get_decoder().norm.weight.mul_(0.9)
     (batch,) = batches(loaded.processor, examples(3), 3)
     scored = score(other, loaded.model, [batch])
     for row, key in enumerate(batch.sample_ids):

@@ -25,8 +25,7 @@ from mgvq.types import MODALITIES, Batch, Needs, Site, SiteStats
 
 SEED = 5
 EVERYTHING = Needs(gram=True, gradients=True, channel_groups=3, sequences=True)
-CHOSEN = ("language_model.layers.1.self_attn.k_proj", "language_model.layers.3.mlp.down_proj", "projector.linear_2",
-          "layers.2.self_attn.v_proj", "layer.2.attention.v_proj")  # fmt: skip
+CHOSEN = {("language", 1, "k_proj"), ("language", 3, "down_proj"), ("vision", 2, "v_proj"), ("vision", 2, "qkv")}
 
 
 def draw(num_images):
@@ -55,8 +54,10 @@ def same(one, other, tolerance):
 
 
 def chosen_sites(model):
-    sites = [s for s in list_sites(model, "all") if s.name.endswith(CHOSEN)]
-    assert {s.tower for s in sites} == {"vision", "projector", "language"}
+    everything = list_sites(model, "all")
+    sites = [s for s in everything if (s.tower, s.block, s.kind) in CHOSEN]
+    sites.insert(1, [s for s in everything if s.tower == "projector"][-1])
+    assert [s.tower for s in sites] == ["vision", "projector", "language", "language"]
     return sites
 
 

@@ -237,7 +237,7 @@ def test_a_checkpoint_stores_what_layers_share_once_and_loads_as_it_was(loaded, 
     """Two layers with the same group ids and the same tables, whose ledger is checked against the files by `save` itself."""
     from mgvq.checkpoint.load import load
     from mgvq.checkpoint.save import save
-    from mgvq.model.sites import FAMILIES, list_sites
+    from mgvq.model.sites import list_sites
 
     sites = list_sites(loaded.model, "language")
     q, k, down = (next(s for s in sites if s.kind == kind) for kind in ("q_proj", "k_proj", "down_proj"))
@@ -248,8 +248,7 @@ def test_a_checkpoint_stores_what_layers_share_once_and_loads_as_it_was(loaded, 
         codes = [integers(16, site.out_features, -(-size // 4), 1) for size in sizes]
         pieces = (VectorWeight(c, tables, size) for c, size in zip(codes, sizes, strict=True))
         weights[site] = GroupedWeight(tuple(pieces), ids, site.in_features)
-    towers = FAMILIES[loaded.model.config.model_type]
-    ledger = save(tmp_path / "checkpoint", loaded, sites, weights, towers)
+    ledger = save(tmp_path / "checkpoint", loaded, sites, weights)
 
     stored = [e for e in ledger.entries if e.tensor.startswith((f"{q.name}.", f"{k.name}.")) and not e.tensor.endswith("bias")]
     codes = sum(codes_bits((s.out_features, size), 4, 16) for s in (q, k) for size in sizes)
