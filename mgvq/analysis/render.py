@@ -131,9 +131,11 @@ def note(records: pd.DataFrame) -> str:
         text += f" All rows: {', '.join(constant)}."
     if (baseline := records.attrs.get("baseline")) is None:
         return text
-    num_seeds = len({seed for seeds in records.seeds for seed in seeds})
+    by_point = [len({seed for seeds in part.seeds for seed in seeds}) for _, part in records.groupby("point")]
+    num_seeds, most = min(by_point), max(by_point)
     pictures = questions(records).picture.nunique()
-    design = f"{num_seeds} seed{'s' * (num_seeds > 1)} x {pictures:,} pictures"
+    many = f"{num_seeds}" if most == num_seeds else f"{num_seeds} to {most}"
+    design = f"{many} seed{'s' * (most > 1)} x {pictures:,} pictures"
     text += (
         f"\n\nvs baseline: difference to {baseline}, accuracy in points, loss in nats a token, with its 95 % interval. p: of a "
         f"two-way random-effects t test over {design}, after Holm over the arms of a grid point. (planned): the primary "

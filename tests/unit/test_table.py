@@ -251,3 +251,17 @@ def test_what_a_study_can_find_rests_on_its_own_record_if_there_is_one(records: 
 def test_a_comparison_that_cannot_be_made_is_refused(changes: dict, named: str) -> None:
     with pytest.raises(UserError, match=named):
         replace(STUDY, **changes)
+
+
+def test_seeds_may_differ_between_values_of_the_grid() -> None:
+    settings = dict(name="s", question="?", arms={"a": ["x=1", "budget=3"], "b": []}, grid={"model": ["m", "n"], "budget": [2]})
+    study = Study(**settings, seeds={"m": [0], "n": [0, 1, 2]})
+    assert [study.seeds_at(point) for point in study.points()] == [[0], [0, 1, 2]]
+    assert study.least_seeds == 1
+    point = {"model": "n", "budget": 2}
+    assert study.overrides("b", point) == ["model=n", "budget=2"]
+    assert study.overrides("a", point) == ["model=n", "x=1", "budget=3"], "the arm's own word wins over the grid's"
+    with pytest.raises(UserError, match="no key of the grid"):
+        Study(**settings, seeds={"m": [0]})
+    with pytest.raises(UserError, match="seeds of n"):
+        Study(**settings, seeds={"m": [0], "n": 5})
