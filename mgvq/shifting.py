@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 from torch import Tensor
@@ -37,10 +38,9 @@ def shifted_rounding(
 ) -> tuple[Rounded, pd.DataFrame]:
     """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
 
-    Steps are tried from the smallest up, until one is worse than the one before it.
-
-    From the second sweep on all blocks are quantised, and the gradient holds the errors of the block itself and of those behind
-    it too: the target that the block was rounded to is moved once more, and what comes of that has to beat what there is.
+    Steps are tried from the smallest up, until one is worse than the one before it. From the second sweep on all blocks are
+    quantised, and the gradient holds the errors of the block itself and of those behind it too: the target that the block was
+    rounded to is moved once more, and what comes of that has to beat what there is.
 
     Codebooks are fitted to the moved targets. `model` is as before in the end. The table has a row a sweep, block and step that
     was tried: the gradient's norm, the change of the loss that it predicts, the loss on the held-out samples before (of the
@@ -48,72 +48,102 @@ def shifted_rounding(
     that is zero.
     """
     drift = Drift(model, sites, samples.batches, samples.heldout, shift.source)
-    best: dict[str, _Trial] = {}
-    rows: list[dict[str, object]] = []
     with _restored(model, sites) as weights:
-        targets = dict(weights)
-        fits = fits.moved(weights)  # those of the model change as blocks are quantised
+        # Fits to a copy: the model's own weights change as blocks are quantised.
+        loop = _Loop(model, bank, shift, drift, fits.moved(weights), rates, layers, dict(weights))
         for sweep in range(shift.sweeps):
             drift.unsettle()
             for block in by_block(sites):
-                gradient = drift.gradient(block) if shift.refresh else _static(bank, block)
-                norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
-                untouched = (
-                    not best and shift.source != "sft"
-                )  # nothing is quantised yet: what gradient there is is rounding noise
-                if norm == 0 and not untouched:
-                    raise UserError(
-                        f"{block[0].name} and its block: the gradient is zero, so a gradient-aware compensation has nothing to "
-                        "go by; compensation=hessian does without."
-                    )
-                present = {site: linear(model, site).weight.detach().clone() for site in block}
-                before = drift.heldout_loss() if sweep else float("nan")
-                trials = []
-                for step in shift.steps[:1] if untouched else shift.steps[1:] if sweep else shift.steps:
-                    moved = {
-                        s: shift.target(targets[s], layers.metrics[s], gradient[s].to(targets[s].device), step) for s in block
-                    }
-                    found: list[str] = []
-                    part = "shifted" if step else "feedback"
-                    rounded = layers.round(fits.moved(moved) if step else fits, rates, block, found, part)
-                    _install(model, rounded.decoded)
-                    trials.append(_Trial(drift.heldout_loss(), step, moved, rounded, found))
-                    change = sum(float((gradient[s] * (rounded.decoded[s] - present[s].float()).cpu()).sum()) for s in block)
-                    rows.append(
-                        {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": block[0].name}
-                        | {"step": step, "gradient_norm": norm, "first_order": change}
-                        | {"heldout_before": before, "heldout_loss": trials[-1].loss, "chosen": False}
-                    )
-                    if trials[-1].loss > (trials[-2].loss if len(trials) > 1 else before):
-                        break  # larger steps would be worse still
-                least = min(range(len(trials)), key=lambda t: trials[t].loss)
-                if sweep and not trials[least].loss < before:
-                    _install(model, present)
-                else:
-                    rows[least - len(trials)]["chosen"] = True
-                    best[block[0].name] = trials[least]
-                    targets |= trials[least].targets
-                    _install(model, trials[least].rounded.decoded)
+                loop.visit(sweep, block)
                 drift.settle(block)
-    done = Rounded()
-    for trial in best.values():
-        done |= trial.rounded
+    rounded = Rounded()
+    for trial in loop.chosen.values():
+        rounded |= trial.rounded
         flags += trial.flags
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(loop.rows)
     if not table.step[table.chosen].any():
         flags.append("no_step")
-    return done, table
+    return rounded, table
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """One step of one block: the loss on the held-out samples, and how it came about."""
+    """One step of one block: what came of it, its loss on the held-out samples, and the change that the gradient predicts."""
 
-    loss: float
     step: float
     targets: Mapping[Site, Tensor]
     rounded: Rounded
     flags: Sequence[str]
+    loss: float
+    first_order: float
+
+
+@dataclass
+class _Loop:
+    """What the blocks have been rounded to so far: their `targets`, the trial `chosen` for each, and a row for every trial."""
+
+    model: PreTrainedModel
+    bank: StatsBank
+    shift: Shift
+    drift: Drift
+    fits: Fits
+    rates: Sequence[Rate]
+    layers: Layers
+    targets: dict[Site, Tensor]
+    chosen: dict[str, _Trial] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def visit(self, sweep: int, block: Sequence[Site]) -> None:
+        """Choose a step for the block, and leave the block in the model as that rounds it."""
+        name = block[0].name
+        gradient = self.drift.gradient(block) if self.shift.refresh else _static(self.bank, block)
+        norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+        untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
+        if norm == 0 and not untouched:
+            raise UserError(
+                f"{name} and its block: the gradient is zero, so a gradient-aware compensation has nothing to go by; "
+                "compensation=hessian does without."
+            )
+        steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
+        before = self.drift.heldout_loss() if sweep else float("nan")
+        present = {site: linear(self.model, site).weight.detach().clone() for site in block}
+        trials = list(self._trials(block, gradient, present, steps, before))
+        best = min(trials, key=lambda trial: trial.loss)
+        improves = not best.loss >= before  # before is NaN in the first sweep, when anything will do
+        if improves:
+            self.chosen[name] = best
+            self.targets |= best.targets
+        _install(self.model, best.rounded.decoded if improves else present)
+        for trial in trials:
+            self.rows.append(
+                {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
+                | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
+                | {"chosen": improves and trial is best}
+            )
+
+    def _trials(
+        self,
+        block: Sequence[Site],
+        gradient: Mapping[Site, Tensor],
+        present: Mapping[Site, Tensor],
+        steps: Sequence[float],
+        before: float,
+    ) -> Iterator[_Trial]:
+        """Step after step, until one is worse than the one before it: larger ones would be worse still."""
+        last = before
+        for step in steps:
+            moved = {s: self.shift.target(self.targets[s], self.layers.metrics[s], gradient[s].to(w.device), step)
+                     for s, w in present.items()}  # fmt: skip
+            flags: list[str] = []
+            fits, part = (self.fits.moved(moved), "shifted") if step else (self.fits, "feedback")
+            rounded = self.layers.round(fits, self.rates, block, flags, part)
+            _install(self.model, rounded.decoded)
+            first_order = sum(float((gradient[s] * (rounded.decoded[s] - w.float()).cpu()).sum()) for s, w in present.items())
+            loss = self.drift.heldout_loss()
+            yield _Trial(step, moved, rounded, flags, loss, first_order)
+            if loss > last:
+                return
+            last = loss
 
 
 def _static(bank: StatsBank, block: Sequence[Site]) -> dict[Site, Tensor]:

@@ -18,7 +18,7 @@ from mgvq.runs.places import conf_folder
 from mgvq.shifting import Samples
 from mgvq.types import Batch, Needs, Site
 
-BITS = 3.0
+BITS = 4.0
 MORE = {  # settings that the small layers, or the time, ask for
     "codebook": {name: ["codebook.iterations=2"] for name in ("columns", "kmeans", "product", "residual")},
     "allocation": {"uniform": ["allocation.spread=true", "allocation.tolerance=0.1"], "transfer": None},
@@ -51,7 +51,7 @@ def parts():
 def problem():
     """Two layers of one block and one of the next, their statistics, and samples for gradients and for choosing."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
     model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=32, initializer_range=0.3)).requires_grad_(False)
     names = [(0, "self_attn.v_proj"), (0, "mlp.down_proj"), (1, "self_attn.v_proj")]
     layers = {f"model.layers.{block}.{name}": block for block, name in names}
