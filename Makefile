@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/mgvq-study experiments/e00_demo/study.yaml --jobs 2
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/ready
 	$(BIN)/ruff check .
