@@ -64,7 +64,8 @@ def test_records_are_of_the_runs_that_the_study_names_today(study: str) -> None:
     """A changed setting, weight file or question makes other runs: then the study has to be run and reported again."""
     planned = expand(read_study(ROOT / "experiments" / study / "study.yaml"))
     assert {run.folder.path.name for run in distinct(planned)} == set(records(study).run)
-    assert set(records(study).overrides) <= {shlex.join(run.overrides) for run in planned}, "the commands in the tables make these runs"
+    commands = {shlex.join(run.overrides) for run in planned}
+    assert set(records(study).overrides) <= commands, "the commands in the tables make these runs"
 
 
 def test_the_readme_shows_the_current_tables() -> None:
