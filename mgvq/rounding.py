@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
-from mgvq.formats.vector import to_vectors
 from mgvq.types import CodedPiece, Compensation, FittedPiece, Metric, QuantizedWeight, Rate, Refit, Site
 from mgvq.units import Fits, Unit
 
@@ -74,8 +74,9 @@ class Layers:
     ) -> tuple[dict[Site, _Coded], dict[Site, dict[str, float]]]:
         pieces = self._fitted(fits, rates, sites, flags)
         errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
-        self._note(errors, "nearest", {site: self._nearest(fits, site, own) for site, own in pieces.items()})
-        coded = {site: self._compensated(fits, site, pieces[site], flags) for site in sites}
+        nearest = replace(self, compensation=NoCompensation())
+        self._note(errors, "nearest", {site: nearest._compensated(fits, site, own, []) for site, own in pieces.items()})
+        coded = {site: self._compensated(fits, site, own, flags) for site, own in pieces.items()}
         self._note(errors, part, coded)
         if self.refit is not None:
             coded = self._refitted(fits, coded)
@@ -105,13 +106,6 @@ class Layers:
     def _compensated(self, fits: Fits, site: Site, pieces: list[FittedPiece], flags: list[str]) -> _Coded:
         codes = self.compensation.round(fits.weights[site], self.metrics.get(site), pieces, self.scores[site], flags)
         return _Coded(pieces, list(codes))
-
-    def _nearest(self, fits: Fits, site: Site, pieces: list[FittedPiece]) -> _Coded:
-        codes = []
-        for fitted in pieces:
-            vectors = to_vectors(fits.columns(fitted.piece), fitted.codebook.vector_length)
-            codes.append(fitted.codebook.encode(vectors, 0, None)[0])
-        return _Coded(pieces, codes)
 
     def _refitted(self, fits: Fits, coded: Mapping[Site, _Coded]) -> dict[Site, _Coded]:
         """Unit after unit, each given the others. A unit that other layers have a part in stays as it is."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.compensation.damping import check_damping
 from mgvq.compensation.feedback import feedback
 from mgvq.errors import UserError
 from mgvq.types import FittedPiece, Metric
@@ -28,8 +29,7 @@ class Foem:
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise UserError(f"compensation.damping must lie in (0, 1], got {self.damping!r}")
+        check_damping("damping", self.damping)
         if not 0 <= self.beta <= 1:
             raise UserError(f"compensation.beta must lie in [0, 1], got {self.beta!r}")
 

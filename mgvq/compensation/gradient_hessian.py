@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.compensation.damping import check_damping
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
@@ -61,8 +62,7 @@ class GradientHessian:
             raise UserError(
                 f"compensation.steps must rise from 0 to at most 1, got {self.steps}: 0 is what the others have to beat."
             )
-        if not 0 < self.shift_damping <= 1:
-            raise UserError(f"compensation.shift_damping must lie in (0, 1], got {self.shift_damping!r}")
+        check_damping("shift_damping", self.shift_damping)
 
     @property
     def needs_output_metric(self) -> bool:

@@ -7,8 +7,8 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.compensation.damping import check_damping
 from mgvq.compensation.feedback import feedback
-from mgvq.errors import UserError
 from mgvq.types import FittedPiece, Metric
 
 
@@ -32,8 +32,7 @@ class Hessian:
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise UserError(f"compensation.damping must lie in (0, 1], got {self.damping!r}")
+        check_damping("damping", self.damping)
 
     def round(
         self,

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.compensation.damping import check_damping
 from mgvq.compensation.feedback import Coded, Encode, feedback
 from mgvq.compensation.ldl import block_ldl
 from mgvq.errors import UserError
@@ -37,10 +38,8 @@ class HessianTwoSided:
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise UserError(f"compensation.damping must lie in (0, 1], got {self.damping!r}")
-        if not 0 < self.output_damping <= 1:
-            raise UserError(f"compensation.output_damping must lie in (0, 1], got {self.output_damping!r}")
+        check_damping("damping", self.damping)
+        check_damping("output_damping", self.output_damping)
 
     def round(
         self,

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.compensation.damping import check_damping
 from mgvq.compensation.none import NoCompensation
 from mgvq.errors import UserError
 from mgvq.types import Metric
@@ -37,8 +38,7 @@ class NaturalGradient(NoCompensation):
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:
             raise UserError(f"compensation.step must lie in (0, 1], got {self.step!r}; for none: compensation=none")
-        if not 0 < self.damping <= 1:
-            raise UserError(f"compensation.damping must lie in (0, 1], got {self.damping!r}")
+        check_damping("damping", self.damping)
 
     @property
     def steps(self) -> list[float]:

@@ -6,6 +6,7 @@ import torch
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.none import NoCompensation
+from mgvq.formats.grouped import pack_groups
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.rounding import Layers
 from mgvq.types import Metric, Site
@@ -42,8 +43,6 @@ def rounded(parts, compensation, refit):
 
 
 def ids_of(sites):
-    from mgvq.formats.grouped import pack_groups
-
     return {s.reads: pack_groups(torch.arange(14) % 2) for s in sites}
 
 
