@@ -32,7 +32,7 @@ NOT_STAGES = {"model": "mgvq.model.source"}
 HELPERS = {
     "calibration": {"examples"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
     "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
-    "compensation": {"feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
+    "compensation": {"damping", "feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
 }  # fmt: skip
 
 
