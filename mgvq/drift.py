@@ -56,7 +56,7 @@ class Drift:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         with torch.inference_mode():
             with _called_before(model, sites) as still:
-                self._logs(self.heldout[0])
+                self._logs(self.heldout[-1])  # the one with the most images: the first may have none
             self._teacher, self._heldout_teacher = (
                 [_Teacher(self._logs(b)) for b in part] for part in (self.batches, self.heldout)
             )
@@ -66,7 +66,7 @@ class Drift:
             self._replay.settle(name)
         if source == "block":
             for batch, teacher in zip(self.batches, self._teacher, strict=True):
-                teacher.blocks = self._blocks(names, sites[0], batch)
+                teacher.blocks = self._blocks(names, sites, batch)
 
     def settle(self, block: Sequence[Site]) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
@@ -86,9 +86,10 @@ class Drift:
             with self._replay(number), _outputs(self.model, watched) as outputs:
                 run = forward(self.model, sites, batch, lambda *_: None, graph=True)
             if self.source == "block":
-                ((name, output),) = outputs.items()
-                expected, weight = teacher.blocks[name]
-                loss = 0.5 * (weight * (output - expected).square().mean(-1)).sum()
+                loss = torch.zeros((), device=self.model.device)
+                for name, output in outputs.items():  # none for a block of the vision tower where the batch has no image
+                    expected, weight = teacher.blocks[name]
+                    loss = loss + 0.5 * (weight * (output - expected).square().mean(-1)).sum()
             else:
                 loss = _loss(run.logs, batch, teacher, self.source).sum()
             num_answers += len(run.logs)
@@ -108,9 +109,10 @@ class Drift:
     def _logs(self, batch: AnyBatch) -> Float[Tensor, "answers vocabulary"]:
         return answer_logits(self.model, batch).log_softmax(-1)
 
-    def _blocks(self, names: Sequence[str], first: Site, batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    def _blocks(self, names: Sequence[str], sites: Sequence[Site], batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        firsts = list({site.tower: site for site in reversed(sites)}.values())  # the graph starts at one of these
         with _outputs(self.model, names) as outputs:
-            run = forward(self.model, [first], batch, lambda *_: None, graph=True)
+            run = forward(self.model, firsts, batch, lambda *_: None, graph=True)
         loss = -run.logs.gather(1, right_labels(batch)[:, None]).sum()
         found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
         weights = (gradient.square().sum(-1) for gradient in found)

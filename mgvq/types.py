@@ -407,11 +407,14 @@ class Shift(Protocol):
 class CalibrationSet(Protocol):
     """The gradient samples and the held-out samples, disjoint from each other and from every test question.
 
-    `label_seed`: of the answers that are sampled from the model where the statistics ask for them.
+    `label_seed`: of the answers that are sampled from the model where the statistics ask for them. `packable`: the samples are
+    questions about one image each, so that those about the same can share a row.
     """
 
     @property
     def label_seed(self) -> int: ...
+    @property
+    def packable(self) -> bool: ...
     @property
     def examples(self) -> Sequence[Any]: ...
     @property

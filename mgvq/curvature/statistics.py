@@ -31,8 +31,8 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
                   h_out <- sum_t (x^T h_in x) g g^T / (N |h_in|^2),   h_in <- sum_t (g^T h_out g) x x^T / (N |h_out|^2)
                   from h_out = I, thus h_in = sum_t |g|^2 x x^T / (N out). Each half-step is one more pass over the kept batches.
 
-    Raises UserError for statistics that are not finite, and for sequences of the vision tower as `passes.Rows` does; RuntimeError
-    for sites that do not read what they are said to.
+    Raises UserError for statistics that are not finite, for a tower that no batch reaches (the vision tower without images), and
+    for sequences of the vision tower as `passes.Rows` does; RuntimeError for sites that do not read what they are said to.
     """
     if needs.power_rounds:
         batches = list(batches)
@@ -48,6 +48,11 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
         if answered:
             for site, g in run.gradients(right_labels(batch), last=True).items():
                 sums.add_answered(rows, site, run.inputs[site.reads], g)
+    if unseen := {site.tower for site in sites} - {site.tower for site in sites if sums.reached(site)}:
+        raise UserError(
+            f"no calibration sample reaches the {' and the '.join(sorted(unseen))} layers: take samples with images, or "
+            "scope=language."
+        )
     token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
 
@@ -74,6 +79,10 @@ class _Sums:
         if not torch.isfinite(total).all():
             raise UserError(f"the statistics of {key[1]} ({key[0]}) are not finite: set model.dtype=float32.")
         return total
+
+    def reached(self, site: Site) -> bool:
+        """Whether the site has seen a token."""
+        return any(self._num_tokens[site.reads, m] for m in MODALITIES)
 
     def add_inputs(self, rows: Rows, site: Site, x: Float[Tensor, "... in"]) -> None:
         for modality, tokens in rows.by_modality(site, x).items():

@@ -106,7 +106,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
     """Packed where the model allows it: a third of the tokens."""
-    if can_pack(loaded.model):
+    if drawn.packable and can_pack(loaded.model):
         parts = (packed_batches(loaded.processor, e, PICTURES) for e in (drawn.examples, drawn.heldout_examples))
     else:
         parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.calibration.rows import image_names
 from mgvq.model.source import Source
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
@@ -28,8 +29,9 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     model = cfg.model
     source = Source(name=model.name, path=model.path, revision=model.revision, dtype=model.dtype)
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
-    if (rows := settings["calibration"].get("path")) is not None:
-        settings["calibration"]["path"] = _data_digest(Path(rows))
+    if (data := settings["calibration"].get("path")) is not None:
+        settings["calibration"]["path"] = _data_digest(data)
+    settings["calibration"].pop("images", None)  # a folder of published images: their names in the data tell which they are
     if (rule := settings["allocation"].get("source")) is not None:
         settings["allocation"]["source"] = _file_digest(Path(rule))
     if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
@@ -42,16 +44,28 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def _file_digest(file: Path) -> str:
     """SHA-256 of a file; a missing one is reported later."""
-    return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
+    return hashlib.sha256(_bytes(file)).hexdigest()
 
 
-def _data_digest(rows: Path) -> str:
-    """SHA-256 over a calibration file and the images that its rows name; a missing one is reported later."""
-    content = rows.read_bytes() if rows.is_file() else b""
-    digest = hashlib.sha256(content)
-    for line in content.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, OSError):
-            digest.update((rows.parent / json.loads(line)["image"]).read_bytes())
+def _bytes(file: Path) -> bytes:
+    return file.read_bytes() if file.is_file() else b""
+
+
+def _data_digest(path: str) -> str:
+    """SHA-256 over a folder's files, or a file and the images that its JSON lines name. Anything else, as a hub name, stays."""
+    data, digest = Path(path), hashlib.sha256()
+    if data.is_dir():
+        for file in sorted(f for f in data.rglob("*") if f.is_file()):
+            digest.update(f"{file.relative_to(data).as_posix()} {_file_digest(file)}\n".encode())
+    elif data.is_file():
+        content = data.read_bytes()
+        digest.update(content)
+        for line in content.splitlines() if data.suffix != ".json" else ():
+            with contextlib.suppress(ValueError):  # reported later, as missing images are
+                for name in image_names(json.loads(line)):
+                    digest.update(_bytes(data.parent / name))
+    else:
+        return path
     return digest.hexdigest()
 
 

@@ -1,5 +1,6 @@
 """The configuration is sound: every variant builds, presets compose, and runs are named by what moves their numbers."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +27,14 @@ METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
 NEEDS = {
     ("model", "local"): ["model.path=."],
     ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
+    ("calibration", "chat"): ["calibration.path=rows.jsonl"],
+    ("calibration", "sharegpt4v"): ["calibration.path=captions.json", "calibration.images=coco"],
+    ("calibration", "hub"): [f"calibration.path={ROOT}/tests/data/calibration/hub", "calibration.columns.answer=answer"],
     ("allocation", "transfer"): [f"allocation.source={ROOT / 'tests/config/allocation.parquet'}"],
 }
 NOT_STAGES = {"model": "mgvq.model.source"}
 HELPERS = {
-    "calibration": {"examples"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
+    "calibration": {"drawn", "examples", "rows"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
     "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
     "compensation": {"damping", "feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
 }  # fmt: skip
@@ -102,6 +106,26 @@ def test_edited_calibration_data_is_another_run(tmp_path: Path) -> None:
         data = ("calibration=image_text", f"calibration.path={rows}", "curvature=input", "codebook.weight_power=0.5")
         ids.append(identity(*data))
     assert ids[0] != ids[1]
+
+
+def test_the_images_of_a_conversation_and_the_files_of_a_folder_count_and_where_published_images_lie_does_not(
+    tmp_path: Path,
+) -> None:
+    needs = ("curvature=input", "codebook.weight_power=0.5")
+    data = shutil.copytree(ROOT / "tests/data/calibration", tmp_path / "data")
+    chat = (*needs, "calibration=chat", f"calibration.path={data}/chat.jsonl")
+    hub = (*needs, "calibration=hub", f"calibration.path={data}/hub", "calibration.columns.answer=label")
+    captions = (*needs, "calibration=sharegpt4v", f"calibration.path={data}/sharegpt4v.json", "calibration.images=/anywhere")
+    before = [identity(*settings) for settings in (chat, hub, captions)]
+    assert identity(*captions[:-1], "calibration.images=/elsewhere") == before[2]
+    for number in (1, 4):  # named by a part of a message, and by the row
+        (data / f"coco/train2017/{number:012d}.jpg").write_bytes(b"another")
+        assert identity(*chat) not in before
+        before.append(identity(*chat))
+    (data / "hub/0.jpg").write_bytes(b"another")
+    assert identity(*hub) not in before
+    assert identity(*hub[:-2], "calibration.path=org/name", hub[-1]) != identity(*hub[:-2], "calibration.path=org/other", hub[-1])
+    assert identity(*captions) == before[2]
 
 
 def test_without_a_codebook_every_scope_is_one_run() -> None:
