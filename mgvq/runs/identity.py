@@ -15,6 +15,9 @@ from mgvq.model.source import Source
 # a method in which nothing is random has one run for all seeds.
 NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "device", "seed")
 
+# Settings that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
+LATER = {("calibration", "shown"): "both"}
+
 
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that count, numbers in one spelling (2 is 2.0), a model by what determines its weights.
@@ -37,7 +40,10 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
         for name in ("scope", "sensitivity", "grouping", "compensation"):
             del settings[name]
-    if settings["refit"]["_target_"] is None:  # a stage that came later: runs without it keep the names that they had
+    for (group, key), value in LATER.items():
+        if settings[group].get(key) == value:
+            del settings[group][key]
+    if settings["refit"]["_target_"] is None:  # a stage that came later
         del settings["refit"]
     return _canonical(settings)
 

@@ -19,7 +19,7 @@ GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, swe
 
 
 def draw():
-    return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, seed=0, label_seed=0).draw()
+    return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, shown="both", seed=0, label_seed=0).draw()
 
 
 @pytest.fixture

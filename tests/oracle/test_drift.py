@@ -20,7 +20,7 @@ def compensation(**settings):
 
 
 def draw():
-    return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, seed=0, label_seed=0).draw()
+    return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, shown="both", seed=0, label_seed=0).draw()
 
 
 def noise(shape, size, seed=0):

@@ -15,6 +15,7 @@ from mgvq.calibration.drawn import Drawn
 from mgvq.calibration.hub import Hub
 from mgvq.calibration.image_text import ImageText
 from mgvq.calibration.sharegpt4v import ShareGPT4V
+from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.passes import Rows
 from mgvq.curvature.statistics import collect
 from mgvq.drift import Drift
@@ -357,3 +358,35 @@ def test_stacked_tiles_of_samples_with_unequal_numbers_of_images_are_unclear() -
     site = Site("x", "vision", "q_proj", 0, 4, 4)
     with pytest.raises(UserError, match="whose tile is whose"):
         Rows.of(batch).by_sample(site, torch.zeros(2, 5, 4))
+
+
+def test_the_projects_own_questions_may_be_shown_in_part(loaded: Any) -> None:
+    """Text alone has no image token, an image alone none of the question's words; the answers and their tokens stay."""
+    settings: dict[str, Any] = {"num_images": 2, "questions_per_image": 3, "heldout_images": 1, "seed": 0, "label_seed": 0}
+    drawn = {shown: TinyVQA(**settings, shown=shown).draw() for shown in ("both", "text", "image")}
+    assert [part.packable for part in drawn.values()] == [True, False, False]
+    rows = {
+        shown: {
+            name: (text, answer, bool(image.any()))
+            for batch in part.batches(loaded.processor)
+            for name, text, answer, image in zip(
+                batch.sample_ids,
+                loaded.processor.tokenizer.batch_decode(batch.inputs["input_ids"], skip_special_tokens=True),
+                [row[mask].tolist() for row, mask in zip(batch.inputs["input_ids"], batch.loss_mask, strict=True)],
+                batch.image_mask,
+                strict=True,
+            )
+        }
+        for shown, part in drawn.items()
+    }
+    for sample in drawn["both"].examples:
+        assert isinstance(sample, Example)
+        found = {shown: row[sample.sample_id] for shown, row in rows.items()}
+        assert [shown_image for _, _, shown_image in found.values()] == [True, False, True]
+        assert [sample.question in text for text, _, _ in found.values()] == [True, True, False]
+        assert found["text"][1] == found["image"][1] == found["both"][1]
+
+
+def test_what_is_shown_must_be_one_of_three() -> None:
+    with pytest.raises(UserError, match=r"calibration\.shown must be one of both, text, image, got 'sound'"):
+        TinyVQA(num_images=1, questions_per_image=1, heldout_images=0, shown="sound", seed=0, label_seed=0)
