@@ -88,7 +88,7 @@ class Chat:
                 raise UserError(
                     f"{self.sample_id}: no answer tokens. The chat template of {type(processor).__name__} should write "
                     f"{turn.text!r} behind {prompt[-40:]!r}, and writes {whole[-80:]!r}. Use the template that the "
-                    " model was trained with (chat_template.jinja in its folder), or leave the row out."
+                    "model was trained with (chat_template.jinja in its folder), or leave the row out."
                 )
             answers.append(Answer(start, start + len(answer), num_images))
         token = getattr(processor, "image_token", None)
