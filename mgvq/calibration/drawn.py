@@ -17,11 +17,10 @@ from mgvq.rng import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(ABC):
-    """`num_samples` rows of `path` drawn without replacement, then `heldout_samples` that share no image with them (a row without
-    images: no text).
+    """`num_samples` rows of `path`, drawn without replacement, then `heldout_samples` more that share no image with them.
 
-    `batch_size` samples at most go through the model together. `label_seed` draws the answers that are sampled from the model for
-    its Fisher.
+    Rows without images must differ in their texts. At most `batch_size` samples go through the model together. `label_seed` draws
+    the answers that are sampled from the model for its Fisher.
     """
 
     path: str

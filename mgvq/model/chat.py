@@ -1,5 +1,6 @@
 """Conversations of texts and images, and what a processor's chat template makes of them."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,32 +63,34 @@ class Chat:
         return sum(len(turn.text.split()) for turn in self.turns)
 
     def render(self, processor: Any) -> Rendered:
-        """An answer is what the template writes from the end of the generation prompt to the end-of-sequence token.
+        """The last answer stands behind the generation prompt, where the model would write it; all before it is the template's.
 
-        Where the template writes none, it ends before the white space that the template closes the turn with, and the last
-        answer gets one: generation has to stop. Raises UserError where the template refuses the conversation, writes the answers
-        elsewhere than behind the generation prompt, or not at all, and where a text holds the image token.
+        An answer goes from there to the end-of-sequence token. Where the template writes none, it ends before the white space
+        that the template closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the
+        template refuses the conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or
+        not at all, and where a text holds the image token.
         """
         end = processor.tokenizer.eos_token
-        text, answers, num_images = self._written(processor, len(self.turns)), [], 0
+        last = len(self.turns) - 1
+        text, answers, num_images = self._written(processor, last, add_generation_prompt=True), [], 0
         for number, turn in enumerate(self.turns):
             num_images += sum(not isinstance(part, str) for part in turn.parts)
             if turn.role != "assistant":
                 continue
             prompt, whole = self._written(processor, number, add_generation_prompt=True), self._written(processor, number + 1)
-            answer, found, _ = whole.removeprefix(prompt).partition(end)
-            answer = answer + found if found else answer.rstrip()
-            if not (answer.removesuffix(end).strip() and text.startswith(prompt + answer)):
+            start = _behind(prompt, whole)
+            answer, found, _ = whole[start:].partition(end)
+            answer = answer + end if found else answer.rstrip()
+            if number == last:
+                start, answer = len(text), answer.removesuffix(end) + end
+                text += answer
+            if not answer.removesuffix(end).strip() or text[start : start + len(answer)] != answer:
                 raise UserError(
                     f"{self.sample_id}: no answer tokens. The chat template of {type(processor).__name__} should write "
-                    f"{turn.text!r} behind {prompt[-40:]!r}, and writes {text[len(prompt) :][:80]!r}. Use the template that the "
+                    f"{turn.text!r} behind {prompt[-40:]!r}, and writes {whole[-80:]!r}. Use the template that the "
                     "model was trained with (chat_template.jinja in its folder), or leave the row out."
                 )
-            answers.append(Answer(len(prompt), len(prompt + answer), num_images))
-        text = text[: answers[-1].stop]
-        if not text.endswith(end):
-            text += end
-            answers[-1] = Answer(answers[-1].start, len(text), num_images)
+            answers.append(Answer(start, start + len(answer), num_images))
         token = getattr(processor, "image_token", None)
         if token is not None and text.count(token) != len(self.images):
             raise UserError(
@@ -102,3 +105,14 @@ class Chat:
             return processor.apply_chat_template(messages, tokenize=False, **settings)
         except TemplateError as error:
             raise UserError(f"{self.sample_id}: the chat template of {type(processor).__name__} refuses it: {error}") from error
+
+
+def _behind(prompt: str, whole: str) -> int:
+    """Where `whole` goes on behind the prompt, or behind the same words with other white space between (LLaVA-OneVision's).
+
+    The end of `whole` where it begins with neither.
+    """
+    if whole.startswith(prompt):
+        return len(prompt)
+    words = re.match(r"\s*".join(map(re.escape, prompt.split())) + r"\s*", whole)
+    return words.end() if words else len(whole)

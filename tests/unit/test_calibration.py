@@ -132,6 +132,7 @@ class Written:
                 "smolvlm": f"{role.capitalize()}: {content}<end>\n",
                 "llava": f"{role.upper()}: {content} ",
                 "qwen": f"<|im_start|>{role}\n{content}<|im_end|>\n",
+                "llava_onevision": f"<|im_start|>{role} \n{content}<|im_end|>",  # with a space that the generation prompt lacks
                 "silent": f"<|im_start|>{role}\n{content if role == 'user' else ''}<|im_end|>\n",
                 "blind": f"<|im_start|>{role}\n{content.replace('<image>', '')}<|im_end|>\n",
                 "thoughtful": f"<|im_start|>{role}\n{content}<|im_end|>\n",
@@ -148,6 +149,7 @@ ASKED = Chat("rows.jsonl, line 7", (Turn("user", (Image.new("RGB", (8, 8)), "Wha
     ("family", "first", "second"),
     [
         ("qwen", "A cat.<|im_end|>", "A dog.\n<|im_end|>"),
+        ("llava_onevision", "A cat.<|im_end|>", "A dog.\n<|im_end|>"),
         ("smolvlm", " A cat.<end>", " A dog.\n<end>"),  # the space is the model's to say
         ("llava", " A cat.", " A dog.</s>"),  # the template ends no turn; the last one has to end
     ],
@@ -155,7 +157,8 @@ ASKED = Chat("rows.jsonl, line 7", (Turn("user", (Image.new("RGB", (8, 8)), "Wha
 def test_answers_lie_where_the_template_puts_them(family: str, first: str, second: str) -> None:
     rendered = ASKED.render(Written(family))
     assert [rendered.text[a.start : a.stop] for a in rendered.answers] == [first, second]
-    assert rendered.text.endswith(second)
+    prompt = Written(family).apply_chat_template([turn.message() for turn in ASKED.turns[:3]], False, add_generation_prompt=True)
+    assert rendered.text == prompt + second
     assert [a.num_images for a in rendered.answers] == [1, 1]
 
 
