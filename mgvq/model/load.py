@@ -74,7 +74,7 @@ def check_code(source: Source) -> None:
         known += f", and the repository's own code offers {', '.join(sorted(code))}, but no AutoModelForImageTextToText."
     elif code:
         return
-    raise UserError(known + (f"\n{source.setup.strip()}" if source.setup else ""))
+    raise UserError(known + (f" What to do:\n{source.setup}" if source.setup else ""))
 
 
 def _make_greedy(settings: GenerationConfig | None) -> None:

@@ -1,6 +1,5 @@
 """A model without its weights: what a dry run counts, and how large a download is."""
 
-import os
 from pathlib import Path
 from typing import Any
 

@@ -46,7 +46,8 @@ class Source:
     is resolved to the commit that was downloaded. `dtype` of the computation. `attention`: `eager`, `sdpa`, or None for
     transformers' choice. `processor`: settings of the image processor (tiles, pixels) in place of the repository's.
     `chat_template`: a jinja file in place of the repository's. `trust_remote_code`: run Python files of the repository.
-    `shape`: what the published config.json says of sizes, for counting what is not here. `setup`: what to do beside downloading.
+    `shape`: what the published config.json says of sizes, for counting what is not here. `setup`: how to get the model, where
+    downloading is not enough.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Source:
     processor: Mapping[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     trust_remote_code: bool = False
-    stress: Stress = Stress(sigma=None, seed=0)  # noqa: RUF009 (frozen)
+    stress: Stress = Stress(sigma=None, seed=0)
     shape: Mapping[str, Any] | None = None
     setup: str = ""
 
@@ -100,7 +101,8 @@ class Source:
         from huggingface_hub.errors import LocalEntryNotFoundError
 
         try:
-            found = Path(snapshot_download(self.path, revision=self.revision, local_files_only=True))
+            wanted = {"revision": self.revision, "allow_patterns": ["config.json"]}  # the weights are looked for below
+            found = Path(snapshot_download(self.path, local_files_only=True, **wanted))
         except (LocalEntryNotFoundError, FileNotFoundError) as error:
             raise self._not_here(f"is not in {constants.HF_HUB_CACHE}") from error
         if missing := _missing_files(found):
@@ -111,12 +113,12 @@ class Source:
         from mgvq.model.shape import download_size  # here: it imports torch, which a run that is refused may pay for
 
         size = download_size(self)
+        how = self.setup or f"hf download {self.path} --revision {self.revision}"
+        known = "size unknown before its config.json is here" if size is None else f"about {size / 1e9:.1f} GB on disk"
         return UserError(
             f"model {self.name}: {self.path} at {self.revision} {why}. A run downloads nothing; with a network:\n"
-            f"  hf download {self.path} --revision {self.revision}\n"
-            f"  {'size unknown before its config.json is here' if size is None else f'about {size / 1e9:.1f} GB on disk'}; "
-            "HF_HOME says where; on a machine without network, copy that folder there."
-            + (f"\n{self.setup.strip()}" if self.setup else "")
+            + "".join(f"  {line}\n" for line in how.splitlines())
+            + f"  {known}; HF_HOME says where the hub's files go, and a machine without network takes a copy of that folder."
         )
 
     def identity(self) -> str:

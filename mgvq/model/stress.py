@@ -2,9 +2,10 @@
 
 In a block, the output channels of a norm are multiplied by `s` and the input columns of the linear layers that read it divided by
 `s`; likewise the output rows of the value projection against the columns of the output projection, and the rows of the up
-projection against the columns of the down projection. `s = exp(sigma N(0, 1))`, rounded to a power of two: no bit of a product
-changes, in any floating-point width. We build the spread of the scales, so a method that looks for such scales can undo it: a
-result on it is one about outlier channels, not about natural models.
+projection against the columns of the down projection. `s = exp(sigma N(0, 1))`, rounded to a power of two: the model computes
+the same to the bit, also from a checkpoint in bfloat16, and in float16 but for weights that become too small for it. We build
+the spread of the scales, so a method that looks for such scales can undo it: a result on it is one about outlier channels, not
+about natural models.
 """
 
 import functools

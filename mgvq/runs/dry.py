@@ -61,10 +61,11 @@ def _counted(cfg: DictConfig, source: Source) -> list[str]:
     sites = list_sites(model, cfg.scope)
     total = sum(p.numel() for p in model.parameters())
     size = stored_bytes(model)
+    width = getattr(torch, source.dtype).itemsize
     lines = [
         f"weights     {_number(total)}, {_number(size)}B on disk",
         f"in scope    {_by_tower(sites)}",
-        f"memory      {_number(2 * total * getattr(torch, source.dtype).itemsize)}B for the model and its quantised twin in {source.dtype}; activations and "
+        f"memory      {_number(2 * total * width)}B for the model and its quantised twin in {source.dtype}; activations and "
         "statistics of the layers come on top",
     ]
     if (bits := cfg.budget.bits_per_weight) is not None:

@@ -251,6 +251,7 @@ def test_the_shipped_default_is_what_help_shows() -> None:
 
 def test_stress_is_nobodys_default() -> None:
     """It is off in the base of all models, and no other names it."""
-    naming = {f.stem: yaml.safe_load(f.read_text())["stress"] for f in (CONF / "model").glob("*.yaml") if "stress" in f.read_text()}
+    settings = {f.stem: yaml.safe_load(f.read_text()) for f in (CONF / "model").glob("*.yaml")}
+    naming = {name: chosen["stress"] for name, chosen in settings.items() if "stress" in chosen}
     assert {name: (stress["sigma"], stress["seed"]) for name, stress in naming.items()} == {"local": (None, 0)}
     assert composed().model.stress.sigma is None
