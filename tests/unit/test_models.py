@@ -4,12 +4,13 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GotOcr2ImageProcessor, Qwen2VLImageProcessor
 
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import save
@@ -100,6 +101,22 @@ def test_settings_of_processor_template_and_attention_reach_the_checkpoint(tmp_p
     assert again.chat_template == template.read_text()
     eager = load_checkpoint(tmp_path / "checkpoint", attention="eager").config
     assert (eager._attn_implementation, load_checkpoint(tmp_path / "checkpoint").config._attn_implementation) == ("eager", "sdpa")
+
+
+@pytest.mark.parametrize("model", ["qwen2_vl_2b", "qwen2_5_vl_3b"])
+def test_the_limit_of_pixels_holds(model: str) -> None:
+    chosen = source(model)
+    processor = SimpleNamespace(image_processor=Qwen2VLImageProcessor())
+    _adjust(processor, chosen)
+    grid = processor.image_processor([Image.new("RGB", (2000, 1500))], return_tensors="pt")["image_grid_thw"]
+    most = chosen.processor["size"]["longest_edge"]
+    assert 0.9 * most < int(grid.prod()) * 14**2 <= most
+
+
+def test_the_limit_of_tiles_holds() -> None:
+    processor = SimpleNamespace(image_processor=GotOcr2ImageProcessor(crop_to_patches=True))
+    _adjust(processor, replace(source("internvl3_2b"), processor={"max_patches": 4}))
+    assert len(processor.image_processor([Image.new("RGB", (900, 900))], return_tensors="pt")["pixel_values"]) == 4 + 1
 
 
 def test_a_setting_that_the_image_processor_lacks_is_an_error() -> None:
