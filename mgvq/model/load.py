@@ -26,11 +26,13 @@ from mgvq.model.stress import inject
 
 @dataclass(frozen=True)
 class Loaded:
-    """`stored_dtype` is the width that the source stores its weights in; what is not quantised is stored so again."""
+    """`stored_dtype` is the width that the source stores its weights in; what is not quantised is stored so again. `code`: the
+    Python files of a repository whose own class the model is, which a checkpoint needs too."""
 
     model: PreTrainedModel
     processor: Any
     stored_dtype: torch.dtype
+    code: tuple[Path, ...] = ()
 
 
 def load(source: Source, device: torch.device) -> Loaded:
@@ -50,7 +52,8 @@ def load(source: Source, device: torch.device) -> Loaded:
     model = model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     _make_greedy(model.generation_config)
-    loaded = Loaded(model, load_processor(folder, **where), stored or torch.float32)
+    code = tuple(sorted(source.folder.glob("*.py"))) if source.trust_remote_code else ()
+    loaded = Loaded(model, load_processor(folder, **where), stored or torch.float32, code)
     _adjust(loaded.processor, source)
     _check(loaded, source.path)
     if source.stress.sigma is not None:

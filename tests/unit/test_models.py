@@ -152,6 +152,29 @@ def test_code_of_a_repository_is_not_run_unless_trusted(tmp_path: Path, monkeypa
         load(replace(theirs, trust_remote_code=True), CPU)
 
 
+THEIRS = """
+from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+class Config(InternVLConfig):
+    model_type = "not_in_transformers"
+
+class Model(InternVLForConditionalGeneration):
+    config_class = Config
+"""
+
+
+def test_a_class_of_the_repository_is_loaded_saved_and_loaded_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    theirs = with_code(tmp_path / "a", {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"})
+    (tmp_path / "a" / "theirs.py").write_text(THEIRS)
+    loaded = load(replace(theirs, trust_remote_code=True), CPU)
+    assert type(loaded.model).__name__ == "Model"
+    save(tmp_path / "checkpoint", loaded, [], {})
+    again = load_checkpoint(tmp_path / "checkpoint", trust_remote_code=True)
+    assert type(again).__name__ == "Model"
+    assert all(torch.equal(p, q) for p, q in zip(again.parameters(), loaded.model.parameters(), strict=True))
+
+
 def test_trusted_code_without_a_class_for_images_and_text_is_an_error(tmp_path: Path) -> None:
     theirs = with_code(tmp_path / "a", {"AutoModel": "theirs.Model"})
     with pytest.raises(UserError, match=r"offers AutoModel, but no AutoModelForImageTextToText\. What to do:\nConvert it first"):
