@@ -84,7 +84,7 @@ def _by_tower(sites: Sequence[Site]) -> str:
     )
 
 
-def _number(value: float) -> str:
+def _number(value: int | float) -> str:
     """In thousands, millions or billions."""
     power, letter = next((p, s) for p, s in ((9, "G"), (6, "M"), (3, "k")) if value >= 10**p or p == 3)
     return f"{value / 10**power:.1f} {letter}"
