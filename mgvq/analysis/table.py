@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mgvq.analysis.compare import Comparison, compare
+from mgvq.model.source import FLAG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,7 @@ def rows(records: pd.DataFrame) -> list[Row]:
                     full_precision=_is_full_precision(found),
                     runs=tuple(mine["run"]),
                     commands=tuple(f"mgvq-run {overrides}" for overrides in mine["overrides"]),
-                    flags=sum(len(m["flags"]) for m in found),
+                    flags=sum(not flag.startswith(FLAG) for m in found for flag in m["flags"]),
                 )
             )
     return table

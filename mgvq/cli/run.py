@@ -31,6 +31,12 @@ def hydra_main(cfg: DictConfig) -> None:
     """One job of Hydra: skipped where its run is done."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
+        if cfg.dry:
+            from mgvq.runs.dry import report  # here, as below
+
+            if report(cfg) and HydraConfig.get().mode is not RunMode.MULTIRUN:
+                sys.exit(2)
+            return
         check(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))

@@ -13,7 +13,7 @@ MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
 STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit")  # what a method is made of
 GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
-SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics"}
+SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics", "dry"}
 # The variants that a group has where it does nothing.
 _IDLE = {"sensitivity": "Uniform", "grouping": "One", "compensation": "NoCompensation"}
 

@@ -51,7 +51,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         folder.write_json("identity.json", scientific_settings(cfg))
-        folder.write_json("provenance.json", provenance())
+        folder.write_json("provenance.json", {**provenance(), "model": source.provenance()})
         log.info("loading %s", source.path)
         loaded = load(source, device)
         sites = list_sites(loaded.model, cfg.scope)
@@ -82,9 +82,11 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
         log.info("evaluating %s", folder.checkpoint)
         clock.lap("save")
-        model = load_checkpoint(folder.checkpoint, dtype=getattr(torch, source.dtype), device=device)
+        trusted = {"trust_remote_code": source.trust_remote_code}
+        dtype = getattr(torch, source.dtype)
+        model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         digest = file_digest(folder.checkpoint / TENSORS)
-        result = task(model, loaded.model, load_processor(str(folder.checkpoint)), digest)
+        result = task(model, loaded.model, load_processor(str(folder.checkpoint), **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
@@ -97,7 +99,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "memory/peak_gb": _peak_gb(device),
             "rate": _rate(report),
             "checkpoint_sha256": digest,
-            "flags": [*(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
+            "flags": [*source.flags(), *(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)

@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.calibration.rows import image_names
-from mgvq.model.source import Source
+from mgvq.runs.build import build
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
 # a method in which nothing is random has one run for all seeds.
-NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "device", "seed")
+NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "device", "seed", "dry")
 
 # Settings that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
 LATER = {("calibration", "shown"): "both"}
@@ -22,16 +22,15 @@ LATER = {("calibration", "shown"): "both"}
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that count, numbers in one spelling (2 is 2.0), a model by what determines its weights.
 
-    Raises UserError where the model's folder is missing.
+    Raises UserError where the model's files are missing.
     """
     settings: dict[str, Any] = {
         str(key): OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
         for key in cfg
         if key not in NOT_IN_IDENTITY
     }
-    model = cfg.model
-    source = Source(name=model.name, path=model.path, revision=model.revision, dtype=model.dtype)
-    settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
+    source = build(cfg, "model")
+    settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity(), **source.choices()}
     if (data := settings["calibration"].get("path")) is not None:
         settings["calibration"]["path"] = _data_digest(data)
     settings["calibration"].pop("images", None)  # a folder of published images: their names in the data tell which they are

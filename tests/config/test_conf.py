@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -26,6 +27,7 @@ METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
 # What a variant without a default needs before it can be built.
 NEEDS = {
     ("model", "local"): ["model.path=."],
+    ("model", "hub"): ["model.path=organisation/name"],
     ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
     ("calibration", "chat"): ["calibration.path=rows.jsonl"],
     ("calibration", "sharegpt4v"): ["calibration.path=captions.json", "calibration.images=coco"],
@@ -75,6 +77,25 @@ def test_every_preset_composes_and_is_no_key_of_its_own(method: str) -> None:
     assert "method" not in cfg, "a preset without '@package _global_' on its first line lands under its own name"
 
 
+@pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("method", ["mgvq", "gptq", "rtn"])
+def test_every_experiment_composes_with_any_method(preset: str, method: str) -> None:
+    data = ["calibration=none"] if method == "rtn" else ["calibration.path=rows.jsonl"]
+    cfg = composed(
+        f"experiment={preset}", "model=qwen2_vl_7b", f"method={method}", "evaluation=tiny_vqa", "~evaluation.tasks", *data
+    )
+    check(cfg)
+    assert build_method(cfg) is not None
+    assert (cfg.model.name, cfg.scope) == ("qwen2_vl_7b", "language")
+    assert "experiment" not in cfg
+
+
+def test_the_paper_is_evaluated_on_its_six_tasks() -> None:
+    text = (CONF / "experiment" / "paper_table2.yaml").read_text()
+    assert yaml.safe_load(text)["evaluation"]["tasks"] == [
+        "mmmu_val", "seedbench", "ocrbench", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val"]  # fmt: skip
+
+
 @pytest.mark.parametrize("study", sorted((ROOT / "experiments").glob("*/study.yaml")), ids=lambda p: p.parent.name)
 def test_every_study_expands_and_bears_its_folders_name(study: Path) -> None:
     assert expand(read_study(study))
@@ -93,7 +114,8 @@ def test_identity_follows_what_moves_numbers() -> None:
     assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
     changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
                "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=9",
-               "threads=2"]  # fmt: skip
+               "threads=2", "model.stress.sigma=0.7", "model.stress.sigma=0.8", "model.attention=eager",
+               "+model.processor.do_resize=false"]  # fmt: skip
     assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
 
 
@@ -200,7 +222,8 @@ def test_every_preset_is_a_method_whose_stages_fit(method: str) -> None:
     [
         (["model=local", "model.path=/no/such/folder"], "/no/such/folder"),
         (["model=local", "model.path=org/name"], "40 hex digits"),
-        (["model=local", "model.path=org/name", "model.revision=main"], "'main'"),
+        (["model=hub", "model.path=org/name"], r"hf download org/name --revision main\n  size unknown"),
+        (["model=qwen2_vl_2b"], r"hf download Qwen/Qwen2-VL-2B-Instruct --revision main\n  about 4\.4 GB"),
         (["model=local", "model.path=tests"], "holds no model"),
     ],
 )
@@ -221,6 +244,11 @@ def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) ->
         ("evaluation", "evaluation.num_questions=0"),
         ("evaluation", "evaluation.answers=guessed"),
         ("model", "model.dtype=int8"),
+        ("model", "model.attention=flash_attention_2"),
+        ("model", "model.chat_template=no.jinja"),
+        ("model", "model.trust_remote_code=yes"),
+        ("model", "model.stress.sigma=0.01"),
+        ("model", "model.stress.seed=1"),
     ],
 )
 def test_a_component_names_its_bad_setting(group: str, override: str) -> None:
@@ -243,3 +271,11 @@ def test_the_shipped_default_is_what_help_shows() -> None:
     codebooks = "codebook: columns, grid, kmeans, none, product, residual, scalar, scaled_grid"
     for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout
+
+
+def test_stress_is_nobodys_default() -> None:
+    """It is off in the base of all models, and no other names it."""
+    settings = {f.stem: yaml.safe_load(f.read_text()) for f in (CONF / "model").glob("*.yaml")}
+    naming = {name: chosen["stress"] for name, chosen in settings.items() if "stress" in chosen}
+    assert {name: (stress["sigma"], stress["seed"]) for name, stress in naming.items()} == {"local": (None, 0)}
+    assert composed().model.stress.sigma is None

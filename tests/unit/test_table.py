@@ -265,3 +265,19 @@ def test_seeds_may_differ_between_values_of_the_grid() -> None:
         Study(**settings, seeds={"m": [0]})
     with pytest.raises(UserError, match="seeds of n"):
         Study(**settings, seeds={"m": [0], "n": 5})
+
+
+def test_a_stress_variant_and_a_moving_revision_stand_in_the_tables(tmp_path: Path) -> None:
+    """Beside the model's name, once for all arms of a grid point, and not among the fallbacks that are counted."""
+    runs = plan(tmp_path)
+    for run in {run.folder.path: run for run in runs}.values():
+        model, flags = run.point["model"], {"one": ["model:stress 0.7"], "two": []}
+        (run.folder.path / "identity.json").write_text(json.dumps({"model": {"name": model}}))
+        metrics = run.folder.metrics()
+        metrics["flags"] += flags[model]
+        (run.folder.path / "metrics.json").write_text(json.dumps(metrics))
+    records = collect(STUDY, runs)
+    assert list(dict.fromkeys(row.point["model"] for row in rows(records))) == ["one (stress 0.7)", "two"]
+    assert {(row.arm == "better", row.flags) for row in rows(records)} == {(True, 3), (False, 0)}
+    for table in (markdown(records), latex(records), plain(records)):
+        assert "one (stress 0.7)" in table
