@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.model.source import Source
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
@@ -32,6 +33,8 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
         settings["calibration"]["path"] = _data_digest(Path(rows))
     if (rule := settings["allocation"].get("source")) is not None:
         settings["allocation"]["source"] = _file_digest(Path(rule))
+    if "tasks" in settings["evaluation"]:
+        _settle_tasks(settings["evaluation"])
     if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
         for name in ("scope", "sensitivity", "grouping", "compensation"):
             del settings[name]
@@ -43,6 +46,21 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 def _file_digest(file: Path) -> str:
     """SHA-256 of a file; a missing one is reported later."""
     return hashlib.sha256(file.read_bytes() if file.is_file() else b"").hexdigest()
+
+
+def _settle_tasks(evaluation: dict[str, Any]) -> None:
+    """Of a suite: what belongs to tasks that are not asked goes, and a folder of datasets counts by what is in it."""
+    tasks, copies = evaluation["tasks"], evaluation["data"]
+    evaluation["max_new_tokens"] = {task: evaluation["max_new_tokens"].get(task) for task in tasks}
+    if copies is not None:
+        places = {task: Path(copies) / BENCHMARKS[task].dataset for task in tasks if task in BENCHMARKS}
+        evaluation["data"] = {task: _listing_digest(place) for task, place in places.items()}
+
+
+def _listing_digest(folder: Path) -> str:
+    """Of the names and sizes of a dataset's files, which are too large to read; a missing folder is reported later."""
+    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*.parquet"))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def _data_digest(rows: Path) -> str:
