@@ -53,22 +53,23 @@ class Suite:
             raise UserError(f"evaluation.batch_size must be a whole number >= 1, got {self.batch_size!r}")
 
     def check(self) -> None:
-        """Open every dataset, and look at its first row as it will be asked and scored. Raises UserError for all that cannot be."""
-        problems = []
+        """Open every dataset, and read its first row as it will be asked and scored. Raises UserError for all that fail."""
+        problems = {}
         for name in self.tasks:
             try:
                 task = self._load(name)
                 next(_rows(name, task))
                 task.doc_to_visual(task.task_docs[0])
             except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-                problems.append(f"\n  {name} reads {_place(name)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+                problems[name] = f"\n  {name} reads {_place(name)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if problems:
             where = f"{self.data}/ORGANISATION/NAME (evaluation.data)" if self.data else "the cache of the datasets library"
-            example = BENCHMARKS[self.tasks[0]].dataset
+            example = BENCHMARKS[next(iter(problems))].dataset
             raise UserError(
                 f"evaluation=suite: {len(problems)} of {len(self.tasks)} tasks find no dataset that they can read in {where}:"
-                f"{''.join(problems)}\nWhere there is a network, `hf download {example} --repo-type dataset --local-dir DIR/{example}` "
-                "fetches one, and likewise the others; then set evaluation.data=DIR. Or let this command itself fill the cache: "
+                f"{''.join(problems.values())}\n"
+                f"Where there is a network, `hf download {example} --repo-type dataset --local-dir DIR/{example}` fetches one, "
+                "and likewise the others; then set evaluation.data=DIR. Or let this command itself fill the cache: "
                 "HF_DATASETS_OFFLINE=0 in front of it. Or leave tasks out: evaluation.tasks=[...]."
             )
 

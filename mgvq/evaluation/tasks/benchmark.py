@@ -41,11 +41,9 @@ class BenchmarkTask(ConfigurableTask):
         """Called by the base class. Leaves the rows that are asked, in their order; a question's rotations stay together."""
         super().download(dataset_kwargs)
         split = self.benchmark.split
-        with_pictures, without = self.dataset, self.dataset_no_image
-        assert isinstance(with_pictures, DatasetDict)
-        assert isinstance(without, DatasetDict)
-        self.numbers = _chosen(with_pictures[split], self.benchmark, self._limit, self._draw)
-        self._questions, self._documents = with_pictures[split].select(self.numbers), without[split].select(self.numbers)
+        whole: tuple[Any, Any] = self.dataset, self.dataset_no_image
+        self.numbers = _chosen(whole[0][split], self.benchmark, self._limit, self._draw)
+        self._questions, self._documents = (part[split].select(self.numbers) for part in whole)
         self.dataset, self.dataset_no_image = DatasetDict({split: self._questions}), DatasetDict({split: self._documents})
 
     def rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
