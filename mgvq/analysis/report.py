@@ -1,13 +1,14 @@
-"""Files that are built from records: tables, figures, and the tables inside README.md."""
+"""Files that are built from records: tables, figures, and the tables inside the README files."""
 
 import re
 from pathlib import Path
 
 import pandas as pd
 
+from mgvq.analysis import render, spread
 from mgvq.analysis.records import against
-from mgvq.analysis.render import latex, markdown, plain
 from mgvq.analysis.table import rows
+from mgvq.analysis.verdict import verdict
 
 # By the end of the file's name: what the figure shows.
 FIGURES = {
@@ -25,7 +26,8 @@ FIGURES = {
 
 
 def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
-    """`tables/NAME.md`, `.csv` and `.tex` under `results`, and `NAME_vs_ARM` for every further baseline; the Markdown files.
+    """`tables/NAME.md`, `.csv` and `.tex` under `results`, `NAME_vs_ARM` for every further baseline, `NAME_spread` for a study
+    of seeds, and `NAME_verdict.md`; returns the files.
 
     Equal records give equal bytes.
     """
@@ -34,10 +36,16 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
         tables[f"{name}_vs_{re.sub('[^a-z0-9]+', '_', baseline.lower())}"] = against(records, baseline)
     folder = results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for table, of_table in tables.items():
-        for suffix, render in ((".md", markdown), (".csv", plain), (".tex", latex)):
-            (folder / f"{table}{suffix}").write_text(render(of_table))
-    return [folder / f"{table}.md" for table in tables]
+    pages = [(table, render, of_table) for table, of_table in tables.items()]
+    if records.attrs.get("spread"):
+        pages.append((f"{name}_spread", spread, records))
+    texts = {f"{name}_verdict.md": "".join(f"* {sentence}\n" for sentence in verdict(records))}
+    for table, page, of_table in pages:
+        for suffix, text in ((".md", page.markdown), (".csv", page.plain), (".tex", page.latex)):
+            texts[f"{table}{suffix}"] = text(of_table)
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    return [folder / file for file in texts]
 
 
 def figure_path(results: Path, name: str, kind: str) -> Path:
@@ -68,6 +76,11 @@ def write_figures(name: str, records: pd.DataFrame, layers: pd.DataFrame, result
         if has_stages(layers):
             figures["proxy"] = proxy_figure(layers)
         return [save(figure, figure_path(results, name, kind)) for kind, figure in figures.items()]
+
+
+def pages_with_tables(root: Path) -> list[Path]:
+    """The files of a checkout in which reports keep tables current: its README and those of the studies."""
+    return [root / "README.md", *sorted(root.glob("experiments/*/README.md"))]
 
 
 def with_tables(text: str, tables: Path) -> str:

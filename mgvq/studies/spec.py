@@ -20,7 +20,8 @@ class Study:
     An arm in which nothing is random is one run for all seeds. `seeds` may be a list for each value of one key of the grid.
     The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
     metric: accuracy | loss}` names the one comparison with the first of them that was planned before a run was started, which is
-    therefore not corrected for the others.
+    therefore not corrected for the others. `spread` names the arm that draws everything anew with the seed, where the others draw
+    one thing each: a study of seeds has a table of spreads beside the usual one.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Study:
     grid: dict[str, list[Any]] = field(default_factory=dict)
     baseline: str | list[str] | None = None
     primary: dict[str, str] | None = None
+    spread: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
@@ -49,6 +51,8 @@ class Study:
         for baseline in self.baselines:
             if baseline not in self.arms:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
+        if self.spread is not None and self.spread not in self.arms:
+            raise UserError(f"study {self.name}: spread must be one of the arms {', '.join(self.arms)}; got {self.spread!r}.")
         if self.primary is not None:
             self._check_primary(self.primary)
 
