@@ -146,7 +146,7 @@ def _judged(name: str, task: "BenchmarkTask", answers: dict[int, str]) -> Iterat
             wrong = parsed and not score
             corrected = score - wrong / max(1, len(options) - 1)
         else:
-            parsed, score = bool(text.strip()), judge.scores(doc, text)
+            parsed, score = bool(text.strip()), float(judge.scores(doc, text))
             corrected = score
         yield {**row, "prediction": text, "parsed": parsed, "score": score, "corrected": corrected}
 

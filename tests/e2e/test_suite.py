@@ -279,7 +279,7 @@ def test_a_question_may_show_several_pictures(loaded) -> None:
     assert answers[1:2] == generate(loaded.model, loaded.processor, [(pictures[2], "list all things :")], 4, settings)
     for (images, question), answer in zip(asked, answers[::2], strict=True):
         prompt = chat_prompt(loaded.processor, question, 2)
-        inputs = loaded.processor(images=list(images), text=prompt, return_tensors="pt")
+        inputs = loaded.processor(images=[list(images)], text=[prompt], return_tensors="pt")
         with torch.no_grad():
             tokens = loaded.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
         assert answer == loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True)

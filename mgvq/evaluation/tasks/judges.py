@@ -113,7 +113,7 @@ def _mmbench_options(doc: Doc) -> Options:
 def _mmbench_is_right(doc: Doc, answer: str) -> float:
     item = mmbench.mmbench_process_results(doc, [answer])["gpt_eval_score"]
     right = {item["index"]: item["answer"]}
-    return mmbench.mmbench_evaluator.eval_sub_data(pd.DataFrame([item]), right, static_only=True)
+    return float(mmbench.mmbench_evaluator.eval_sub_data(pd.DataFrame([item]), right, static_only=True))
 
 
 def _copied(doc: Doc) -> dict[str, Any]:
