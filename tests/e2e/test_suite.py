@@ -19,6 +19,7 @@ from lmms_eval.utils import load_yaml_config
 from PIL.Image import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mgvq.analysis.records import collect
 from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
 from mgvq.evaluation.suite import Suite
@@ -268,6 +269,19 @@ def test_runs_and_studies_fail_before_any_work(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"arm rtn .*8 of 8 tasks"):
         build_components(expand(read_study(study)))
+
+
+def test_a_study_without_losses_has_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MGVQ_RESULTS", str(tmp_path))
+    study = tmp_path / "study.yaml"
+    study.write_text("name: s\nquestion: q\ncommon: [evaluation=suite]\nseeds: [0]\ngrid: {}\narms: {rtn: [method=rtn]}\n")
+    (run,) = expand(read_study(study))
+    run.folder.path.mkdir(parents=True)
+    for name in ("metrics.json", "DONE"):
+        (run.folder.path / name).write_text("{}")
+    pd.DataFrame({"task": ["mmstar"], "score": [1.0], "sample_hash": ["a"]}).to_parquet(run.folder.path / "samples.parquet")
+    with pytest.raises(UserError, match=r"Suite\) has no loss"):
+        collect(read_study(study), [run])
 
 
 @LLAVA
