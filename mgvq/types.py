@@ -452,3 +452,10 @@ class Task(Protocol):
     """Evaluates a model against its full-precision reference."""
 
     def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...
+
+
+@runtime_checkable
+class ReadsData(Task, Protocol):
+    """A task whose questions may be missing. `check` raises UserError where they are; called before a model is loaded."""
+
+    def check(self) -> None: ...

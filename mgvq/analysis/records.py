@@ -76,7 +76,13 @@ def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
 
 
 def _samples(run: PlannedRun) -> pd.DataFrame:
-    return pd.read_parquet(run.folder.path / "samples.parquet")
+    samples = pd.read_parquet(run.folder.path / "samples.parquet")
+    if "loss" not in samples:
+        raise UserError(
+            f"arm {run.arm}: tables compare accuracy and answer loss, and this evaluation ({run.cfg.evaluation._target_}) has no "
+            f"loss. Its figures are in {run.folder.path}/metrics.json, its questions in samples.parquet."
+        )
+    return samples
 
 
 def _describe(samples: pd.DataFrame) -> dict[str, str]:

@@ -42,9 +42,9 @@ class Example:
 Sample = Example | Chat
 
 
-def chat_prompt(processor: Any, question: str) -> str:
-    """The text up to where the answer begins, with the image before the question."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def chat_prompt(processor: Any, question: str, num_images: int = 1) -> str:
+    """The text up to where the answer begins, with the images before the question."""
+    content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 

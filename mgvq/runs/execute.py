@@ -29,7 +29,7 @@ from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
 from mgvq.shifting import Samples
-from mgvq.types import CalibrationSet, Site, SiteStats
+from mgvq.types import CalibrationSet, ReadsData, Site, SiteStats
 
 SCHEMA_VERSION = 1
 PICTURES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
@@ -40,6 +40,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     """Fill the folder and return its metrics. Bad settings and bad data raise UserError before the model is loaded."""
     method = build_method(cfg)
     task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
+    if isinstance(task, ReadsData):
+        task.check()
     drawn = calibration.draw() if calibration else None
     torch.set_num_threads(cfg.threads)
     if not sys.stderr.isatty():

@@ -1,6 +1,5 @@
 """The name of a run: a hash of every resolved setting that can change its numbers."""
 
-import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -8,8 +7,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mgvq.calibration.rows import image_names
+from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.runs.build import build
+from mgvq.runs.digests import data_digest, file_digest, listing_digest
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
 # a method in which nothing is random has one run for all seeds.
@@ -32,10 +32,12 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     source = build(cfg, "model")
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity(), **source.choices()}
     if (data := settings["calibration"].get("path")) is not None:
-        settings["calibration"]["path"] = _data_digest(data)
+        settings["calibration"]["path"] = data_digest(data)
     settings["calibration"].pop("images", None)  # a folder of published images: their names in the data tell which they are
     if (rule := settings["allocation"].get("source")) is not None:
-        settings["allocation"]["source"] = _file_digest(Path(rule))
+        settings["allocation"]["source"] = file_digest(Path(rule))
+    if "tasks" in settings["evaluation"]:
+        _settle_tasks(settings["evaluation"])
     if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
         for name in ("scope", "sensitivity", "grouping", "compensation"):
             del settings[name]
@@ -47,31 +49,13 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     return _canonical(settings)
 
 
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file; a missing one is reported later."""
-    return hashlib.sha256(_bytes(file)).hexdigest()
-
-
-def _bytes(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else b""
-
-
-def _data_digest(path: str) -> str:
-    """SHA-256 over a folder's files, or a file and the images that its JSON lines name. Anything else, as a hub name, stays."""
-    data, digest = Path(path), hashlib.sha256()
-    if data.is_dir():
-        for file in sorted(f for f in data.rglob("*") if f.is_file()):
-            digest.update(f"{file.relative_to(data).as_posix()} {_file_digest(file)}\n".encode())
-    elif data.is_file():
-        content = data.read_bytes()
-        digest.update(content)
-        for line in content.splitlines() if data.suffix != ".json" else ():
-            with contextlib.suppress(ValueError):  # reported later, as missing images are
-                for name in image_names(json.loads(line)):
-                    digest.update(_bytes(data.parent / name))
-    else:
-        return path
-    return digest.hexdigest()
+def _settle_tasks(evaluation: dict[str, Any]) -> None:
+    """Of a suite: what belongs to tasks that are not asked goes, and a folder of datasets counts by what is in it."""
+    tasks, copies = evaluation["tasks"], evaluation["data"]
+    evaluation["max_new_tokens"] = {task: evaluation["max_new_tokens"].get(task) for task in tasks}
+    if copies is not None:
+        places = {task: Path(copies) / BENCHMARKS[task].dataset for task in tasks if task in BENCHMARKS}
+        evaluation["data"] = {task: listing_digest(place) for task, place in places.items()}
 
 
 def run_id(cfg: DictConfig) -> str:

@@ -77,13 +77,16 @@ def _quoted(text: str) -> str:
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:
-    """Build what every missing run is made of, once for each setting, so that a bad value shows before the first of them starts.
+    """Build what every missing run is made of, once for each setting, so that a bad value, or test data that is missing, shows
+    before the first of them starts.
 
     Raises UserError, naming the arm.
     """
     from mgvq.runs.method import build_method  # here: torch takes seconds to import, and a finished study needs none of it
+    from mgvq.types import ReadsData
 
     tried: set[str] = set()
+    checked: list[ReadsData] = []
     for run in distinct(runs):
         if run.folder.is_done() or (settings := OmegaConf.to_yaml(run.cfg, resolve=True)) in tried:
             continue
@@ -91,6 +94,9 @@ def build_components(runs: Sequence[PlannedRun]) -> None:
         try:
             build_method(run.cfg)
             for group in ("model", "calibration", "evaluation", "tracker"):
-                build(run.cfg, group)
+                part = build(run.cfg, group)
+                if isinstance(part, ReadsData) and part not in checked:
+                    part.check()
+                    checked.append(part)
         except UserError as error:
             raise UserError(f"arm {run.arm} ({' '.join(run.overrides)}): {error}") from error

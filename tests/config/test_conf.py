@@ -150,6 +150,20 @@ def test_the_images_of_a_conversation_and_the_files_of_a_folder_count_and_where_
     assert identity(*captions) == before[2]
 
 
+def test_a_suite_is_named_by_the_tasks_that_it_asks(tmp_path: Path) -> None:
+    two = ("evaluation=suite", "evaluation.tasks=[mmstar,ocrbench]")
+    assert identity(*two) == identity(*two, "evaluation.max_new_tokens.mmmu_val=7")
+    changed = ["evaluation.tasks=[mmstar]", "evaluation.max_new_tokens.mmstar=7", "evaluation.limit=9", "evaluation.batch_size=1"]
+    assert len({identity(*two), *(identity(*two, c) for c in changed)}) == len(changed) + 1
+    ids = []
+    for place, content in (("a", b"rows"), ("b", b"rows"), ("c", b"more rows")):
+        file = tmp_path / place / "Lin-Chen/MMStar/val.parquet"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+        ids.append(identity(*two, f"evaluation.data={tmp_path / place}"))
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_without_a_codebook_every_scope_is_one_run() -> None:
     assert identity("method=full_precision", "scope=all") == identity("method=full_precision", "scope=language")
 
@@ -254,6 +268,16 @@ def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) ->
 def test_a_component_names_its_bad_setting(group: str, override: str) -> None:
     with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
         build(composed(override), group)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["evaluation.tasks=[]", "evaluation.tasks=[mme]", "evaluation.tasks=[mmstar,mmstar]", "evaluation.max_new_tokens.mmstar=0",
+     "evaluation.limit=0", "evaluation.seed=1", "evaluation.batch_size=0"],
+)  # fmt: skip
+def test_a_suite_names_its_bad_setting(override: str) -> None:
+    with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
+        build(composed("evaluation=suite", override), "evaluation")
 
 
 def test_the_scopes_that_are_checked_are_those_that_exist() -> None:
