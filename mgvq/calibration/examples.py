@@ -25,6 +25,10 @@ class ExampleSet:
         if both := {e.sample_id for e in self.examples} & {e.sample_id for e in self.heldout_examples}:
             raise UserError(f"calibration and held-out samples overlap: {sorted(both)[:3]} and {len(both)} in all.")
 
+    @property
+    def packable(self) -> bool:
+        return all(isinstance(sample, Example) for sample in (*self.examples, *self.heldout_examples))
+
     def batches(self, processor: Any) -> Iterator[Batch]:
         return batches(processor, self.examples, MICRO_BATCH)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mgvq.model.source import Source
+from mgvq.runs.build import build
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
 # a method in which nothing is random has one run for all seeds.
@@ -25,8 +25,7 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
         for key in cfg
         if key not in NOT_IN_IDENTITY
     }
-    model = cfg.model
-    source = Source(name=model.name, path=model.path, revision=model.revision, dtype=model.dtype)
+    source = build(cfg, "model")
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity()}
     if (rows := settings["calibration"].get("path")) is not None:
         settings["calibration"]["path"] = _data_digest(Path(rows))

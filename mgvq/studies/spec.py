@@ -9,7 +9,7 @@ import yaml
 
 from mgvq.errors import UserError
 
-METRICS = ("accuracy", "loss")
+METRICS = ("accuracy", "loss", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,8 @@ class Study:
     Arms are rows of the table, values of the grid its sections. An arm's own override of a key of the grid wins over the grid's.
     An arm in which nothing is random is one run for all seeds. `seeds` may be a list for each value of one key of the grid.
     The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
-    metric: accuracy | loss}` names the one comparison with the first of them that was planned before a run was started, which is
-    therefore not corrected for the others.
+    metric: accuracy | loss | perplexity}` names the one comparison with the first of them that was planned before a run was
+    started, which is therefore not corrected for the others.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Study:
         if primary["arm"] not in others:
             raise UserError(f"study {self.name}: primary.arm must be one of {', '.join(others)}; got {primary['arm']!r}.")
         if primary["metric"] not in METRICS:
-            raise UserError(f"study {self.name}: primary.metric must be {' or '.join(METRICS)}, got {primary['metric']!r}.")
+            raise UserError(f"study {self.name}: primary.metric must be one of {', '.join(METRICS)}; got {primary['metric']!r}.")
 
     def seeds_at(self, point: dict[str, Any]) -> list[int]:
         """Those of one combination of the grid's values."""
