@@ -14,7 +14,7 @@ from mgvq.allocation.budget import check_positive, legal_rates, round_wishes
 from mgvq.errors import UserError
 from mgvq.types import RateTable
 
-_COLUMNS = ["tower", "kind", "depth", "quantile", "num_weights", "index_bits"]
+COLUMNS = ["tower", "kind", "depth", "quantile", "num_weights", "index_bits"]
 Cell = tuple[str | int, ...]
 
 
@@ -61,13 +61,13 @@ class Transfer:
         if not file.is_file():
             raise UserError(f"allocation.source={self.source} is not a file; give the allocation.parquet of a finished run.")
         try:
-            rows = pd.read_parquet(file, columns=_COLUMNS)
+            rows = pd.read_parquet(file, columns=COLUMNS)
         except (OSError, ValueError) as error:
             raise UserError(f"allocation.source={self.source} is no allocation.parquet of a finished run: {error}") from error
         if rows.empty:
             raise UserError(f"allocation.source={self.source} has no rows: that run allocated nothing.")
         weights, bits = defaultdict[Cell, float](float), defaultdict[Cell, float](float)
-        for tower, kind, depth, quantile, num_weights, index_bits in rows[_COLUMNS].itertuples(index=False):
+        for tower, kind, depth, quantile, num_weights, index_bits in rows[COLUMNS].itertuples(index=False):
             for cell in self._cells(tower, kind, depth, quantile):
                 weights[cell] += num_weights
                 bits[cell] += num_weights * index_bits

@@ -18,14 +18,24 @@ GAP = "loss gap closed %"
 
 def markdown(records: pd.DataFrame) -> str:
     """The table with lines that say what its numbers are."""
-    header, *cells = printable(records)
-    return f"{tabulate(cells, header, 'pipe', disable_numparse=True)}\n\n{note(records)}\n"
+    return markdown_table(printable(records), note(records))
+
+
+def markdown_table(lines: Sequence[Sequence[str]], note: str) -> str:
+    """Header and cells, the note below."""
+    header, *cells = lines
+    return f"{tabulate(cells, header, 'pipe', disable_numparse=True)}\n\n{note}\n"
 
 
 def latex(records: pd.DataFrame) -> str:
     """The table as a booktabs tabular, the note as a comment above it."""
-    header, *cells = (" & ".join(map(tex_cell, line)) + r" \\" for line in printable(records))
-    comment = "\n".join(f"% {line}" for line in note(records).splitlines() if line)
+    return latex_table(printable(records), note(records))
+
+
+def latex_table(lines: Sequence[Sequence[str]], note: str) -> str:
+    """Header and cells as a booktabs tabular, the note as a comment above it."""
+    header, *cells = (" & ".join(map(tex_cell, line)) + r" \\" for line in lines)
+    comment = "\n".join(f"% {line}" for line in note.splitlines() if line)
     body = "\n".join([header, r"\midrule", *cells])
     return f"{comment}\n\\begin{{tabular}}{{{'l' * header.count(' & ')}l}}\n\\toprule\n{body}\n\\bottomrule\n\\end{{tabular}}\n"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from mgvq.analysis import render, spread
 from mgvq.analysis.records import against
-from mgvq.analysis.render import latex, markdown, plain
 from mgvq.analysis.table import rows
 
 # By the end of the file's name: what the figure shows.
@@ -25,7 +25,8 @@ FIGURES = {
 
 
 def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
-    """`tables/NAME.md`, `.csv` and `.tex` under `results`, and `NAME_vs_ARM` for every further baseline; the Markdown files.
+    """`tables/NAME.md`, `.csv` and `.tex` under `results`, `NAME_vs_ARM` for every further baseline, `NAME_spread` for a study
+    of seeds; returns the Markdown files.
 
     Equal records give equal bytes.
     """
@@ -34,10 +35,13 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
         tables[f"{name}_vs_{re.sub('[^a-z0-9]+', '_', baseline.lower())}"] = against(records, baseline)
     folder = results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
-    for table, of_table in tables.items():
-        for suffix, render in ((".md", markdown), (".csv", plain), (".tex", latex)):
-            (folder / f"{table}{suffix}").write_text(render(of_table))
-    return [folder / f"{table}.md" for table in tables]
+    pages = [(table, render, of_table) for table, of_table in tables.items()]
+    if records.attrs.get("spread"):
+        pages.append((f"{name}_spread", spread, records))
+    for table, page, of_table in pages:
+        for suffix, text in ((".md", page.markdown), (".csv", page.plain), (".tex", page.latex)):
+            (folder / f"{table}{suffix}").write_text(text(of_table))
+    return [folder / f"{table}.md" for table, _, _ in pages]
 
 
 def figure_path(results: Path, name: str, kind: str) -> Path:

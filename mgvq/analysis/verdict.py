@@ -26,7 +26,7 @@ def verdict(records: pd.DataFrame) -> list[str]:
 
 def _planned(parts: Sequence[Sequence[Row]], arm: str, metric: str, baseline: str) -> list[str]:
     column = next(name for name, c in COLUMNS.items() if c.measure == TESTED_AS.get(metric, metric))
-    found = [next(row for row in part if row.arm == arm) for part in parts]
+    found = [row for part in parts for row in part if row.arm == arm]  # at some points it may not be run
     better, worse, open_ = 0, 0, 0
     sentences = []
     for row in found:

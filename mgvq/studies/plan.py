@@ -37,7 +37,7 @@ class PlannedRun:
     @property
     def reads_text(self) -> bool:
         """Whether the evaluation shows no pictures, so that there is perplexity in place of accuracy."""
-        return self.cfg.evaluation["_target_"] in TEXT_ONLY
+        return self.cfg.evaluation.get("_target_") in TEXT_ONLY
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
@@ -45,7 +45,7 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        runs = [run for point in study.points() for arm in study.arms for run in _plan(study, more, arm, point)]
+        runs = [run for point in study.points() for arm in study.arms_at(point) for run in _plan(study, more, arm, point)]
     _check_primary(study, runs)
     return runs
 
