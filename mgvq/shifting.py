@@ -104,7 +104,7 @@ class _Loop:
         rounds it."""
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
-        gradient = self._gradient(blocks[: 1 if untouched else self.shift.refresh]) if self.shift.refresh else _static(self.bank, block)
+        gradient = self._gradient(blocks[:1] if untouched else blocks)
         norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
         if norm == 0 and not untouched:
             raise UserError(
@@ -129,9 +129,12 @@ class _Loop:
             )
 
     def _gradient(self, blocks: Sequence[Sequence[Site]]) -> dict[Site, Tensor]:
-        """Of the first of the blocks: what an earlier pass has left, or from a pass over all of them."""
+        """Of the first of the blocks: static, or what an earlier pass has left, or from a pass over as many as go together."""
+        if not self.shift.refresh:
+            return _static(self.bank, blocks[0])
         if blocks[0][0] not in self.gradients:
-            self.gradients |= self.drift.gradient([site for block in blocks for site in block])
+            together = blocks[: int(self.shift.refresh)]
+            self.gradients |= self.drift.gradient([site for block in together for site in block])
         return {site: self.gradients.pop(site) for site in blocks[0]}
 
     def _trials(

@@ -40,7 +40,7 @@ MEASURES: dict[str, tuple[str, Callable[[pd.DataFrame], np.ndarray]]] = {
     "accuracy": ("scores", headline_weights),
     "loss": ("losses", token_weights),
 }
-# Perplexity is the exponential of the loss, which is a mean over tokens as it is not: what differs in the one differs in the other.
+# Perplexity is the exponential of the loss: what differs in the one differs in the other, and the loss is a mean over tokens.
 TESTED_AS = {"perplexity": "loss"}
 
 

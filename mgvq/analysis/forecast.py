@@ -64,7 +64,8 @@ def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
             components[measure], num_seeds=study.least_seeds, num_samples=num_pictures, num_tests=num_arms
         )
         found.append(f"{smallest * factor:.{decimals}f} {unit}")
-    design = f"{study.least_seeds} seeds x {num_pictures} {'topics' if runs[0].reads_text else 'pictures'}, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
+    by = "topics" if runs[0].reads_text else "pictures"
+    design = f"{study.least_seeds} seeds x {num_pictures} {by}, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
     return f"finds differences of {' and '.join(found)} with 80 % power ({design}; spread {source})"
 
 

@@ -79,7 +79,7 @@ def plain(records: pd.DataFrame) -> str:
 def printable(records: pd.DataFrame) -> list[list[str]]:
     """Header and cells, a row an arm; the arm `records.attrs["spread"]` is the whole that the others are parts of."""
     found, whole = spreads(records), records.attrs["spread"]
-    columns = {column.measure: (name, column.factor, column.decimals) for name, column in columns_of(records).items() if column.measure}
+    columns = {c.measure: (name, c.factor, c.decimals) for name, c in columns_of(records).items() if c.measure}
     header = ["point", "arm", *(f"{name}: {part}" for name, _, _ in columns.values() for part in HEADER), "runs"]
     lines = []
     for point, arm in dict.fromkeys((point, arm) for _, point, arm in found):

@@ -60,7 +60,9 @@ def _corrected(part: Sequence[Row], baseline: str) -> str:
 
 def _described(part: Sequence[Row]) -> str:
     full = [row for row in part if row.full_precision]
-    column, sign, shown = ("accuracy %", 1, "{:.1f} %") if "accuracy %" in part[0].values else ("perplexity", -1, "perplexity {:.2f}")
+    column, sign, shown = "perplexity", -1, "perplexity {:.2f}"
+    if "accuracy %" in part[0].values:
+        column, sign, shown = "accuracy %", 1, "{:.1f} %"
     best = max((row for row in part if not row.full_precision), key=lambda row: sign * row.mean(column), default=None)
     if best is None:
         return f"{place(part[0])}: full precision only."

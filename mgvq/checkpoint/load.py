@@ -27,7 +27,7 @@ def load(
     device: str | torch.device = "cpu",
     packed: bool = False,
 ) -> PreTrainedModel:
-    """The quantised model, ready to generate; `AutoProcessor.from_pretrained(path)` gives its processor (of a text model: the tokenizer).
+    """The quantised model, ready to generate; `AutoProcessor.from_pretrained(path)` gives its processor.
 
     The codes are decoded once, into weights of `dtype`; with `packed` they stay packed in memory and every call decodes them.
     Raises UserError where `path` is no packed checkpoint, is of another version, or lacks tensors.

@@ -31,7 +31,8 @@ class GradientHessian:
     `source`: `kl`, the divergence from the full-precision model with the blocks before this one quantised, so the first block has
     none; `block`, the squared drift of the block's output, every token weighted by the energy of its gradient (no pass through
     the blocks behind); `sft`, the loss of the right answers. `refresh`: taken again at every block, or for every so many blocks
-    together (not `block`, where each has a loss of its own); without it once, at full precision (`sft` alone). `sweeps`: how often the blocks are gone through; from the second time on all of them are quantised.
+    together (not `block`, where each has a loss of its own); without it once, at full precision (`sft` alone). `sweeps`: how
+    often the blocks are gone through; from the second time on all of them are quantised.
     A reconstruction: the paper's formula is not public.
     """
 

@@ -56,7 +56,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("provenance.json", {**provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
         loaded = load(source, device)
-        _check_pictures(loaded, cfg)
+        check_pictures(loaded, cfg, "calibration", "evaluation")
         sites = list_sites(loaded.model, cfg.scope)
         clock = Clock()
         report = None
@@ -107,14 +107,14 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def _check_pictures(loaded: Loaded, cfg: DictConfig) -> None:
-    """Raises UserError where pictures are shown to a model that reads nothing but text."""
+def check_pictures(loaded: Loaded, cfg: DictConfig, *groups: str) -> None:
+    """Raises UserError where one of the groups shows pictures to a model that reads nothing but text."""
     words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
-    shown = [group for group in words if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
+    shown = [group for group in groups if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
     if shown and is_text_only(loaded.model.config):
         raise UserError(
-            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it pictures: "
-            f"set {' '.join(words[group] for group in shown)}."
+            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it "
+            f"pictures: set {' '.join(words[group] for group in shown)}."
         )
 
 

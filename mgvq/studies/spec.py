@@ -67,7 +67,7 @@ class Study:
     def _check_only(self) -> None:
         for arm, keys in self.only.items():
             if arm not in self.arms or arm in self.baselines:
-                raise UserError(f"study {self.name}: only names {arm!r}, which is no arm, or a baseline, which every point needs.")
+                raise UserError(f"study {self.name}: only names {arm!r}, which is no arm, or a baseline.")
             for key, values in keys.items():
                 if not values or not set(values) <= set(self.grid.get(key, ())):
                     raise UserError(f"study {self.name}: only {arm}: {key} {values} are no values of that key of the grid.")
