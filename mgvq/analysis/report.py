@@ -1,4 +1,4 @@
-"""Files that are built from records: tables, figures, and the tables inside README.md."""
+"""Files that are built from records: tables, figures, and the tables inside the README files."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pandas as pd
 from mgvq.analysis import render, spread
 from mgvq.analysis.records import against
 from mgvq.analysis.table import rows
+from mgvq.analysis.verdict import verdict
 
 # By the end of the file's name: what the figure shows.
 FIGURES = {
@@ -26,7 +27,7 @@ FIGURES = {
 
 def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
     """`tables/NAME.md`, `.csv` and `.tex` under `results`, `NAME_vs_ARM` for every further baseline, `NAME_spread` for a study
-    of seeds; returns the Markdown files.
+    of seeds, and `NAME_verdict.md`; returns the files.
 
     Equal records give equal bytes.
     """
@@ -38,10 +39,13 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
     pages = [(table, render, of_table) for table, of_table in tables.items()]
     if records.attrs.get("spread"):
         pages.append((f"{name}_spread", spread, records))
+    texts = {f"{name}_verdict.md": "".join(f"* {sentence}\n" for sentence in verdict(records))}
     for table, page, of_table in pages:
         for suffix, text in ((".md", page.markdown), (".csv", page.plain), (".tex", page.latex)):
-            (folder / f"{table}{suffix}").write_text(text(of_table))
-    return [folder / f"{table}.md" for table, _, _ in pages]
+            texts[f"{table}{suffix}"] = text(of_table)
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    return [folder / file for file in texts]
 
 
 def figure_path(results: Path, name: str, kind: str) -> Path:
@@ -72,6 +76,11 @@ def write_figures(name: str, records: pd.DataFrame, layers: pd.DataFrame, result
         if has_stages(layers):
             figures["proxy"] = proxy_figure(layers)
         return [save(figure, figure_path(results, name, kind)) for kind, figure in figures.items()]
+
+
+def pages_with_tables(root: Path) -> list[Path]:
+    """The files of a checkout in which reports keep tables current: its README and those of the studies."""
+    return [root / "README.md", *sorted(root.glob("experiments/*/README.md"))]
 
 
 def with_tables(text: str, tables: Path) -> str:

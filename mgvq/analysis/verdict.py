@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from mgvq.analysis.compare import TESTED_AS, Comparison
+from mgvq.analysis.records import against
 from mgvq.analysis.table import COLUMNS, Row, rows
 
 ALPHA = 0.05
@@ -12,35 +13,56 @@ _WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a to
 
 
 def verdict(records: pd.DataFrame) -> list[str]:
-    """One summary, then a sentence a grid point. Every number is the table's."""
+    """One summary, a sentence a grid point, and how the planned arm fares against each further baseline. The table's numbers."""
     table = rows(records)
     points = list(dict.fromkeys(str(row.point) for row in table))
     parts = [[row for row in table if str(row.point) == point] for point in points]
     if primary := records.attrs.get("primary"):
-        return _planned(parts, primary["arm"], primary["metric"], records.attrs["baseline"])
+        rivals = [arm for arm in records.attrs.get("baselines", [])[1:] if arm != primary["arm"]]
+        further = [_against(against(records, rival), primary["arm"], primary["metric"]) for rival in rivals]
+        return [*_planned(parts, primary["arm"], primary["metric"], records.attrs["baseline"]), *further]
     if baseline := records.attrs.get("baseline"):
         summary = f"No comparison was planned: every arm is held against {baseline}, corrected for their number."
         return [summary, *(_corrected(part, baseline) for part in parts)]
     return ["No arm is compared with another here; the table describes.", *(_described(part) for part in parts)]
 
 
+def _against(records: pd.DataFrame, arm: str, metric: str) -> str:
+    """One rival at all grid points, corrected for the number of arms."""
+    column = _column(metric)
+    found = [row.comparisons[column] for row in rows(records) if row.arm == arm]
+    said = _counts(found, column, records.attrs["baseline"])
+    return f"Against {records.attrs['baseline']}, corrected for the number of arms, by {_WORDS[metric][0]}: {said}."
+
+
+def _column(metric: str) -> str:
+    return next(name for name, c in COLUMNS.items() if c.measure == TESTED_AS.get(metric, metric))
+
+
+def _gains(comparison: Comparison, column: str) -> bool:
+    return comparison.effect.mean > 0 if COLUMNS[column].better == "max" else comparison.effect.mean < 0
+
+
+def _counts(found: Sequence[Comparison], column: str, baseline: str) -> str:
+    decided = [_gains(c, column) for c in found if c.p < ALPHA]
+    counts = {f"better than {baseline} on": sum(decided), "worse on": len(decided) - sum(decided)}
+    counts["not shown to differ on"] = len(found) - len(decided)
+    said = ", ".join(f"{words} {n}" for words, n in counts.items() if n)
+    return f"{said} of {len(found)} grid points"
+
+
 def _planned(parts: Sequence[Sequence[Row]], arm: str, metric: str, baseline: str) -> list[str]:
-    column = next(name for name, c in COLUMNS.items() if c.measure == TESTED_AS.get(metric, metric))
+    column = _column(metric)
     found = [row for part in parts for row in part if row.arm == arm]  # at some points it may not be run
-    better, worse, open_ = 0, 0, 0
     sentences = []
     for row in found:
         comparison = row.comparisons[column]
-        gain = comparison.effect.mean > 0 if COLUMNS[column].better == "max" else comparison.effect.mean < 0
-        decided = comparison.p < ALPHA
-        better, worse, open_ = better + (decided and gain), worse + (decided and not gain), open_ + (not decided)
-        word = ("better" if gain else "worse") if decided else "not shown to differ"
+        word = ("better" if _gains(comparison, column) else "worse") if comparison.p < ALPHA else "not shown to differ"
         sentence = f"{place(row)}: {arm} is {word}: {difference(comparison, column, clusters(row))}"
         gap = f", {row.gap_closed:.0f} % of the loss that {baseline} has above full precision avoided" if _has_gap(row) else ""
         sentences.append(f"{sentence}{gap}.")
-    counts = {f"better than {baseline} on": better, "worse on": worse, "not shown to differ on": open_}
-    said = ", ".join(f"{words} {n}" for words, n in counts.items() if n)
-    summary = f"The planned comparison, {arm} against {baseline} by {_WORDS[metric][0]}: {said} of {len(found)} grid points."
+    said = _counts([row.comparisons[column] for row in found], column, baseline)
+    summary = f"The planned comparison, {arm} against {baseline} by {_WORDS[metric][0]}: {said}."
     return [summary, *sentences]
 
 

@@ -1,4 +1,4 @@
-"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in README.md; a report to read."""
+"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in the README files; a report to read."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mgvq.analysis.layers import collect_layers, layers_path, read_layers, write_layers
 from mgvq.analysis.records import collect, read_records, write_records
-from mgvq.analysis.report import with_tables, write_figures, write_tables
+from mgvq.analysis.report import pages_with_tables, with_tables, write_figures, write_tables
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
 from mgvq.studies.plan import expand
@@ -34,8 +34,8 @@ def main() -> None:
     print(*written, sep="\n")
     root = checkout()
     if root and results == root / "results":  # not where MGVQ_RESULTS points
-        readme = root / "README.md"
-        readme.write_text(with_tables(readme.read_text(), results / "tables"))
+        for page in pages_with_tables(root):
+            page.write_text(with_tables(page.read_text(), results / "tables"))
 
 
 def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:

@@ -95,9 +95,9 @@ def test_a_record_keeps_what_the_tables_need(records: pd.DataFrame, tmp_path: Pa
     assert len(back) == 2 * (3 + 3 + 3 + 1 + 1)
     assert {tuple(seeds) for seeds in back[back.arm == "full"].seeds} == {(0, 1, 2)}
     assert markdown(back) == markdown(records)
-    (path,) = write_tables("made_up", back, tmp_path)
-    assert path.read_text() == markdown(records)
-    assert {p.suffix for p in (tmp_path / "tables").iterdir()} == {".md", ".csv", ".tex"}
+    written = write_tables("made_up", back, tmp_path)
+    assert {path.name for path in written} == {"made_up.md", "made_up.csv", "made_up.tex", "made_up_verdict.md"}
+    assert (tmp_path / "tables" / "made_up.md").read_text() == markdown(records)
 
 
 def test_runs_that_answered_different_questions_are_refused(tmp_path: Path) -> None:
