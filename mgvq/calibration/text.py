@@ -12,7 +12,7 @@ from mgvq.model.text import Passage, text_batches
 from mgvq.rng import generator
 from mgvq.types import Batch
 
-MICRO_BATCH = 4  # fixed: statistics would move in the last digit with it; the head's output of more fills gigabytes
+MICRO_BATCH = 2  # fixed: statistics would move in the last digit with it; the head's output of more fills gigabytes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from mgvq.model.text import Passage, text_batches
 from mgvq.rng import generator
 from mgvq.types import EvalResult
 
-_BATCH = 4  # fixed: the last digits of the losses move with it
+_BATCH = 2  # fixed: the last digits of the losses move with it
 
 
 @dataclass(frozen=True, kw_only=True)
