@@ -71,8 +71,8 @@ def compare(records: pd.DataFrame) -> dict[tuple[str, str, str], Comparison]:
     if records.attrs.get("baseline") is None:
         return {}
     found: dict[tuple[str, str, str], Comparison] = {}
-    primary = dict(records.attrs["primary"] or {})
-    primary["metric"] = TESTED_AS.get(primary.get("metric"), primary.get("metric"))
+    primary = records.attrs["primary"] or {"arm": None, "metric": ""}
+    primary = {**primary, "metric": TESTED_AS.get(primary["metric"], primary["metric"])}
     for measure in measured(records):
         effects = {(point, arm): paired_difference(d) for point, arm, d in differences(records, measure)}
         for point in records.point.unique():

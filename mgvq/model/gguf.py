@@ -63,7 +63,7 @@ def _unpack(file: Path, folder: Path) -> None:
 
     where = {"gguf_file": file.name, "local_files_only": True}
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **where)
-    del model.config.quantization_config  # of the file; the weights are decoded
+    del model.config.__dict__["quantization_config"]  # of the file; the weights are decoded
     model.config.dtype = torch.bfloat16
     saved = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)  # the model that was read refuses to be saved
     saved.load_state_dict(model.state_dict())

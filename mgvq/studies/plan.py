@@ -53,8 +53,7 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
 def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
     """Pictures have no perplexity, text no accuracy."""
     metric = study.primary["metric"] if study.primary else None
-    on_text = {run.reads_text for run in runs}
-    if metric in ({True: "accuracy", False: "perplexity"}[reads] for reads in on_text):
+    if metric is not None and metric in {"accuracy" if run.reads_text else "perplexity" for run in runs}:
         raise UserError(f"study {study.name}: primary.metric={metric} is nothing that its evaluation measures; loss is.")
 
 
