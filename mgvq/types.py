@@ -390,11 +390,11 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Shift(Protocol):
-    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block or not, the steps
-    to try, and how often all blocks are gone through."""
+    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block (true), every so
+    many blocks or not at all (false), the steps to try, and how often all blocks are gone through."""
 
     source: str
-    refresh: bool
+    refresh: bool | int
     steps: list[float]
     sweeps: int
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.errors import UserError
 from mgvq.formats.grouped import PIECES, GroupedWeight
+from mgvq.model.load import model_class
 
 FORMATS = {**PIECES, GroupedWeight.format: GroupedWeight}
 
@@ -39,7 +40,7 @@ def load(
     trusted = {"trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(path, local_files_only=True, **trusted)
     settings = {"attn_implementation": attention} if attention else {}
-    model = AutoModelForImageTextToText.from_config(config, dtype=dtype, **settings, **trusted)
+    model = model_class(config).from_config(config, dtype=dtype, **settings, **trusted)
     state = {f"{layer.name}.weight": layer.decode() for layer in layers}
     result = model.load_state_dict({**tensors, **state}, strict=False)
     model.tie_weights()

@@ -23,7 +23,7 @@ from mgvq.runs.tracking import track
 register_resolvers()
 log = logging.getLogger(__name__)
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}  # a plugin of Hydra's, and the extra that installs it
-SUMMARY = ("loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
+SUMMARY = ("text/perplexity", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")

@@ -67,10 +67,13 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     from mgvq.analysis.sensitivity import score, write_tables
     from mgvq.analysis.sensitivity_figures import draw_figures
     from mgvq.model.load import load
+    from mgvq.runs.execute import check_pictures
 
     torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(load(source, device), arguments.scope, calibrations, metrics)
+    loaded = load(source, device)
+    check_pictures(loaded, cfg, "calibration")
+    scores = score(loaded, arguments.scope, calibrations, metrics)
     results = arguments.out or results_folder()
     name = "_".join([arguments.model, *(flag.removeprefix(FLAG).replace(" ", "_") for flag in source.flags())])
     tables = write_tables(name, scores, results)

@@ -58,7 +58,10 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
 
 
 class _Sums:
-    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them; zeros where nothing came."""
+    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them.
+
+    Where nothing came they are zeros, which layers of one shape share: of a modality that is not there they would fill gigabytes.
+    """
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
@@ -66,6 +69,7 @@ class _Sums:
         self._num_tokens: Counter[tuple[str, Modality]] = Counter()
         self._tensors: dict[tuple[str, ...], Tensor] = {}
         self._grams: dict[str, dict[Modality, Tensor]] = {}
+        self._zeros: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, key: tuple[str, ...], value: Tensor) -> None:
         if key in self._tensors:
@@ -75,7 +79,9 @@ class _Sums:
 
     def take(self, key: tuple[str, ...], *shape: int) -> Tensor:
         """The sum in float32 on the CPU. Raises UserError where it is not finite."""
-        total = self._tensors.pop(key, torch.zeros(shape)).float().cpu()
+        if key not in self._tensors:
+            return self._zeros.setdefault(shape, torch.zeros(shape))
+        total = self._tensors.pop(key).float().cpu()
         if not torch.isfinite(total).all():
             raise UserError(f"the statistics of {key[1]} ({key[0]}) are not finite: set model.dtype=float32.")
         return total
@@ -87,13 +93,14 @@ class _Sums:
     def add_inputs(self, rows: Rows, site: Site, x: Float[Tensor, "... in"]) -> None:
         for modality, tokens in rows.by_modality(site, x).items():
             self._num_tokens[site.reads, modality] += len(tokens)
-            if self.needs.gram:
+            if self.needs.gram and len(tokens):
                 self.add(("gram", site.reads, modality), tokens.T @ tokens)
 
     def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
         if self.needs.gradients:
             for modality, tokens in rows.by_modality(site, g).items():
-                self.add(("fisher", site.name, modality), tokens.T @ tokens)
+                if len(tokens):
+                    self.add(("fisher", site.name, modality), tokens.T @ tokens)
         if self.needs.sequences:
             for g_s, x_s in zip(rows.by_sample(site, g), rows.by_sample(site, x), strict=True):
                 gradient = g_s.T @ x_s

@@ -11,9 +11,12 @@ from PIL import Image
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
+    AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -22,12 +25,16 @@ from mgvq.model.answers import answer_logits
 from mgvq.model.encode import Example, encode, image_token_id
 from mgvq.model.source import Source
 from mgvq.model.stress import inject
+from mgvq.model.text import Passage, encode_text, is_text_only
+from mgvq.types import Batch
 
 
 @dataclass(frozen=True)
 class Loaded:
     """`stored_dtype` is the width that the source stores its weights in; what is not quantised is stored so again. `code`: the
-    Python files of a repository whose own class the model is, which a checkpoint needs too."""
+    Python files of a repository whose own class the model is, which a checkpoint needs too. `processor` is the tokenizer where
+    the model reads nothing but text.
+    """
 
     model: PreTrainedModel
     processor: Any
@@ -46,8 +53,9 @@ def load(source: Source, device: torch.device) -> Loaded:
     check_code(source)
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
     attention = {"attn_implementation": source.attention} if source.attention else {}
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=getattr(torch, source.dtype), **attention, **where)
-    stored = AutoConfig.from_pretrained(folder, **where).dtype
+    config = AutoConfig.from_pretrained(folder, **where)
+    model = model_class(config).from_pretrained(folder, dtype=getattr(torch, source.dtype), **attention, **where)
+    stored = config.dtype
     assert stored is None or isinstance(stored, torch.dtype)
     model = model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
@@ -57,7 +65,7 @@ def load(source: Source, device: torch.device) -> Loaded:
     _adjust(loaded.processor, source)
     _check(loaded, source.path)
     if source.stress.sigma is not None:
-        inject(model, encode(loaded.processor, [_probe("yes")]).to(model.device), source.stress)
+        inject(model, _probe(loaded, "yes"), source.stress)
     return loaded
 
 
@@ -101,8 +109,19 @@ def _adjust(processor: Any, source: Source) -> None:
         processor.chat_template = Path(source.chat_template).read_text()
 
 
-def _probe(answer: str) -> Example:
-    return Example("", Image.new("RGB", (64, 64), (128, 128, 128)), "Is it ?", answer)
+def model_class(config: PretrainedConfig) -> Any:
+    """The auto class of transformers that makes a model of it."""
+    return AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
+
+
+def _probe(loaded: "Loaded", answer: str) -> Batch:
+    """A question with a short answer, as the model reads it."""
+    model, processor = loaded.model, loaded.processor
+    if is_text_only(model.config):
+        probe = encode_text(processor, [Passage("", f"Is it? {answer}")])
+    else:
+        probe = encode(processor, [Example("", Image.new("RGB", (64, 64), (128, 128, 128)), "Is it ?", answer)])
+    return probe.to(model.device)
 
 
 def _check(loaded: Loaded, path: str) -> None:
@@ -115,7 +134,7 @@ def _check(loaded: Loaded, path: str) -> None:
             f"({type(processor).__name__}) marks them by token {image_token_id(processor)}. Processor and config.json do not fit."
         )
     with torch.inference_mode():
-        yes, no = (answer_logits(model, encode(processor, [_probe(a)]).to(model.device))[0] for a in ("yes", "no"))
+        yes, no = (answer_logits(model, _probe(loaded, answer))[0] for answer in ("yes", "no"))
     if (yes - no).abs().max() > 0.05 * yes.std():
         raise UserError(
             f"{path}: {type(model).__name__} predicts the first token of an answer from the whole answer: its tokens see later "
@@ -124,7 +143,9 @@ def _check(loaded: Loaded, path: str) -> None:
 
 
 def load_processor(path: str, **where: Any) -> Any:
-    """The processor, set to pad on the left as generation needs it."""
+    """The processor, set to pad on the left as generation needs it; the tokenizer of a model that reads nothing but text."""
+    if is_text_only(AutoConfig.from_pretrained(path, **where)):
+        return AutoTokenizer.from_pretrained(path, padding_side="left", **where)
     processor = AutoProcessor.from_pretrained(path, **where)
     processor.tokenizer.padding_side = "left"
     return processor

@@ -18,11 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
+from mgvq.errors import UserError
 from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
+from mgvq.model.text import is_text_only
 from mgvq.pipeline import Method, QuantReport, quantize
-from mgvq.runs.build import build
+from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
@@ -53,9 +55,10 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         folder.write_json("identity.json", scientific_settings(cfg))
-        folder.write_json("provenance.json", {**provenance(), "model": source.provenance()})
+        folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
         loaded = load(source, device)
+        check_pictures(loaded, cfg, "calibration", "evaluation")
         sites = list_sites(loaded.model, cfg.scope)
         clock = Clock()
         report = None
@@ -108,6 +111,17 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
+def check_pictures(loaded: Loaded, cfg: DictConfig, *groups: str) -> None:
+    """Raises UserError where one of the groups shows pictures to a model that reads nothing but text."""
+    words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
+    shown = [group for group in groups if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
+    if shown and is_text_only(loaded.model.config):
+        raise UserError(
+            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it "
+            f"pictures: set {' '.join(words[group] for group in shown)}."
+        )
+
+
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
     """Packed where the model allows it: a third of the tokens."""
     if drawn.packable and can_pack(loaded.model):
@@ -116,6 +130,11 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
         parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))
     batches, heldout = map(list, parts)
     return Samples(batches, heldout)
+
+
+def _texts(*parts: Any) -> dict[str, str]:
+    """SHA-256 of the texts that come with the Python installation, by what they are for."""
+    return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
 
 
 class Clock:

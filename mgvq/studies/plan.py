@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
-from mgvq.runs.build import build, check
+from mgvq.runs.build import TEXT_ONLY, build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
@@ -30,9 +30,14 @@ class PlannedRun:
     cfg: DictConfig
 
     @property
-    def num_questions(self) -> int | None:
-        """Of the evaluation, where it says so."""
-        return self.cfg.evaluation.get("num_questions")
+    def num_samples(self) -> int | None:
+        """Questions or passages of the evaluation, where it says so."""
+        return self.cfg.evaluation.get("num_questions", self.cfg.evaluation.get("num_passages"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the evaluation shows no pictures, so that there is perplexity in place of accuracy."""
+        return self.cfg.evaluation.get("_target_") in TEXT_ONLY
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
@@ -40,7 +45,16 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return [run for point in study.points() for arm in study.arms for run in _plan(study, more, arm, point)]
+        runs = [run for point in study.points() for arm in study.arms_at(point) for run in _plan(study, more, arm, point)]
+    _check_primary(study, runs)
+    return runs
+
+
+def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
+    """Pictures have no perplexity, text no accuracy."""
+    metric = study.primary["metric"] if study.primary else None
+    if metric is not None and metric in {"accuracy" if run.reads_text else "perplexity" for run in runs}:
+        raise UserError(f"study {study.name}: primary.metric={metric} is nothing that its evaluation measures; loss is.")
 
 
 def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -244,7 +244,7 @@ def test_what_a_study_can_find_rests_on_its_own_record_if_there_is_one(records: 
         ({"baseline": "bse", "primary": None}, "baseline must be one of the arms full, base"),
         ({"baseline": None}, "name one with baseline"),
         ({"primary": {"arm": "base", "metric": "loss"}}, "primary.arm must be one of full, better"),
-        ({"primary": {"arm": "better", "metric": "kl"}}, "primary.metric must be accuracy or loss, got 'kl'"),
+        ({"primary": {"arm": "better", "metric": "kl"}}, "primary.metric must be one of accuracy, loss, perplexity; got 'kl'"),
         ({"primary": {"arm": "better"}}, "primary must be"),
     ],
 )
