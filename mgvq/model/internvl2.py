@@ -143,7 +143,7 @@ def _converted(file: Path, config: InternVLConfig) -> Iterator[tuple[str, Tensor
 
 def _split_wqkv(tensor: Tensor, config: InternVLConfig) -> dict[str, Tensor]:
     """Of InternLM2: for each key-value head the rows of its query heads, then its keys, then its values."""
-    text = config.text_config
+    text: Any = config.text_config
     groups = text.num_attention_heads // text.num_key_value_heads
     heads = tensor.unflatten(0, (text.num_key_value_heads, groups + 2, -1))
     return {"q": heads[:, :groups].flatten(0, 2), "k": heads[:, groups].flatten(0, 1), "v": heads[:, groups + 1].flatten(0, 1)}

@@ -33,6 +33,7 @@ def download_size(source: Source) -> int | None:
 def stored_bytes(model: PreTrainedModel) -> int:
     """Of all parameters, in the dtype of the model's config."""
     width = model.config.dtype or torch.float32
+    assert isinstance(width, torch.dtype)
     return sum(p.numel() for p in model.parameters()) * width.itemsize
 
 

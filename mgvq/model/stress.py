@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
-from mgvq.model.sites import list_sites
+from mgvq.model.sites import linear, list_sites
 from mgvq.model.source import Stress
 from mgvq.model.towers import block_numbers, find_towers
 from mgvq.rng import generator
@@ -49,8 +49,8 @@ def inject(model: PreTrainedModel, probe: Batch, stress: Stress) -> list[Pair]:
     assert stress.sigma is not None
     pairs, before = find_pairs(model, probe)
     for pair in pairs:
-        source = model.get_submodule(pair.source)
-        readers = [model.get_submodule(name) for name in pair.readers]
+        source: Any = model.get_submodule(pair.source)
+        readers: list[Any] = [model.get_submodule(name) for name in pair.readers]
         size = source.weight.shape[0]
         draws = torch.randn(size, generator=generator(stress.seed, "stress", pair.source), dtype=torch.float64)
         scale = torch.exp2((stress.sigma * draws / torch.tensor(2.0).log()).round()).to(source.weight)
@@ -80,7 +80,7 @@ def _columns(model: PreTrainedModel, scale: Float[Tensor, "c"], num_columns: int
 def find_pairs(model: PreTrainedModel, probe: Batch) -> tuple[list[Pair], Float[Tensor, "answers vocabulary"]]:
     """The pairs of the language tower's blocks, and the logits of the pass in which they were seen. Raises UserError for none."""
     sites = [s for s in list_sites(model, "language") if s.block is not None]
-    linears = {s.name: model.get_submodule(s.name) for s in sites}
+    linears = {s.name: linear(model, s) for s in sites}
     (language,) = find_towers(model).modules["language"]
     norms = {
         name: module

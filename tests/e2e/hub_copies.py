@@ -1,9 +1,12 @@
 """A few rows of each public benchmark in the columns of its hub dataset, about the project's own pictures."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # as mgvq/evaluation/harness.py does, before the library is imported
 
 import yaml
 from datasets import Dataset, Features, List, Value
