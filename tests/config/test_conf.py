@@ -260,7 +260,6 @@ def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) ->
         ("model", "model.dtype=int8"),
         ("model", "model.attention=flash_attention_2"),
         ("model", "model.chat_template=no.jinja"),
-        ("model", "model.trust_remote_code=yes"),
         ("model", "model.stress.sigma=0.01"),
         ("model", "model.stress.seed=1"),
     ],
