@@ -15,7 +15,7 @@ from mgvq.types import Batch, Needs, Site
 
 def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]:
     """Name -> (what is measured, what it is held against, that)."""
-    drawn = TinyVQA(num_images=16, questions_per_image=8, heldout_images=0, seed=0, label_seed=0).draw()
+    drawn = TinyVQA(num_images=16, questions_per_image=8, heldout_images=0, shown="both", seed=0, label_seed=0).draw()
     found = {}
     for name in ("tiny_llava_onevision", "tiny_internvl"):
         source = Source(name=name, path=str(SHIPPED / name), revision=None, dtype="float32")

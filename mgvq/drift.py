@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mgvq.curvature.passes import forward, right_labels
 from mgvq.errors import UserError
-from mgvq.model.answers import answer_logits
+from mgvq.model.answers import answer_logits, answer_states, logits
 from mgvq.model.pack import PackedBatch
 from mgvq.model.replay import Replay
 from mgvq.types import Batch, Site
@@ -21,9 +21,12 @@ AnyBatch = Batch | PackedBatch
 
 @dataclass
 class _Teacher:
-    """Of one batch at full precision: the answers' log-probabilities, and outputs of blocks by name with the tokens' weights."""
+    """Of one batch at full precision: what the head reads for the answers, and outputs of blocks by name with tokens' weights.
 
-    logs: Float[Tensor, "answers vocabulary"]
+    The head is no site and stays as it is, and its output would be larger by the vocabulary over the width.
+    """
+
+    states: Float[Tensor, "answers hidden"]
     blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -56,9 +59,9 @@ class Drift:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         with torch.inference_mode():
             with _called_before(model, sites) as still:
-                self._logs(self.heldout[0])
+                self._logs(self.heldout[-1])  # the one with the most images: the first may have none
             self._teacher, self._heldout_teacher = (
-                [_Teacher(self._logs(b)) for b in part] for part in (self.batches, self.heldout)
+                [_Teacher(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
             )
         names = [block_name(block[0]) for block in by_block(sites)]
         self._replay = Replay(model, [*([name] for name in still), *_rows(sites)])
@@ -66,7 +69,7 @@ class Drift:
             self._replay.settle(name)
         if source == "block":
             for batch, teacher in zip(self.batches, self._teacher, strict=True):
-                teacher.blocks = self._blocks(names, sites[0], batch)
+                teacher.blocks = self._blocks(names, sites, batch)
 
     def settle(self, block: Sequence[Site]) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
@@ -78,7 +81,10 @@ class Drift:
         self._replay.unsettle()
 
     def gradient(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "_ _"]]:
-        """Of the mean loss an answer token with respect to the weights of one block's `sites`, at the model's present weights."""
+        """Of the mean loss an answer token with respect to the weights of `sites`, at the model's present weights.
+
+        `sites` are those of one block, or of several that follow each other where the source is not `block`.
+        """
         sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in sites}
         num_answers = 0
         for number, (batch, teacher) in enumerate(zip(self.batches, self._teacher, strict=True)):
@@ -86,11 +92,12 @@ class Drift:
             with self._replay(number), _outputs(self.model, watched) as outputs:
                 run = forward(self.model, sites, batch, lambda *_: None, graph=True)
             if self.source == "block":
-                ((name, output),) = outputs.items()
-                expected, weight = teacher.blocks[name]
-                loss = 0.5 * (weight * (output - expected).square().mean(-1)).sum()
+                loss = torch.zeros((), device=self.model.device)
+                for name, output in outputs.items():  # none for a block of the vision tower where the batch has no image
+                    expected, weight = teacher.blocks[name]
+                    loss = loss + 0.5 * (weight * (output - expected).square().mean(-1)).sum()
             else:
-                loss = _loss(run.logs, batch, teacher, self.source).sum()
+                loss = self._loss(run.logs, batch, teacher).sum()
             num_answers += len(run.logs)
             for site, g in run.backward(loss, last=True).items():
                 sums[site] += (g.flatten(0, -2).T @ run.inputs[site.reads].flatten(0, -2)).double().cpu()
@@ -102,15 +109,23 @@ class Drift:
         losses = []
         for number, (batch, teacher) in enumerate(zip(self.heldout, self._heldout_teacher, strict=True)):
             with self._replay(("heldout", number)):
-                losses.append(_loss(self._logs(batch), batch, teacher, self.source))
+                losses.append(self._loss(self._logs(batch), batch, teacher))
         return float(torch.cat(losses).double().mean())
 
     def _logs(self, batch: AnyBatch) -> Float[Tensor, "answers vocabulary"]:
         return answer_logits(self.model, batch).log_softmax(-1)
 
-    def _blocks(self, names: Sequence[str], first: Site, batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    def _loss(self, logs: Tensor, batch: AnyBatch, teacher: _Teacher) -> Float[Tensor, "answers"]:
+        if self.source == "sft":
+            return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
+        with torch.no_grad():
+            expected = logits(self.model, teacher.states).log_softmax(-1)
+        return (expected.exp() * (expected - logs)).sum(-1)
+
+    def _blocks(self, names: Sequence[str], sites: Sequence[Site], batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
+        firsts = list({site.tower: site for site in reversed(sites)}.values())  # the graph starts at one of these
         with _outputs(self.model, names) as outputs:
-            run = forward(self.model, [first], batch, lambda *_: None, graph=True)
+            run = forward(self.model, firsts, batch, lambda *_: None, graph=True)
         loss = -run.logs.gather(1, right_labels(batch)[:, None]).sum()
         found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
         weights = (gradient.square().sum(-1) for gradient in found)
@@ -134,12 +149,6 @@ def _outputs(model: PreTrainedModel, names: Sequence[str]) -> Iterator[dict[str,
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _loss(logs: Tensor, batch: AnyBatch, teacher: _Teacher, source: str) -> Float[Tensor, "answers"]:
-    if source == "sft":
-        return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
-    return (teacher.logs.exp() * (teacher.logs - logs)).sum(-1)
 
 
 def _moved(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:

@@ -38,6 +38,10 @@ def shifted_rounding(
 ) -> tuple[Rounded, pd.DataFrame]:
     """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
 
+    With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that all but the first have
+    theirs without what the others of the n have cost. A block that comes before anything is quantised does not count: its
+    gradient is nothing that others could use.
+
     Steps are tried from the smallest up, until one is worse than the one before it. From the second sweep on all blocks are
     quantised, and the gradient holds the errors of the block itself and of those behind it too: the target that the block was
     rounded to is moved once more, and what comes of that has to beat what there is.
@@ -47,14 +51,15 @@ def shifted_rounding(
     blocks so far; NaN in the first sweep) and after. Flag `no_step`: all steps chosen were 0. Raises UserError for a gradient
     that is zero.
     """
+    blocks = list(by_block(sites))
     drift = Drift(model, sites, samples.batches, samples.heldout, shift.source)
     with _restored(model, sites) as weights:
         # Fits to a copy: the model's own weights change as blocks are quantised.
         loop = _Loop(model, bank, shift, drift, fits.moved(weights), rates, layers, dict(weights))
         for sweep in range(shift.sweeps):
             drift.unsettle()
-            for block in by_block(sites):
-                loop.visit(sweep, block)
+            for number, block in enumerate(blocks):
+                loop.visit(sweep, blocks[number:])
                 drift.settle(block)
     rounded = Rounded()
     for trial in loop.chosen.values():
@@ -90,15 +95,17 @@ class _Loop:
     rates: Sequence[Rate]
     layers: Layers
     targets: dict[Site, Tensor]
+    gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
     chosen: dict[str, _Trial] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def visit(self, sweep: int, block: Sequence[Site]) -> None:
-        """Choose a step for the block, and leave the block in the model as that rounds it."""
-        name = block[0].name
-        gradient = self.drift.gradient(block) if self.shift.refresh else _static(self.bank, block)
-        norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+    def visit(self, sweep: int, blocks: Sequence[Sequence[Site]]) -> None:
+        """Choose a step for the first of the blocks, which are those still to be visited, and leave it in the model as that
+        rounds it."""
+        block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
+        gradient = self._gradient(blocks[:1] if untouched else blocks)
+        norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
         if norm == 0 and not untouched:
             raise UserError(
                 f"{name} and its block: the gradient is zero, so a gradient-aware compensation has nothing to go by; "
@@ -120,6 +127,15 @@ class _Loop:
                 | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
                 | {"chosen": improves and trial is best}
             )
+
+    def _gradient(self, blocks: Sequence[Sequence[Site]]) -> dict[Site, Tensor]:
+        """Of the first of the blocks: static, or what an earlier pass has left, or from a pass over as many as go together."""
+        if not self.shift.refresh:
+            return _static(self.bank, blocks[0])
+        if blocks[0][0] not in self.gradients:
+            together = blocks[: int(self.shift.refresh)]
+            self.gradients |= self.drift.gradient([site for block in together for site in block])
+        return {site: self.gradients.pop(site) for site in blocks[0]}
 
     def _trials(
         self,

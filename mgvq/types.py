@@ -390,11 +390,11 @@ class Compensation(Protocol):
 
 @runtime_checkable
 class Shift(Protocol):
-    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block or not, the steps
-    to try, and how often all blocks are gone through."""
+    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block (true), every so
+    many blocks or not at all (false), the steps to try, and how often all blocks are gone through."""
 
     source: str
-    refresh: bool
+    refresh: bool | int
     steps: list[float]
     sweeps: int
 
@@ -407,11 +407,14 @@ class Shift(Protocol):
 class CalibrationSet(Protocol):
     """The gradient samples and the held-out samples, disjoint from each other and from every test question.
 
-    `label_seed`: of the answers that are sampled from the model where the statistics ask for them.
+    `label_seed`: of the answers that are sampled from the model where the statistics ask for them. `packable`: the samples are
+    questions about one image each, so that those about the same can share a row.
     """
 
     @property
     def label_seed(self) -> int: ...
+    @property
+    def packable(self) -> bool: ...
     @property
     def examples(self) -> Sequence[Any]: ...
     @property
@@ -449,3 +452,10 @@ class Task(Protocol):
     """Evaluates a model against its full-precision reference."""
 
     def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...
+
+
+@runtime_checkable
+class ReadsData(Task, Protocol):
+    """A task whose questions may be missing. `check` raises UserError where they are; called before a model is loaded."""
+
+    def check(self) -> None: ...

@@ -1,5 +1,6 @@
 """Every arm against the study's baseline, at every point of its grid: accuracy and answer loss, with intervals and p values."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -39,6 +40,18 @@ MEASURES: dict[str, tuple[str, Callable[[pd.DataFrame], np.ndarray]]] = {
     "accuracy": ("scores", headline_weights),
     "loss": ("losses", token_weights),
 }
+# Perplexity is the exponential of the loss: what differs in the one differs in the other, and the loss is a mean over tokens.
+TESTED_AS = {"perplexity": "loss"}
+
+
+def on_text(records: pd.DataFrame) -> bool:
+    """Whether the runs read passages: then there is perplexity and no accuracy."""
+    return "text/perplexity" in json.loads(records.metrics.iloc[0])
+
+
+def measured(records: pd.DataFrame) -> list[str]:
+    """Those of `MEASURES` that the runs have."""
+    return ["loss"] if on_text(records) else list(MEASURES)
 
 
 def differences(records: pd.DataFrame, measure: str) -> Iterator[tuple[str, str, Float[np.ndarray, "seeds pictures"]]]:
@@ -58,8 +71,9 @@ def compare(records: pd.DataFrame) -> dict[tuple[str, str, str], Comparison]:
     if records.attrs.get("baseline") is None:
         return {}
     found: dict[tuple[str, str, str], Comparison] = {}
-    primary = records.attrs["primary"] or {}
-    for measure in MEASURES:
+    primary = records.attrs["primary"] or {"arm": None, "metric": ""}
+    primary = {**primary, "metric": TESTED_AS.get(primary["metric"], primary["metric"])}
+    for measure in measured(records):
         effects = {(point, arm): paired_difference(d) for point, arm, d in differences(records, measure)}
         for point in records.point.unique():
             arms = [arm for at, arm in effects if at == point]

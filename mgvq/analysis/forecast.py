@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgvq.analysis.compare import MEASURES, differences
+from mgvq.analysis.compare import differences, measured, on_text
 from mgvq.analysis.records import questions, read_records
 from mgvq.analysis.significance import Components, smallest_difference, variance_components
 from mgvq.studies.plan import PlannedRun, distinct
@@ -53,15 +53,19 @@ def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
     num_arms = len(study.arms) - 1
     if not study.baselines or not num_arms:
         return "compares nothing: it has no baseline, or no other arm"
+    if runs[0].reads_text and not (records / f"{study.name}.parquet").is_file():
+        return "finds what its first runs will tell: no study of text has a record of the spread yet"
     components, per_picture, source = _spread(study, records)
-    num_pictures = max(2, round((runs[0].num_questions or 1000) / per_picture))
+    num_pictures = max(2, round((runs[0].num_samples or 1000) / per_picture))
     found = []
-    for measure, (factor, unit, decimals) in _UNITS.items():
+    for measure in components:
+        factor, unit, decimals = _UNITS[measure]
         smallest = smallest_difference(
             components[measure], num_seeds=study.least_seeds, num_samples=num_pictures, num_tests=num_arms
         )
         found.append(f"{smallest * factor:.{decimals}f} {unit}")
-    design = f"{study.least_seeds} seeds x {num_pictures} pictures, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
+    by = "topics" if runs[0].reads_text else "pictures"
+    design = f"{study.least_seeds} seeds x {num_pictures} {by}, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
     return f"finds differences of {' and '.join(found)} with 80 % power ({design}; spread {source})"
 
 
@@ -70,9 +74,9 @@ def _spread(study: Study, folder: Path) -> tuple[dict[str, Components], float, s
     own = folder / f"{study.name}.parquet"
     for path in [own, *sorted(p for p in folder.glob("*.parquet") if p != own)]:
         records = read_records(path) if path.is_file() else None
-        if records is None or records.attrs.get("baseline") is None:
+        if records is None or records.attrs.get("baseline") is None or (path != own and on_text(records)):
             continue
-        random = {m: [variance_components(d) for _, _, d in differences(records, m) if len(d) > 1] for m in MEASURES}
+        random = {m: [variance_components(d) for _, _, d in differences(records, m) if len(d) > 1] for m in measured(records)}
         if all(random.values()):
             asked = questions(records)
             return {m: _median(c) for m, c in random.items()}, len(asked) / asked.picture.nunique(), f"of {path.stem}"

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mgvq.analysis.compare import on_text
 from mgvq.analysis.examples import RULE, examples
 from mgvq.analysis.records import against, questions
 from mgvq.analysis.render import note, printable
@@ -71,7 +72,12 @@ def _svg(file: Path) -> str:
 
 
 def _by_type(records: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table a grid point: arms by question types, accuracy in percent, the mean over runs. Types of the headline first."""
+    """A table a grid point: arms by question types, accuracy in percent, the mean over runs. Types of the headline first.
+
+    None where text was read.
+    """
+    if on_text(records):
+        return []
     asked = questions(records).type.value_counts()
     types = [kind for kind in HEADLINE if kind in asked] + sorted(set(asked.index) - set(HEADLINE))
     tables = []

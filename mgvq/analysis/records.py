@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mgvq.errors import UserError
+from mgvq.model.source import FLAG
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
@@ -17,10 +18,11 @@ from mgvq.studies.spec import Study
 def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
     """Columns: `run, arm, point, seeds, overrides, num_samples, samples, metrics, identity, scores, losses`.
 
-    `point`, `metrics` and `identity` are JSON text; `seeds` are all that the run stands for, `overrides` the command's words at
-    the first of them; `scores` and rounded `losses` are lists with an entry a question; `samples` is a digest of the questions.
-    What the rows have in common is in the `attrs`, which the parquet file keeps: the study's `baseline` (the first of its
-    `baselines`), `primary` and `spread`, and what `questions` reads. Raises UserError where a run is not done, or where runs
+    `point`, `metrics` and `identity` are JSON text. Where a run is of a stress variant, or of a model whose revision may move,
+    the points say so as their `model`, and so do all tables. `seeds` are all that the run stands for, `overrides` the command's
+    words at the first of them; `scores` and rounded `losses` are lists with an entry a question; `samples` is a digest of the
+    questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's `baseline` (the first of
+    its `baselines`), `primary` and `spread`, and what `questions` reads. Raises UserError where a run is not done, or where runs
     answered different questions: their numbers do not belong into one table.
     """
     cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
@@ -29,10 +31,23 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
     records = pd.DataFrame([_record(cell) for cell in cells.values()])
     if records.samples.nunique() > 1:
         raise UserError(f"the runs answered different test questions: {records.groupby('samples').run.first().to_dict()}")
+    records["point"] = records.point.map(_labelled_points(records))
     baseline = next(iter(study.baselines), None)
     common = {"baseline": baseline, "baselines": study.baselines, "primary": study.primary, "spread": study.spread}
     records.attrs = {**common, "questions": _describe(_samples(runs[0]))}
     return records
+
+
+def _labelled_points(records: pd.DataFrame) -> dict[str, str]:
+    """The points as they are where no run has a flag about its model; otherwise each with a label of all its models."""
+    marks = [[f.removeprefix(FLAG) for f in json.loads(text)["flags"] if f.startswith(FLAG)] for text in records.metrics]
+    if not any(marks):
+        return {point: point for point in records.point}
+    labels: dict[str, dict[str, None]] = {}
+    for point, identity, mark in zip(records.point, records.identity, marks, strict=True):
+        name = json.loads(identity)["model"]["name"]
+        labels.setdefault(point, {})[f"{name} ({', '.join(mark)})" if mark else name] = None
+    return {point: json.dumps(json.loads(point) | {"model": " / ".join(found)}) for point, found in labels.items()}
 
 
 def against(records: pd.DataFrame, baseline: str) -> pd.DataFrame:
@@ -61,7 +76,13 @@ def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
 
 
 def _samples(run: PlannedRun) -> pd.DataFrame:
-    return pd.read_parquet(run.folder.path / "samples.parquet")
+    samples = pd.read_parquet(run.folder.path / "samples.parquet")
+    if "loss" not in samples:
+        raise UserError(
+            f"arm {run.arm}: tables compare accuracy and answer loss, and this evaluation ({run.cfg.evaluation._target_}) has no "
+            f"loss. Its figures are in {run.folder.path}/metrics.json, its questions in samples.parquet."
+        )
+    return samples
 
 
 def _describe(samples: pd.DataFrame) -> dict[str, str]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pandas as pd
 from tabulate import tabulate
 
-from mgvq.analysis.compare import Comparison
+from mgvq.analysis.compare import Comparison, on_text
 from mgvq.analysis.records import questions
-from mgvq.analysis.table import COLUMNS, Row, rows
+from mgvq.analysis.table import Row, columns_of, rows
 
 GAP = "loss gap closed %"
 
@@ -46,7 +46,7 @@ def plain(records: pd.DataFrame) -> str:
     lines = []
     for row in table:
         line = {**row.point, "arm": row.arm}
-        for name, column in COLUMNS.items():
+        for name, column in columns_of(records).items():
             line |= {name: row.mean(name), f"{name} sd": row.sd(name)}
             if column.measure and records.attrs.get("baseline") is not None:
                 line |= _plain_comparison(name, column.factor, row.comparisons.get(name))
@@ -76,7 +76,7 @@ def printable(records: pd.DataFrame) -> list[list[str]]:
     keys = [key for key in table[0].point if not _is_constant(table, key)]
     columns = [(key, [str(row.point[key]) for row in table]) for key in keys]
     columns.append(("arm", [row.arm for row in table]))
-    for name, column in COLUMNS.items():
+    for name, column in columns_of(records).items():
         cells = [_spread(row.mean(name), row.sd(name), column.decimals) for row in table]
         if compared and column.better:
             cells = _bold(cells, table, [round(row.mean(name), column.decimals) for row in table], column.better)
@@ -133,8 +133,9 @@ def _bold(cells: Sequence[str], table: Sequence[Row], values: Sequence[float], b
 def note(records: pd.DataFrame) -> str:
     """What the numbers of the table are, and how arms are compared."""
     table = rows(records)
+    samples, clusters = ("passages", "topics") if on_text(records) else ("questions", "pictures")
     text = (
-        f"{records.num_samples.iloc[0]:,} test questions, the same for every run. "
+        f"{records.num_samples.iloc[0]:,} test {samples}, the same for every run. "
         "Mean +- standard deviation over runs; a method in which nothing is random has one run."
     )
     if constant := [f"{key} {value}" for key, value in table[0].point.items() if _is_constant(table, key)]:
@@ -145,14 +146,17 @@ def note(records: pd.DataFrame) -> str:
     num_seeds, most = min(by_point), max(by_point)
     pictures = questions(records).picture.nunique()
     many = f"{num_seeds}" if most == num_seeds else f"{num_seeds} to {most}"
-    design = f"{many} seed{'s' * (most > 1)} x {pictures:,} pictures"
+    design = f"{many} seed{'s' * (most > 1)} x {pictures:,} {clusters}"
+    units = "loss in nats a token" if on_text(records) else "accuracy in points, loss in nats a token"
     text += (
-        f"\n\nvs baseline: difference to {baseline}, accuracy in points, loss in nats a token, with its 95 % interval. p: of a "
+        f"\n\nvs baseline: difference to {baseline}, {units}, with its 95 % interval. p: of a "
         f"two-way random-effects t test over {design}, after Holm over the arms of a grid point. (planned): the primary "
         "comparison of the study, not adjusted. (questions only): one run against one run, so nothing is said about other seeds."
     )
     if num_seeds > 1:
         text += f" By the signs of the seeds' differences alone no p below {2 / 2**num_seeds:.2g} could be reached."
+    if on_text(records):
+        text += " Perplexity is the exponential of the loss: the test of the one is that of the other."
     text += " Bold: the best of its grid point, full precision apart."
     if _has_gap(table):
         text += f" {GAP.capitalize()}: what the arm avoids of the loss that the baseline has above full precision."

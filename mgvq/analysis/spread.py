@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mgvq.analysis.compare import MEASURES
+from mgvq.analysis.compare import MEASURES, measured
 from mgvq.analysis.records import questions, values_by_seed
 from mgvq.analysis.render import latex_table, markdown_table
 from mgvq.analysis.significance import reweighted, variance_components
-from mgvq.analysis.table import COLUMNS
+from mgvq.analysis.table import columns_of
 from mgvq.errors import UserError
 
 HEADER = ("sd of runs", "95 % interval", "% of variance", "sd, any question", "sd of questions")
@@ -38,7 +38,8 @@ def spreads(records: pd.DataFrame) -> dict[tuple[str, str, str], Spread]:
     asked = questions(records)
     pictures = asked.picture.to_numpy()
     found = {}
-    for measure, (column, weigh) in MEASURES.items():
+    for measure in measured(records):
+        column, weigh = MEASURES[measure]
         for point, arm in dict.fromkeys(zip(records.point, records["arm"], strict=True)):
             rows = records.loc[(records.point == point) & (records["arm"] == arm)]
             if len(rows) < 2:
@@ -78,7 +79,7 @@ def plain(records: pd.DataFrame) -> str:
 def printable(records: pd.DataFrame) -> list[list[str]]:
     """Header and cells, a row an arm; the arm `records.attrs["spread"]` is the whole that the others are parts of."""
     found, whole = spreads(records), records.attrs["spread"]
-    columns = {column.measure: (name, column.factor, column.decimals) for name, column in COLUMNS.items() if column.measure}
+    columns = {c.measure: (name, c.factor, c.decimals) for name, c in columns_of(records).items() if c.measure}
     header = ["point", "arm", *(f"{name}: {part}" for name, _, _ in columns.values() for part in HEADER), "runs"]
     lines = []
     for point, arm in dict.fromkeys((point, arm) for _, point, arm in found):

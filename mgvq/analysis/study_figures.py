@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from mgvq.analysis.drawing import COLOURS, QUIET, look, panels
 from mgvq.analysis.table import Row
 
-MEASURES = {"accuracy %": "accuracy, %", "loss": "answer loss, nats a token"}
+MEASURES = {"accuracy %": "accuracy, %", "loss": "answer loss, nats a token"}  # of these, what the study has
 BITS = "bits, layers"
 _BUDGET = "bits_per_weight"  # the grid key whose values are one curve
 
@@ -27,9 +27,10 @@ def arms_figure(table: Sequence[Row], baseline: str | None) -> Figure:
     by_point = {point: [row for row in table if str(row.point) == point] for point in points}
     height = sum(0.75 + 0.185 * len(part) for part in by_point.values())
     ratios = [4 + len(part) for part in by_point.values()]
-    figure, axes = panels(len(points), len(MEASURES), height, sharey="row", height_ratios=ratios)
+    measures = _measures(table)
+    figure, axes = panels(len(points), len(measures), height, sharey="row", height_ratios=ratios)
     for line, part in zip(axes, by_point.values(), strict=True):
-        for ax, (column, label) in zip(line, MEASURES.items(), strict=True):
+        for ax, (column, label) in zip(line, measures.items(), strict=True):
             _differences(ax, part, column) if baseline else _means(ax, part, column)
             ax.set_yticks(range(len(part)), [row.arm for row in part])
             ax.set_ylim(len(part) - 0.5, -0.5)
@@ -39,6 +40,10 @@ def arms_figure(table: Sequence[Row], baseline: str | None) -> Figure:
             ax.set_xlabel(f"{label.replace('%', 'points')}, against {baseline}" if baseline else label)
         line[0].set_title(point_name(part[0].point, table))
     return figure
+
+
+def _measures(table: Sequence[Row]) -> dict[str, str]:
+    return {column: label for column, label in MEASURES.items() if column in table[0].values}
 
 
 def _differences(ax: Axes, part: Sequence[Row], column: str) -> None:
@@ -90,10 +95,11 @@ def bits_figure(table: Sequence[Row]) -> Figure:
     places = list(dict.fromkeys(_place(row) for row in table))
     arms = list(dict.fromkeys(row.arm for row in table if not row.full_precision))
     legend_lines = -(-len(arms) // 3) + 1
-    figure, axes = panels(len(places), len(MEASURES), 2.5 * len(places) + 0.18 * legend_lines)
+    measures = _measures(table)
+    figure, axes = panels(len(places), len(measures), 2.5 * len(places) + 0.18 * legend_lines)
     for line, place in zip(axes, places, strict=True):
         part = [row for row in table if _place(row) == place]
-        for ax, (column, label) in zip(line, MEASURES.items(), strict=True):
+        for ax, (column, label) in zip(line, measures.items(), strict=True):
             for full in [row for row in part if row.full_precision][:1]:
                 ax.axhline(full.mean(column), color=QUIET, linestyle="--", linewidth=1)
             for number, arm in enumerate(arms):

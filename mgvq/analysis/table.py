@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.compare import Comparison, compare
+from mgvq.analysis.compare import Comparison, compare, on_text
+from mgvq.model.source import FLAG
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,7 @@ class Column:
 
 COLUMNS = {
     "accuracy %": Column(metric="tiny_vqa/accuracy", factor=100, decimals=1, better="max", measure="accuracy"),
+    "perplexity": Column(metric="text/perplexity", factor=1, decimals=2, better="min"),
     "loss": Column(metric="loss/answer", factor=1, decimals=3, better="min", measure="loss"),
     "KL": Column(metric="kl/full_precision", factor=1, decimals=3, better="min"),
     "bits, layers": Column(metric="bits/quantized_layers", factor=1, decimals=3),
@@ -38,7 +40,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One arm at one grid point: the columns' values of its runs, times their factor.
+    """One arm at one grid point: its runs' values, times their factor, by those columns that the study has.
 
     `gap_closed`: how much, in percent, of the baseline's loss above full precision the arm avoids; None where the point has no
     full-precision arm or the baseline loses nothing, and for those two themselves.
@@ -62,9 +64,15 @@ class Row:
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
+def columns_of(records: pd.DataFrame) -> dict[str, Column]:
+    """Without accuracy where text was read, without perplexity elsewhere."""
+    absent = "accuracy %" if on_text(records) else "perplexity"
+    return {name: column for name, column in COLUMNS.items() if name != absent}
+
+
 def rows(records: pd.DataFrame) -> list[Row]:
     """In the order of the study file."""
-    comparisons = compare(records)
+    comparisons, columns = compare(records), columns_of(records)
     baseline = records.attrs.get("baseline")
     table: list[Row] = []
     for point, at_point in records.groupby("point", sort=False):
@@ -72,18 +80,18 @@ def rows(records: pd.DataFrame) -> list[Row]:
         gaps = _gaps_closed(metrics, baseline)
         for arm, found in metrics.items():
             mine = at_point[at_point["arm"] == arm]
-            compared = {name: comparisons.get((str(c.measure), str(point), arm)) for name, c in COLUMNS.items()}
+            compared = {name: comparisons.get((str(c.measure), str(point), arm)) for name, c in columns.items()}
             table.append(
                 Row(
                     point={key.rsplit(".", 1)[-1]: value for key, value in json.loads(str(point)).items()},
                     arm=arm,
-                    values={name: list(_numbers(found, c.metric) * c.factor) for name, c in COLUMNS.items()},
+                    values={name: list(_numbers(found, c.metric) * c.factor) for name, c in columns.items()},
                     comparisons={name: comparison for name, comparison in compared.items() if comparison},
                     gap_closed=gaps.get(arm),
                     full_precision=_is_full_precision(found),
                     runs=tuple(mine["run"]),
                     commands=tuple(f"mgvq-run {overrides}" for overrides in mine["overrides"]),
-                    flags=sum(len(m["flags"]) for m in found),
+                    flags=sum(not flag.startswith(FLAG) for m in found for flag in m["flags"]),
                 )
             )
     return table

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from mgvq.analysis.compare import Comparison
+from mgvq.analysis.compare import TESTED_AS, Comparison
 from mgvq.analysis.records import against
 from mgvq.analysis.table import COLUMNS, Row, rows
 
 ALPHA = 0.05
-_WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a token")}
+_WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a token"), "perplexity": ("perplexity", "")}
 
 
 def verdict(records: pd.DataFrame) -> list[str]:
@@ -36,7 +36,7 @@ def _against(records: pd.DataFrame, arm: str, metric: str) -> str:
 
 
 def _column(metric: str) -> str:
-    return next(name for name, c in COLUMNS.items() if c.measure == metric)
+    return next(name for name, c in COLUMNS.items() if c.measure == TESTED_AS.get(metric, metric))
 
 
 def _gains(comparison: Comparison, column: str) -> bool:
@@ -53,12 +53,12 @@ def _counts(found: Sequence[Comparison], column: str, baseline: str) -> str:
 
 def _planned(parts: Sequence[Sequence[Row]], arm: str, metric: str, baseline: str) -> list[str]:
     column = _column(metric)
-    found = [next(row for row in part if row.arm == arm) for part in parts]
+    found = [row for part in parts for row in part if row.arm == arm]  # at some points it may not be run
     sentences = []
     for row in found:
         comparison = row.comparisons[column]
         word = ("better" if _gains(comparison, column) else "worse") if comparison.p < ALPHA else "not shown to differ"
-        sentence = f"{place(row)}: {arm} is {word}: {difference(comparison, column)}"
+        sentence = f"{place(row)}: {arm} is {word}: {difference(comparison, column, clusters(row))}"
         gap = f", {row.gap_closed:.0f} % of the loss that {baseline} has above full precision avoided" if _has_gap(row) else ""
         sentences.append(f"{sentence}{gap}.")
     said = _counts([row.comparisons[column] for row in found], column, baseline)
@@ -77,27 +77,35 @@ def _corrected(part: Sequence[Row], baseline: str) -> str:
     worse = [arm for arm, c in found.items() if c.p < ALPHA and c.effect.mean > 0]
     best = min(better, key=lambda arm: found[arm].effect.mean, default=None)
     text = f"{place(part[0])}: by answer loss {len(better)} of {len(found)} arms are better than {baseline}, {len(worse)} worse"
-    return f"{text}; the best is {best}: {difference(found[best], column)}." if best else f"{text}."
+    return f"{text}; the best is {best}: {difference(found[best], column, clusters(part[0]))}." if best else f"{text}."
 
 
 def _described(part: Sequence[Row]) -> str:
     full = [row for row in part if row.full_precision]
-    best = max((row for row in part if not row.full_precision), key=lambda row: row.mean("accuracy %"), default=None)
+    column, sign, shown = "perplexity", -1, "perplexity {:.2f}"
+    if "accuracy %" in part[0].values:
+        column, sign, shown = "accuracy %", 1, "{:.1f} %"
+    best = max((row for row in part if not row.full_precision), key=lambda row: sign * row.mean(column), default=None)
     if best is None:
         return f"{place(part[0])}: full precision only."
-    against = f" of {full[0].mean('accuracy %'):.1f} % in full precision" if full else ""
+    against = f" of {shown.format(full[0].mean(column))} in full precision" if full else ""
     bits = f"{best.mean('bits, layers'):.2f} measured bits a weight"
-    return f"{place(best)}: {best.arm} keeps most, {best.mean('accuracy %'):.1f} %{against}, at {bits}."
+    return f"{place(best)}: {best.arm} keeps most, {shown.format(best.mean(column))}{against}, at {bits}."
 
 
-def difference(found: Comparison, column: str) -> str:
+def clusters(row: Row) -> str:
+    """What the samples of a row's runs are independent by."""
+    return "topics" if "perplexity" in row.values else "pictures"
+
+
+def difference(found: Comparison, column: str, by: str) -> str:
     """Mean, interval and p of a comparison in the unit and the digits of the table's column."""
     c = COLUMNS[column]
     name, unit = _WORDS[str(c.measure)]
     e = found.effect
     mean, low, high = (f"{value * c.factor:+.{c.decimals}f}" for value in (e.mean, e.low, e.high))
     p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.3f}"
-    design = "questions only" if e.samples_only else f"{e.num_seeds} seeds x {e.num_samples} pictures"
+    design = "questions only" if e.samples_only else f"{e.num_seeds} seeds x {e.num_samples} {by}"
     return f"{name} {mean} {unit} [{low}, {high}], {p}, {design}"
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mgvq.errors import UserError
-from mgvq.model.encode import Example, batches
+from mgvq.model.encode import Example, Sample, batches
 from mgvq.types import Batch
 
 MICRO_BATCH = 64  # fixed: statistics would move in the last digit with it
@@ -15,9 +15,10 @@ MICRO_BATCH = 64  # fixed: statistics would move in the last digit with it
 class ExampleSet:
     """The drawn examples. Raises UserError where there are none to calibrate on, or a sample is in both parts."""
 
-    examples: Sequence[Example]
-    heldout_examples: Sequence[Example]
+    examples: Sequence[Sample]
+    heldout_examples: Sequence[Sample]
     label_seed: int
+    batch_size: int = MICRO_BATCH
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -25,8 +26,15 @@ class ExampleSet:
         if both := {e.sample_id for e in self.examples} & {e.sample_id for e in self.heldout_examples}:
             raise UserError(f"calibration and held-out samples overlap: {sorted(both)[:3]} and {len(both)} in all.")
 
+    @property
+    def packable(self) -> bool:
+        return all(isinstance(sample, Example) for sample in (*self.examples, *self.heldout_examples))
+
     def batches(self, processor: Any) -> Iterator[Batch]:
-        return batches(processor, self.examples, MICRO_BATCH)
+        """Raises UserError, before the first batch, where the chat template does not fit one of the samples of either part."""
+        for sample in (*self.examples, *self.heldout_examples):
+            sample.render(processor)
+        return batches(processor, self.examples, self.batch_size)
 
     def heldout(self, processor: Any) -> Iterator[Batch]:
-        return batches(processor, self.heldout_examples, MICRO_BATCH)
+        return batches(processor, self.heldout_examples, self.batch_size)

@@ -7,20 +7,25 @@ from PIL import Image
 from mgvq.calibration.examples import ExampleSet
 from mgvq.data.tiny_vqa.dataset import Picture, draw_pictures
 from mgvq.errors import UserError
-from mgvq.model.encode import Example
+from mgvq.model.chat import Chat, Turn
+from mgvq.model.encode import Example, Sample
 from mgvq.rng import entropy
+
+_SHOWN = ("both", "text", "image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVQA:
     """`num_images` pictures with `questions_per_image` questions each, then `heldout_images` more.
 
-    `label_seed` draws the answers that are sampled from the model for its Fisher.
+    `shown` leaves out a part of the prompts: `text`, the questions without their pictures, as of a corpus of text; `image`, the
+    pictures without questions. The answers stay. `label_seed` draws the answers that are sampled from the model for its Fisher.
     """
 
     num_images: int
     questions_per_image: int
     heldout_images: int
+    shown: str
     seed: int
     label_seed: int
 
@@ -31,17 +36,24 @@ class TinyVQA:
                 raise UserError(
                     f"calibration.{name} must be a whole number >= {least}, got {value!r}; an empty set cannot calibrate."
                 )
+        if self.shown not in _SHOWN:
+            raise UserError(f"calibration.shown must be one of {', '.join(_SHOWN)}, got {self.shown!r}")
 
     def draw(self) -> ExampleSet:
         seed = entropy(self.seed, "calibration")
         pictures = draw_pictures("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
         parts = pictures[: self.num_images], pictures[self.num_images :]
-        examples, heldout = ([e for p in part for e in _examples(p)] for part in parts)
+        examples, heldout = ([e for p in part for e in self._examples(p)] for part in parts)
         return ExampleSet(examples, heldout, self.label_seed)
 
-
-def _examples(picture: Picture) -> list[Example]:
-    image = Image.fromarray(picture.pixels)
-    return [
-        Example(f"calibration-{picture.index}-{number}", image, q.text, q.answer) for number, q in enumerate(picture.questions)
-    ]
+    def _examples(self, picture: Picture) -> list[Sample]:
+        image = Image.fromarray(picture.pixels)
+        samples: list[Sample] = []
+        for number, q in enumerate(picture.questions):
+            name = f"calibration-{picture.index}-{number}"
+            if self.shown == "both":
+                samples.append(Example(name, image, q.text, q.answer))
+            else:
+                asked = Turn("user", (q.text if self.shown == "text" else image,))
+                samples.append(Chat(name, (asked, Turn("assistant", (q.answer,)))))
+        return samples

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.errors import UserError
 from mgvq.formats.grouped import PIECES, GroupedWeight
+from mgvq.model.load import model_class
 
 FORMATS = {**PIECES, GroupedWeight.format: GroupedWeight}
 
@@ -25,15 +26,21 @@ def load(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     packed: bool = False,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The quantised model, ready to generate; `AutoProcessor.from_pretrained(path)` gives its processor.
 
     The codes are decoded once, into weights of `dtype`; with `packed` they stay packed in memory and every call decodes them.
+    `attention`: transformers' `attn_implementation`. `trust_remote_code`: for a model whose class came with its repository.
     Raises UserError where `path` is no packed checkpoint, is of another version, or lacks tensors.
     """
     path = Path(path)
     layers, tensors = read(path)
-    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path, local_files_only=True), dtype=dtype)
+    trusted = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(path, local_files_only=True, **trusted)
+    settings = {"attn_implementation": attention} if attention else {}
+    model = model_class(config).from_config(config, dtype=dtype, **settings, **trusted)
     state = {f"{layer.name}.weight": layer.decode() for layer in layers}
     result = model.load_state_dict({**tensors, **state}, strict=False)
     model.tie_weights()

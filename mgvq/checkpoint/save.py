@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,6 +57,8 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     loaded.model.config.save_pretrained(folder)
     loaded.model.generation_config.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
+    for file in loaded.code:
+        shutil.copy(file, folder)
     return _close(folder, entries)
 
 

@@ -1,4 +1,4 @@
-"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in the README files; a report to read."""
+"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in READMEs; a report to read."""
 
 import argparse
 import sys

@@ -23,7 +23,7 @@ from mgvq.runs.tracking import track
 register_resolvers()
 log = logging.getLogger(__name__)
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}  # a plugin of Hydra's, and the extra that installs it
-SUMMARY = ("tiny_vqa/accuracy", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")
+SUMMARY = ("text/perplexity", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
@@ -31,6 +31,12 @@ def hydra_main(cfg: DictConfig) -> None:
     """One job of Hydra: skipped where its run is done."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
+        if cfg.dry:
+            from mgvq.runs.dry import report  # here, as below
+
+            if report(cfg) and HydraConfig.get().mode is not RunMode.MULTIRUN:
+                sys.exit(2)
+            return
         check(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
@@ -51,7 +57,8 @@ def hydra_main(cfg: DictConfig) -> None:
     metrics = folder.metrics()
     if not (bits := bits_by_kind(folder.path)).empty:
         print(bits.to_string(index=False, float_format="{:.3f}".format))
-    print("  ".join(f"{name} {metrics[name]:.4g}" for name in SUMMARY if metrics.get(name) is not None))
+    told = (*(name for name in metrics if name.endswith("/accuracy")), *SUMMARY)
+    print("  ".join(f"{name} {metrics[name]:.4g}" for name in told if metrics.get(name) is not None))
     if metrics["flags"]:
         print(f"flags: {', '.join(metrics['flags'])}")
     print(folder.path)

@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
+from mgvq.model.source import FLAG
 from mgvq.runs.build import SCOPES, build
 from mgvq.runs.places import conf_folder, register_resolvers, results_folder
 
@@ -66,14 +67,18 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     from mgvq.analysis.sensitivity import score, write_tables
     from mgvq.analysis.sensitivity_figures import draw_figures
     from mgvq.model.load import load
+    from mgvq.runs.execute import check_pictures
 
     torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scores = score(load(source, device), arguments.scope, calibrations, metrics)
+    loaded = load(source, device)
+    check_pictures(loaded, cfg, "calibration")
+    scores = score(loaded, arguments.scope, calibrations, metrics)
     results = arguments.out or results_folder()
-    tables = write_tables(arguments.model, scores, results)
+    name = "_".join([arguments.model, *(flag.removeprefix(FLAG).replace(" ", "_") for flag in source.flags())])
+    tables = write_tables(name, scores, results)
     print(tables[-1].read_text())
-    return [*tables, *draw_figures(arguments.model, scores, results)]
+    return [*tables, *draw_figures(name, scores, results)]
 
 
 def _variants(group: str) -> list[str]:

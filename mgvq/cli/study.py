@@ -104,7 +104,11 @@ def main() -> None:
     if failures:
         print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
         sys.exit(1)
-    print(f"\n{markdown(collect(study, runs))}\nrun folders: {runs[0].folder.path.parent}")
+    try:
+        table = markdown(collect(study, runs))
+    except UserError as error:
+        table = f"no table: {error}\n"
+    print(f"\n{table}\nrun folders: {runs[0].folder.path.parent}")
 
 
 if __name__ == "__main__":

@@ -30,15 +30,16 @@ class GradientHessian:
 
     `source`: `kl`, the divergence from the full-precision model with the blocks before this one quantised, so the first block has
     none; `block`, the squared drift of the block's output, every token weighted by the energy of its gradient (no pass through
-    the blocks behind); `sft`, the loss of the right answers. `refresh`: taken again at every block; without it once, at full
-    precision (`sft` alone). `sweeps`: how often the blocks are gone through; from the second time on all of them are quantised.
+    the blocks behind); `sft`, the loss of the right answers. `refresh`: taken again at every block, or for every so many blocks
+    together (not `block`, where each has a loss of its own); without it once, at full precision (`sft` alone). `sweeps`: how
+    often the blocks are gone through; from the second time on all of them are quantised.
     A reconstruction: the paper's formula is not public.
     """
 
     damping: float  # share of the mean diagonal of h_in that is added to it
     output_damping: float | None  # the same of h_out; None: errors are not corrected from row to row
     source: str  # kl | block | sft
-    refresh: bool
+    refresh: bool | int
     sweeps: int
     steps: list[float]
     shift_damping: float
@@ -53,6 +54,15 @@ class GradientHessian:
             raise UserError(
                 f"compensation.source={self.source} with refresh=false has no effect: at full precision that gradient is zero. "
                 "Set compensation.refresh=true, or compensation.source=sft."
+            )
+        if not isinstance(self.refresh, bool) and not (isinstance(self.refresh, int) and self.refresh >= 2):
+            raise UserError(
+                f"compensation.refresh must be true (at every block), false, or a number of blocks >= 2, got {self.refresh!r}"
+            )
+        if self.source == "block" and self.refresh is not True:
+            raise UserError(
+                f"compensation.source=block with refresh={self.refresh}: the loss is that of each block's own output. "
+                "Set compensation.refresh=true, or compensation.source=kl."
             )
         if not (isinstance(self.sweeps, int) and self.sweeps >= 1):
             raise UserError(f"compensation.sweeps must be a whole number >= 1, got {self.sweeps!r}")

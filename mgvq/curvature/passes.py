@@ -34,6 +34,8 @@ class Forward:
     def backward(self, loss: Float[Tensor, ""], *, last: bool) -> dict[Site, Float[Tensor, "... out"]]:
         """Gradients of a loss that was computed from `logs`."""
         outputs = list(self.outputs.values())
+        if not outputs:  # sites of the vision tower, and no image in the batch
+            return {}
         # A layer whose output nobody uses (a vision tower's last block, say) has the gradient 0.
         found = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True, materialize_grads=True)
         return {site: gradient.float() for site, gradient in zip(self.outputs, found, strict=True)}
@@ -133,8 +135,9 @@ class Rows:
         """
         pixels, tokens = self.batch.inputs["pixel_values"], self.batch.image_mask.sum(1)
         if pixels.ndim == 5:
+            one_each = len(pixels) == len(tokens) and bool(tokens.all())  # images, not samples, are stacked
             tokens = torch.full_like(tokens, pixels.shape[1])
-            fits = int(tokens.sum()) == rows
+            fits = one_each and int(tokens.sum()) == rows
         else:
             fits = bool((tokens * rows % tokens.sum() == 0).all())
         if not fits:

@@ -31,8 +31,8 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
                   h_out <- sum_t (x^T h_in x) g g^T / (N |h_in|^2),   h_in <- sum_t (g^T h_out g) x x^T / (N |h_out|^2)
                   from h_out = I, thus h_in = sum_t |g|^2 x x^T / (N out). Each half-step is one more pass over the kept batches.
 
-    Raises UserError for statistics that are not finite, and for sequences of the vision tower as `passes.Rows` does; RuntimeError
-    for sites that do not read what they are said to.
+    Raises UserError for statistics that are not finite, for a tower that no batch reaches (the vision tower without images), and
+    for sequences of the vision tower as `passes.Rows` does; RuntimeError for sites that do not read what they are said to.
     """
     if needs.power_rounds:
         batches = list(batches)
@@ -48,12 +48,20 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
         if answered:
             for site, g in run.gradients(right_labels(batch), last=True).items():
                 sums.add_answered(rows, site, run.inputs[site.reads], g)
+    if unseen := {site.tower for site in sites} - {site.tower for site in sites if sums.reached(site)}:
+        raise UserError(
+            f"no calibration sample reaches the {' and the '.join(sorted(unseen))} layers: take samples with images, or "
+            "scope=language."
+        )
     token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
 
 
 class _Sums:
-    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them; zeros where nothing came."""
+    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them.
+
+    Where nothing came they are zeros, which layers of one shape share: of a modality that is not there they would fill gigabytes.
+    """
 
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
@@ -61,6 +69,7 @@ class _Sums:
         self._num_tokens: Counter[tuple[str, Modality]] = Counter()
         self._tensors: dict[tuple[str, ...], Tensor] = {}
         self._grams: dict[str, dict[Modality, Tensor]] = {}
+        self._zeros: dict[tuple[int, ...], Tensor] = {}
 
     def add(self, key: tuple[str, ...], value: Tensor) -> None:
         if key in self._tensors:
@@ -70,21 +79,28 @@ class _Sums:
 
     def take(self, key: tuple[str, ...], *shape: int) -> Tensor:
         """The sum in float32 on the CPU. Raises UserError where it is not finite."""
-        total = self._tensors.pop(key, torch.zeros(shape)).float().cpu()
+        if key not in self._tensors:
+            return self._zeros.setdefault(shape, torch.zeros(shape))
+        total = self._tensors.pop(key).float().cpu()
         if not torch.isfinite(total).all():
             raise UserError(f"the statistics of {key[1]} ({key[0]}) are not finite: set model.dtype=float32.")
         return total
 
+    def reached(self, site: Site) -> bool:
+        """Whether the site has seen a token."""
+        return any(self._num_tokens[site.reads, m] for m in MODALITIES)
+
     def add_inputs(self, rows: Rows, site: Site, x: Float[Tensor, "... in"]) -> None:
         for modality, tokens in rows.by_modality(site, x).items():
             self._num_tokens[site.reads, modality] += len(tokens)
-            if self.needs.gram:
+            if self.needs.gram and len(tokens):
                 self.add(("gram", site.reads, modality), tokens.T @ tokens)
 
     def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
         if self.needs.gradients:
             for modality, tokens in rows.by_modality(site, g).items():
-                self.add(("fisher", site.name, modality), tokens.T @ tokens)
+                if len(tokens):
+                    self.add(("fisher", site.name, modality), tokens.T @ tokens)
         if self.needs.sequences:
             for g_s, x_s in zip(rows.by_sample(site, g), rows.by_sample(site, x), strict=True):
                 gradient = g_s.T @ x_s

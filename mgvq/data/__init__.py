@@ -1,1 +1,1 @@
-"""Data that the project draws itself: leaf packages, which import no stage."""
+"""Data that the project draws itself, and where public data is found: leaf packages, which import no stage."""

@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")  # a local task has nothing to ask the hub
@@ -20,10 +20,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableTask, Task
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
-from PIL.Image import Image
 from transformers import PreTrainedModel
 
 from mgvq.model.generate import generate
+from mgvq.model.picture import Question
 
 _GENERATION_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
 
@@ -43,7 +43,7 @@ class InProcessModel(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy unless the task asks otherwise."""
         settings: dict[str, Any] = requests[0].args[1]  # type: ignore[misc]
-        questions = [(_image(self.task_dict, r), r.args[0]) for r in requests]  # type: ignore[misc]
+        questions = _Questions(self.task_dict, requests)
         known = {k: settings[k] for k in _GENERATION_KEYS if k in settings}
         answers = generate(self.model, self.processor, questions, self.batch_size, known)
         for stop in settings.get("until", []):
@@ -57,17 +57,28 @@ class InProcessModel(lmms):
         raise TypeError("multi-round tasks are not supported: a question here has one answer")
 
 
-def _image(task_dict: dict[str, Any], request: Instance) -> Image:
-    _, _, to_visual, doc_id, task, split = request.args  # type: ignore[misc]
-    (image,) = to_visual(task_dict[task][split][doc_id])
-    return image
+class _Questions(Sequence[Question]):
+    """Pictures are decoded when a question is looked at: those of a whole benchmark would not fit into memory."""
+
+    def __init__(self, task_dict: dict[str, Any], requests: Sequence[Instance]) -> None:
+        self._task_dict, self._requests = task_dict, requests
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Question:  # type: ignore[override]  # no slices
+        text, _, to_visual, doc_id, task, split = self._requests[index].args  # type: ignore[misc]
+        images = to_visual(self._task_dict[task][split][doc_id])
+        if not images:
+            raise TypeError(f"question {doc_id} of {task} has no picture: such questions are not supported")
+        return images[0] if len(images) == 1 else tuple(images), text
 
 
 def evaluate(
     model: PreTrainedModel, processor: Any, task: Task, label: str, batch_size: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """lmms-eval's results and its per-sample rows for one task object; `label` (the weights' digest) is recorded with them."""
-    _raise_at_once(ConfigurableTask)
+    raise_at_once()
     name = task.config.task
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         output = simple_evaluate(
@@ -86,9 +97,9 @@ def evaluate(
     return results, output["samples"][name]
 
 
-def _raise_at_once(task_class: type) -> None:
-    """lmms-eval retries a failing `process_results` and `download` for eight seconds and hides the reason."""
+def raise_at_once() -> None:
+    """lmms-eval retries a failing `process_results` and `download` for eight seconds and hides the reason: no more."""
     for name in ("process_results", "download"):
-        retry: Callable[..., Any] = getattr(task_class, name).retry
+        retry: Callable[..., Any] = getattr(ConfigurableTask, name).retry
         retry.stop = tenacity.stop_after_attempt(1)  # type: ignore[attr-defined]
         retry.reraise = True  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
-"""Questions about pictures as inputs of a model: chat template, processor, left padding, masks."""
+"""Samples as inputs of a model: chat template, processor, left padding, masks."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from PIL.Image import Image
 
 from mgvq.errors import UserError
+from mgvq.model.chat import Answer, Chat, Rendered
 from mgvq.types import Batch
 
 
@@ -20,10 +22,29 @@ class Example:
     question: str
     answer: str
 
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """The one image."""
+        return (self.image,)
 
-def chat_prompt(processor: Any, question: str) -> str:
-    """The text up to where the answer begins, with the image before the question."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    @property
+    def num_words(self) -> int:
+        """Of question and answer."""
+        return len(self.question.split()) + len(self.answer.split())
+
+    def render(self, processor: Any) -> Rendered:
+        """Prompt, answer, end-of-sequence token."""
+        prompt = chat_prompt(processor, self.question)
+        text = f"{prompt}{self.answer}{processor.tokenizer.eos_token}"
+        return Rendered(text, (Answer(len(prompt), len(text), 1),))
+
+
+Sample = Example | Chat
+
+
+def chat_prompt(processor: Any, question: str, num_images: int = 1) -> str:
+    """The text up to where the answer begins, with the images before the question."""
+    content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
 
 
@@ -38,33 +59,53 @@ def image_token_id(processor: Any) -> int:
     )
 
 
-def encode(processor: Any, examples: Sequence[Example]) -> Batch:
-    """One row an example: prompt, answer, end-of-sequence token; padded on the left.
+def encode(processor: Any, samples: Sequence[Sample]) -> Batch:
+    """One row a sample, as it renders itself; padded on the left. All samples show equally many images.
 
-    Raises UserError for a processor that adds to the text behind the answer (PaliGemma's).
+    Raises UserError as `Chat.render` does, and for a processor that adds to the text so that an answer is not where it should be
+    (PaliGemma's, behind it).
     """
-    tokenizer = processor.tokenizer
-    prompts = [chat_prompt(processor, e.question) for e in examples]
-    texts = [f"{p}{e.answer}{tokenizer.eos_token}" for p, e in zip(prompts, examples, strict=True)]
-    inputs = processor(images=[[e.image] for e in examples], text=texts, return_tensors="pt", padding=True)
-    valid = inputs["attention_mask"].bool()
-    # Images add as many tokens to the prompt as to the whole, so the answer's length can be counted without them.
-    whole = tokenizer(texts).input_ids
-    lengths = [len(ids) - len(tokenizer(prompt).input_ids) for ids, prompt in zip(whole, prompts, strict=True)]
-    for row, ids, length in zip(inputs["input_ids"].tolist(), whole, lengths, strict=True):
-        if row[-length:] != ids[-length:]:
-            raise UserError(
-                f"{type(processor).__name__} ends the text in {tokenizer.decode(row[-length:])!r}, which is not the answer "
-                f"{tokenizer.decode(ids[-length:])!r}: it adds something, and where the answer lies cannot be told."
-            )
-    places = torch.arange(valid.shape[1])
-    loss_mask = places[None, :] >= valid.shape[1] - torch.tensor(lengths)[:, None]
-    image_mask = inputs["input_ids"] == image_token_id(processor)
-    return Batch(dict(inputs), image_mask, loss_mask, valid, tuple(e.sample_id for e in examples))
+    rendered = [s.render(processor) for s in samples]
+    inputs = _processed(processor, [r.text for r in rendered], [s.images for s in samples])
+    ids, valid = inputs["input_ids"], inputs["attention_mask"].bool()
+    loss_mask = torch.zeros_like(valid)
+    for mask, row, is_token, sample, text in zip(loss_mask, ids, valid, samples, rendered, strict=True):
+        for place, expected in _answers(processor, sample, text, row[is_token].tolist()):
+            if (written := row[place].tolist()) != expected:
+                decode = processor.tokenizer.decode
+                raise UserError(
+                    f"{sample.sample_id}: {type(processor).__name__} has {decode(written)!r} in the place of the answer "
+                    f"{decode(expected)!r}: it adds something, and where the answer lies cannot be told."
+                )
+            mask[place] = True
+    return Batch(dict(inputs), ids == image_token_id(processor), loss_mask, valid, tuple(s.sample_id for s in samples))
 
 
-def batches(processor: Any, examples: Sequence[Example], size: int) -> Iterator[Batch]:
-    """Examples of like length together, so that little is padded; sample ids tell which row is which."""
-    order = sorted(examples, key=lambda e: (len(e.question.split()) + len(e.answer.split()), e.sample_id))
-    for at in range(0, len(order), size):
-        yield encode(processor, order[at : at + size])
+def _processed(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image]]) -> Any:
+    shown = [list(i) for i in images] if images[0] else None
+    return processor(images=shown, text=list(texts), return_tensors="pt", padding=True)
+
+
+def _answers(processor: Any, sample: Sample, rendered: Rendered, row: list[int]) -> Iterator[tuple[slice, list[int]]]:
+    """Where each answer lies, counted from the end of the row, and its tokens. `row` is without padding."""
+    text, tokenizer = rendered.text, processor.tokenizer
+    whole = tokenizer(text).input_ids
+    for answer in rendered.answers:
+        prompt, begun = (tokenizer(text[:at]).input_ids for at in (answer.start, answer.stop))
+        expected = whole[len(prompt) : len(begun)]
+        # Images add as many tokens to a part of the text as to the whole, so those before the answer need not be counted.
+        start = len(prompt) - len(whole)
+        if answer.num_images < len(sample.images):  # how many those behind it add, only a mark in the answer's place can tell
+            marked = text[: answer.start] + tokenizer.eos_token + text[answer.start :]
+            (other,) = _processed(processor, [marked], [sample.images])["input_ids"].tolist()
+            start = next(place for place, (a, b) in enumerate(zip(row, other, strict=False)) if a != b) - len(row)
+        yield slice(start, start + len(expected) or None), expected
+
+
+def batches(processor: Any, samples: Sequence[Sample], size: int) -> Iterator[Batch]:
+    """Samples with equally many images, and of like length, together, so that little is padded; ids tell which row is which."""
+    order = sorted(samples, key=lambda s: (len(s.images), s.num_words, s.sample_id))
+    for _, alike in itertools.groupby(order, key=lambda s: len(s.images)):
+        rows = list(alike)
+        for at in range(0, len(rows), size):
+            yield encode(processor, rows[at : at + size])

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,21 +21,23 @@ def generate(
     """The answers in the order of the questions, special tokens left out; `settings` are those of transformers' `generate`.
 
     `batch_size` pictures are looked at together, and as many questions answered together, those of like length. Where positions
-    are no plain counts (`can_pack`), or pictures take different numbers of tokens, every question looks at its picture itself;
-    the answers are the same (a test holds it).
+    are no plain counts (`can_pack`), pictures take different numbers of tokens, or a question shows several, every question
+    looks at its pictures itself; the answers are the same (a test holds it).
     """
     answers = [""] * len(questions)
     for run in _runs(questions, batch_size):
         asked = [questions[i] for i in run]
-        seen = _Seen(model, processor, asked) if can_pack(model) else None
+        single = all(isinstance(image, Image) for image, _ in asked)
+        seen = _Seen(model, processor, asked) if single and can_pack(model) else None
         order = sorted(range(len(run)), key=lambda i: (len(asked[i][1]), i))
         for at in range(0, len(order), batch_size):
             part = order[at : at + batch_size]
             if seen is not None and seen.alike:
                 inputs = seen.inputs(part)
             else:
-                prompts = [chat_prompt(processor, asked[i][1]) for i in part]
-                inputs = processor(images=[[asked[i][0]] for i in part], text=prompts, return_tensors="pt", padding=True)
+                images = [_shown(asked[i]) for i in part]
+                prompts = [chat_prompt(processor, asked[i][1], len(own)) for i, own in zip(part, images, strict=True)]
+                inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True)
                 inputs = inputs.to(model.device)
             sequences: Tensor = model.generate(**inputs, **settings)  # type: ignore[operator]
             new = sequences[:, inputs["input_ids"].shape[1] :]
@@ -47,14 +50,20 @@ def _runs(questions: Sequence[Question], num_pictures: int) -> Iterator[list[int
     """Consecutive questions about at most `num_pictures` pictures."""
     run: list[int] = []
     seen: set[bytes] = set()
-    for i, (image, _) in enumerate(questions):
-        seen.add(image.tobytes())
+    for i, question in enumerate(questions):
+        pixels = b"".join(image.tobytes() for image in _shown(question))
+        seen.add(pixels)
         if len(seen) > num_pictures:
             yield run
-            run, seen = [], {image.tobytes()}
+            run, seen = [], {pixels}
         run.append(i)
     if run:
         yield run
+
+
+def _shown(question: Question) -> list[Image]:
+    images, _ = question
+    return [images] if isinstance(images, Image) else list(images)
 
 
 class _Seen:
@@ -63,7 +72,7 @@ class _Seen:
     def __init__(self, model: PreTrainedModel, processor: Any, questions: Sequence[Question]) -> None:
         self._processor, self._device = processor, model.device
         first: dict[bytes, int] = {}
-        self._picture = [first.setdefault(image.tobytes(), len(first)) for image, _ in questions]
+        self._picture = [first.setdefault(_shown(q)[0].tobytes(), len(first)) for q in questions]
         shown = {p: question for p, question in zip(self._picture, questions, strict=True)}
         starts, self._rest = zip(*(split_prompt(processor, text) for _, text in questions), strict=True)
         inputs, prefixes = prefix_inputs(processor, [shown[p] for p in range(len(first))])

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from mgvq.model.encode import Example
 from mgvq.model.picture import prefix_inputs, split_prompt, tokens
+from mgvq.model.text import is_text_only
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
 
@@ -41,8 +42,10 @@ def can_pack(model: PreTrainedModel) -> bool:
     """Whether a question sees its picture and itself through nothing but the mask, and positions are plain counts.
 
     Not so with rotary positions of a picture's height and width (Qwen2-VL), where the model itself tells image from text tokens
-    (Gemma 3), and where layers see a window or keep a state.
+    (Gemma 3), and where layers see a window or keep a state. A model of text alone has no pictures to share.
     """
+    if is_text_only(model.config):
+        return False
     text = model.config.get_text_config(decoder=True)
     mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
     typed = any("token_type_ids" in name for name in inspect.signature(model.base_model.forward).parameters)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgvq.model.encode import chat_prompt
 
-Question = tuple[Image, str]
+Question = tuple[Image | tuple[Image, ...], str]  # one picture, or several before the text
 
 
 def split_prompt(processor: Any, question: str) -> tuple[str, str]:

@@ -32,7 +32,9 @@ def list_sites(model: PreTrainedModel, scope: Scope) -> list[Site]:
     towers = find_towers(model)
     sites = [site for tower in towers.modules if tower in TOWERS[scope] for site in _tower_sites(model, towers, tower)]
     if scope == "language_projector" and not any(s.tower == "projector" for s in sites):
-        raise UserError(f"scope=language_projector: {towers.modules['projector']} holds no linear layer. Take scope=language.")
+        projector = towers.modules.get("projector")
+        what = f"{projector} holds no linear layer" if projector else "the model has no projector"
+        raise UserError(f"scope=language_projector: {what}. Take scope=language.")
     _check_blocks_are_linear(model, towers, sites)
     return sites
 

@@ -1,54 +1,158 @@
-"""Where a model comes from: a folder in the hub's format, a shipped small model, or a pinned hub repository."""
+"""Where a model comes from: a folder in the hub's format, a shipped small model, or a hub repository that was downloaded."""
 
 import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mgvq.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tiny"
+DTYPES = ("float32", "bfloat16", "float16")
+ATTENTIONS = ("eager", "sdpa")  # those that take the masks of packed questions (model/pack.py)
+FLAG = "model:"  # flags that begin so say of which model a run is; tables put them beside its name
 _WEIGHTS = (".safetensors", ".bin")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stress:
+    """Channel scales `exp(sigma N(0, 1))` that leave the model's function as it is (model/stress.py); `sigma` None: none."""
+
+    sigma: float | None
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.sigma is not None and not 0.2 <= self.sigma <= 2:
+            raise UserError(
+                f"model.stress.sigma must be null or 0.2 to 2, got {self.sigma!r}: scales are rounded to powers of two, so that "
+                "less would change next to nothing, and far more would leave the range of 16-bit weights."
+            )
+        if not (isinstance(self.seed, int) and self.seed >= 0):
+            raise UserError(f"model.stress.seed must be a whole number >= 0, got {self.seed!r}")
+        if self.seed and self.sigma is None:
+            raise UserError(f"model.stress.seed={self.seed} has no effect without model.stress.sigma=0.7, say.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Source:
-    """`path`: a folder, or `organisation/name` on the hub with its 40-digit commit as `revision`; `dtype` of the computation."""
+    """A model and how it is loaded; a run never downloads.
+
+    `path`: a folder, or `organisation/name` on the hub, whose `revision` is a commit of 40 hex digits, or a branch or tag, which
+    is resolved to the commit that was downloaded. `dtype` of the computation. `attention`: `eager`, `sdpa`, or None for
+    transformers' choice. `processor`: settings of the image processor (tiles, pixels) in place of the repository's.
+    `chat_template`: a jinja file in place of the repository's. `trust_remote_code`: run Python files of the repository.
+    `shape`: what the published config.json says of sizes, for counting what is not here. `setup`: how to get the model, where
+    downloading is not enough.
+    """
 
     name: str
     path: str
     revision: str | None
     dtype: str
+    attention: str | None = None
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+    stress: Stress = Stress(sigma=None, seed=0)
+    shape: Mapping[str, Any] | None = None
+    setup: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise UserError(f"model.dtype must be float32, bfloat16 or float16, got {self.dtype!r}")
+        if self.attention not in (None, *ATTENTIONS):
+            raise UserError(f"model.attention must be null or one of {', '.join(ATTENTIONS)}; got {self.attention!r}")
+        if self.chat_template is not None and not Path(self.chat_template).is_file():
+            raise UserError(f"model.chat_template={self.chat_template} is not a file; give a .jinja file, or null.")
+        if not isinstance(self.trust_remote_code, bool):
+            raise UserError(f"model.trust_remote_code must be true or false, got {self.trust_remote_code!r}")
 
     @property
-    def folder(self) -> Path | None:
-        """The local folder, None for a hub name."""
-        return Path(self.path) if Path(self.path).is_dir() else None
-
-    def identity(self) -> str:
-        """What determines the weights: a digest of a folder's files, or the hub name with its commit.
-
-        Raises UserError where the folder is missing or holds no weights, or a hub name comes without a full commit.
-        """
-        if folder := self.folder:
-            return folder_digest(folder)
+    def on_hub(self) -> bool:
+        """Whether `path` is a name on the hub. Raises UserError where it is neither that nor a folder."""
+        if Path(self.path).is_dir():
+            return False
         if not _HUB_NAME.fullmatch(self.path) or self.path.startswith("."):
             raise UserError(
                 f"model.path={self.path} is neither a folder nor a hub name (organisation/name). Give the folder that holds "
                 "config.json and the safetensors."
             )
-        if not _COMMIT.fullmatch(self.revision or ""):
+        return True
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are: the folder, or the downloaded snapshot of the repository.
+
+        Raises UserError where they are missing or incomplete, with the command that gets them and how large they are.
+        """
+        if not self.on_hub:
+            return Path(self.path)
+        if self.revision is None:
             raise UserError(
-                f"model.path={self.path} is not a local folder, so it is taken as a hub name, and that needs "
-                f"model.revision=<the 40 hex digits of a commit>, got {self.revision!r}: a branch may change."
+                f"model.path={self.path} is not a local folder, so it is taken as a hub name, and that needs model.revision: "
+                "the 40 hex digits of a commit, or a branch such as main, which is flagged in every table because it may move."
             )
-        return f"{self.path}@{self.revision}"
+        from huggingface_hub import constants, snapshot_download  # here: planning with local models needs none of it
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            wanted = {"revision": self.revision, "allow_patterns": ["config.json"]}  # the weights are looked for below
+            found = Path(snapshot_download(self.path, local_files_only=True, **wanted))
+        except (LocalEntryNotFoundError, FileNotFoundError) as error:
+            raise self._not_here(f"is not in {constants.HF_HUB_CACHE}") from error
+        if missing := _missing_files(found):
+            raise self._not_here(f"is incomplete in {found} ({', '.join(missing[:3])} missing)")
+        return found
+
+    def _not_here(self, why: str) -> UserError:
+        from mgvq.model.shape import download_size  # here: it imports torch, which a run that is refused may pay for
+
+        size = download_size(self)
+        how = self.setup or f"hf download {self.path} --revision {self.revision}"
+        known = "size unknown before its config.json is here" if size is None else f"about {size / 1e9:.1f} GB on disk"
+        return UserError(
+            f"model {self.name}: {self.path} at {self.revision} {why}. A run downloads nothing; with a network:\n"
+            + "".join(f"  {line}\n" for line in how.splitlines())
+            + f"  {known}; HF_HOME says where the hub's files go, and a machine without network takes a copy of that folder."
+        )
+
+    def identity(self) -> str:
+        """What determines the weights: a digest of a folder's files, or the hub name with its commit.
+
+        Raises UserError as `folder` does, and where the folder holds no weights.
+        """
+        if not self.on_hub:
+            return folder_digest(Path(self.path))
+        return f"{self.path}@{self.folder.name}"  # the hub's cache names a snapshot's folder by its commit
+
+    def choices(self) -> dict[str, Any]:
+        """What else may move numbers, where it differs from the default: runs without it keep the names that they had."""
+        template = hashlib.sha256(Path(self.chat_template).read_bytes()).hexdigest() if self.chat_template else None
+        chosen = {"attention": self.attention, "processor": dict(self.processor), "chat_template": template}
+        stress = asdict(self.stress) if self.stress.sigma is not None else None
+        return {name: value for name, value in {**chosen, "stress": stress}.items() if value}
+
+    def flags(self) -> list[str]:
+        """What tables must say of this model: the stress variant, and a revision that may move."""
+        flags = [f"{FLAG}stress {self.stress.sigma:g}"] if self.stress.sigma is not None else []
+        moving = self.on_hub and not _COMMIT.fullmatch(self.revision or "")
+        return [*flags, *([f"{FLAG}moving revision {self.revision}"] if moving else [])]
+
+    def provenance(self) -> dict[str, Any]:
+        """The path, the revision as it was asked for, and the commit that it stood for."""
+        return {"path": self.path, "revision": self.revision, "commit": self.folder.name if self.on_hub else None}
+
+
+def _missing_files(snapshot: Path) -> list[str]:
+    """What a download that was cut off lacks."""
+    index = snapshot / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    return sorted(name for name in {"config.json", *shards} if not (snapshot / name).is_file())
 
 
 def folder_digest(folder: Path) -> str:
@@ -57,7 +161,7 @@ def folder_digest(folder: Path) -> str:
         raise UserError(f"model folder {folder} holds no model: it needs config.json and {' or '.join(_WEIGHTS)} files.")
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model"):
+        if file.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py"):
             with file.open("rb") as stream:
                 digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
+from mgvq.model.text import is_text_only
 from mgvq.types import Tower
 
 
@@ -29,7 +30,7 @@ class Towers:
 
 
 def find_towers(model: PreTrainedModel) -> Towers:
-    """Vision, projector, language.
+    """Vision, projector, language; of a language model by itself the last alone.
 
     The projector may lie beside the vision tower, or in it and behind its blocks (Qwen2-VL). Raises UserError, with the modules
     that were found, for a model that is not of this pattern.
@@ -39,6 +40,8 @@ def find_towers(model: PreTrainedModel) -> Towers:
         language = names[model.get_input_embeddings()].rpartition(".")[0]
     except NotImplementedError as error:
         raise _unclear(model, f"where its token embedding is, is not said: {error}") from error
+    if is_text_only(model.config):
+        return Towers({"language": (language,)})
     config = getattr(model.config, "vision_config", None)
     towers = [n for n, m in model.named_modules() if isinstance(m, PreTrainedModel) and n and type(m.config) is type(config)]
     vision = [n for n in towers if not any(n.startswith(f"{other}.") for other in towers)]

@@ -13,7 +13,8 @@ MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
 STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit")  # what a method is made of
 GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
-SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics"}
+SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics", "dry"}
+TEXT_ONLY = ("mgvq.calibration.text.Text", "mgvq.evaluation.perplexity.Perplexity")  # they show no pictures
 # The variants that a group has where it does nothing.
 _IDLE = {"sensitivity": "Uniform", "grouping": "One", "compensation": "NoCompensation"}
 

@@ -18,18 +18,20 @@ from omegaconf import DictConfig, OmegaConf
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
+from mgvq.errors import UserError
 from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
+from mgvq.model.text import is_text_only
 from mgvq.pipeline import Method, QuantReport, quantize
-from mgvq.runs.build import build
+from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
 from mgvq.shifting import Samples
-from mgvq.types import CalibrationSet, Site, SiteStats
+from mgvq.types import CalibrationSet, ReadsData, Site, SiteStats
 
 SCHEMA_VERSION = 1
 PICTURES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
@@ -40,6 +42,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     """Fill the folder and return its metrics. Bad settings and bad data raise UserError before the model is loaded."""
     method = build_method(cfg)
     task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
+    if isinstance(task, ReadsData):
+        task.check()
     drawn = calibration.draw() if calibration else None
     torch.set_num_threads(cfg.threads)
     if not sys.stderr.isatty():
@@ -51,9 +55,10 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         folder.write_json("identity.json", scientific_settings(cfg))
-        folder.write_json("provenance.json", provenance())
+        folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
         loaded = load(source, device)
+        check_pictures(loaded, cfg, "calibration", "evaluation")
         sites = list_sites(loaded.model, cfg.scope)
         clock = Clock()
         report = None
@@ -82,9 +87,11 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
         log.info("evaluating %s", folder.checkpoint)
         clock.lap("save")
-        model = load_checkpoint(folder.checkpoint, dtype=getattr(torch, source.dtype), device=device)
+        trusted = {"trust_remote_code": source.trust_remote_code}
+        dtype = getattr(torch, source.dtype)
+        model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         digest = file_digest(folder.checkpoint / TENSORS)
-        result = task(model, loaded.model, load_processor(str(folder.checkpoint)), digest)
+        result = task(model, loaded.model, load_processor(str(folder.checkpoint), **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
@@ -97,21 +104,37 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "memory/peak_gb": _peak_gb(device),
             "rate": _rate(report),
             "checkpoint_sha256": digest,
-            "flags": [*(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
+            "flags": [*source.flags(), *(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
     return metrics
 
 
+def check_pictures(loaded: Loaded, cfg: DictConfig, *groups: str) -> None:
+    """Raises UserError where one of the groups shows pictures to a model that reads nothing but text."""
+    words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
+    shown = [group for group in groups if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
+    if shown and is_text_only(loaded.model.config):
+        raise UserError(
+            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it "
+            f"pictures: set {' '.join(words[group] for group in shown)}."
+        )
+
+
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
     """Packed where the model allows it: a third of the tokens."""
-    if can_pack(loaded.model):
+    if drawn.packable and can_pack(loaded.model):
         parts = (packed_batches(loaded.processor, e, PICTURES) for e in (drawn.examples, drawn.heldout_examples))
     else:
         parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))
     batches, heldout = map(list, parts)
     return Samples(batches, heldout)
+
+
+def _texts(*parts: Any) -> dict[str, str]:
+    """SHA-256 of the texts that come with the Python installation, by what they are for."""
+    return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
 
 
 class Clock:

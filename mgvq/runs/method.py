@@ -7,8 +7,9 @@ from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
+from mgvq.grouping.modality import Modality
 from mgvq.pipeline import Method
-from mgvq.runs.build import STAGES, build, chosen
+from mgvq.runs.build import STAGES, TEXT_ONLY, build, chosen
 from mgvq.types import Compensation
 
 
@@ -20,6 +21,7 @@ def build_method(cfg: DictConfig) -> Method | None:
     _check_metric(method)
     _check_scores(method, cfg)
     _check_calibration(method, cfg)
+    _check_modalities(method, cfg)
     return method
 
 
@@ -84,4 +86,18 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
         raise UserError(
             "calibration has no effect: no stage of this run reads statistics. Leave it out (calibration=none), or choose a "
             "curvature, or a sensitivity or grouping that looks at data."
+        )
+
+
+def _check_modalities(method: Method, cfg: DictConfig) -> None:
+    """Nothing may turn on images where calibration shows none."""
+    asked = {
+        "curvature.fusion=mbq_ratio": getattr(method.curvature, "fusion", None) == "mbq_ratio",
+        "sensitivity.modality=image": getattr(method.sensitivity, "modality", None) == "image",
+        "grouping=modality": isinstance(method.grouping, Modality),
+    }
+    if cfg.calibration.get("_target_") in TEXT_ONLY and (idle := [name for name, on in asked.items() if on]):
+        raise UserError(
+            f"{' and '.join(idle)} tells images from text, and calibration=text shows no image: without that, method=mbq is awq, "
+            "fusion none, and grouping score or one."
         )

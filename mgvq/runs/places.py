@@ -1,6 +1,7 @@
 """Where things lie: the configuration and the results, in a checkout and in an installed wheel; the resolvers that say so."""
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -30,6 +31,13 @@ def results_folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """`${results_folder:}` and `${shipped_model:NAME}` for the yaml files; may be called again."""
+    """`${results_folder:}`, `${shipped_model:NAME}`, `${package_file:PACKAGE,FILE}` for the yaml files; may be called again."""
     OmegaConf.register_new_resolver("results_folder", lambda: str(results_folder()), replace=True)
     OmegaConf.register_new_resolver("shipped_model", lambda name: str(SHIPPED / name), replace=True)
+    OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
+
+
+def _package_file(package: str, file: str) -> str:
+    """Where the file of an installed package lies, without importing that; PACKAGE/FILE where it is not installed."""
+    spec = find_spec(package)
+    return str((Path(spec.origin).parent if spec and spec.origin else Path(package)) / file)

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
-from mgvq.runs.build import build, check
+from mgvq.runs.build import TEXT_ONLY, build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
@@ -30,9 +30,14 @@ class PlannedRun:
     cfg: DictConfig
 
     @property
-    def num_questions(self) -> int | None:
-        """Of the evaluation, where it says so."""
-        return self.cfg.evaluation.get("num_questions")
+    def num_samples(self) -> int | None:
+        """Questions or passages of the evaluation, where it says so."""
+        return self.cfg.evaluation.get("num_questions", self.cfg.evaluation.get("num_passages"))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the evaluation shows no pictures, so that there is perplexity in place of accuracy."""
+        return self.cfg.evaluation.get("_target_") in TEXT_ONLY
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
@@ -40,7 +45,16 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
     register_resolvers()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return [run for point in study.points() for arm in study.arms for run in _plan(study, more, arm, point)]
+        runs = [run for point in study.points() for arm in study.arms_at(point) for run in _plan(study, more, arm, point)]
+    _check_primary(study, runs)
+    return runs
+
+
+def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
+    """Pictures have no perplexity, text no accuracy."""
+    metric = study.primary["metric"] if study.primary else None
+    if metric is not None and metric in {"accuracy" if run.reads_text else "perplexity" for run in runs}:
+        raise UserError(f"study {study.name}: primary.metric={metric} is nothing that its evaluation measures; loss is.")
 
 
 def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
@@ -77,13 +91,16 @@ def _quoted(text: str) -> str:
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:
-    """Build what every missing run is made of, once for each setting, so that a bad value shows before the first of them starts.
+    """Build what every missing run is made of, once for each setting, so that a bad value, or test data that is missing, shows
+    before the first of them starts.
 
     Raises UserError, naming the arm.
     """
     from mgvq.runs.method import build_method  # here: torch takes seconds to import, and a finished study needs none of it
+    from mgvq.types import ReadsData
 
     tried: set[str] = set()
+    checked: list[ReadsData] = []
     for run in distinct(runs):
         if run.folder.is_done() or (settings := OmegaConf.to_yaml(run.cfg, resolve=True)) in tried:
             continue
@@ -91,6 +108,9 @@ def build_components(runs: Sequence[PlannedRun]) -> None:
         try:
             build_method(run.cfg)
             for group in ("model", "calibration", "evaluation", "tracker"):
-                build(run.cfg, group)
+                part = build(run.cfg, group)
+                if isinstance(part, ReadsData) and part not in checked:
+                    part.check()
+                    checked.append(part)
         except UserError as error:
             raise UserError(f"arm {run.arm} ({' '.join(run.overrides)}): {error}") from error

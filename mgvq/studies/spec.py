@@ -9,7 +9,7 @@ import yaml
 
 from mgvq.errors import UserError
 
-METRICS = ("accuracy", "loss")
+METRICS = ("accuracy", "loss", "perplexity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,9 +19,10 @@ class Study:
     Arms are rows of the table, values of the grid its sections. An arm's own override of a key of the grid wins over the grid's.
     An arm in which nothing is random is one run for all seeds. `seeds` may be a list for each value of one key of the grid.
     The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
-    metric: accuracy | loss}` names the one comparison with the first of them that was planned before a run was started, which is
-    therefore not corrected for the others. `spread` names the arm that draws everything anew with the seed, where the others draw
-    one thing each: a study of seeds has a table of spreads beside the usual one.
+    metric: accuracy | loss | perplexity}` names the one comparison with the first of them that was planned before a run was
+    started, which is therefore not corrected for the others. `spread` names the arm that draws everything anew with the seed,
+    where the others draw one thing each: a study of seeds has a table of spreads beside the usual one. `only` has arms that are
+    run at some values of a grid key alone: `{arm: {key: [value, ...]}}`.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Study:
     baseline: str | list[str] | None = None
     primary: dict[str, str] | None = None
     spread: str | None = None
+    only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
@@ -53,6 +55,7 @@ class Study:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
         if self.spread is not None and self.spread not in self.arms:
             raise UserError(f"study {self.name}: spread must be one of the arms {', '.join(self.arms)}; got {self.spread!r}.")
+        self._check_only()
         if self.primary is not None:
             self._check_primary(self.primary)
 
@@ -60,6 +63,14 @@ class Study:
     def baselines(self) -> list[str]:
         """None, one or several arms."""
         return self.baseline if isinstance(self.baseline, list) else [self.baseline] if self.baseline else []
+
+    def _check_only(self) -> None:
+        for arm, keys in self.only.items():
+            if arm not in self.arms or arm in self.baselines:
+                raise UserError(f"study {self.name}: only names {arm!r}, which is no arm, or a baseline.")
+            for key, values in keys.items():
+                if not values or not set(values) <= set(self.grid.get(key, ())):
+                    raise UserError(f"study {self.name}: only {arm}: {key} {values} are no values of that key of the grid.")
 
     def _check_primary(self, primary: dict[str, str]) -> None:
         if not self.baselines:
@@ -70,7 +81,7 @@ class Study:
         if primary["arm"] not in others:
             raise UserError(f"study {self.name}: primary.arm must be one of {', '.join(others)}; got {primary['arm']!r}.")
         if primary["metric"] not in METRICS:
-            raise UserError(f"study {self.name}: primary.metric must be {' or '.join(METRICS)}, got {primary['metric']!r}.")
+            raise UserError(f"study {self.name}: primary.metric must be one of {', '.join(METRICS)}; got {primary['metric']!r}.")
 
     def seeds_at(self, point: dict[str, Any]) -> list[int]:
         """Those of one combination of the grid's values."""
@@ -82,6 +93,11 @@ class Study:
     def least_seeds(self) -> int:
         """How many every combination has at least."""
         return min(len(self.seeds_at(point)) for point in self.points())
+
+    def arms_at(self, point: dict[str, Any]) -> list[str]:
+        """Those that are run at one combination of the grid's values."""
+        left_out = {arm for arm, keys in self.only.items() if any(point[key] not in values for key, values in keys.items())}
+        return [arm for arm in self.arms if arm not in left_out]
 
     def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
         """Of one cell."""

@@ -1,10 +1,12 @@
 """The configuration is sound: every variant builds, presets compose, and runs are named by what moves their numbers."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
@@ -25,12 +27,16 @@ METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
 # What a variant without a default needs before it can be built.
 NEEDS = {
     ("model", "local"): ["model.path=."],
+    ("model", "hub"): ["model.path=organisation/name"],
     ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
+    ("calibration", "chat"): ["calibration.path=rows.jsonl"],
+    ("calibration", "sharegpt4v"): ["calibration.path=captions.json", "calibration.images=coco"],
+    ("calibration", "hub"): [f"calibration.path={ROOT}/tests/data/calibration/hub", "calibration.columns.answer=answer"],
     ("allocation", "transfer"): [f"allocation.source={ROOT / 'tests/config/allocation.parquet'}"],
 }
-NOT_STAGES = {"model": "mgvq.model.source"}
+NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
-    "calibration": {"examples"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
+    "calibration": {"drawn", "examples", "rows"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
     "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
     "compensation": {"damping", "feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
 }  # fmt: skip
@@ -54,7 +60,7 @@ def test_every_variant_builds_from_its_own_module(group: str, variant: str) -> N
     if variant == "none" and group != "compensation":
         assert part is None
     else:
-        assert type(part).__module__ == NOT_STAGES.get(group, f"mgvq.{group}.{variant}")
+        assert type(part).__module__ in NOT_STAGES.get(group, (f"mgvq.{group}.{variant}",))
 
 
 @pytest.mark.parametrize("group", [g for g in GROUPS if g not in NOT_STAGES])
@@ -69,6 +75,25 @@ def test_every_preset_composes_and_is_no_key_of_its_own(method: str) -> None:
     cfg = composed(f"method={method}")
     check(cfg)
     assert "method" not in cfg, "a preset without '@package _global_' on its first line lands under its own name"
+
+
+@pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("method", ["mgvq", "gptq", "rtn"])
+def test_every_experiment_composes_with_any_method(preset: str, method: str) -> None:
+    data = ["calibration=none"] if method == "rtn" else ["calibration.path=rows.jsonl"]
+    cfg = composed(
+        f"experiment={preset}", "model=qwen2_vl_7b", f"method={method}", "evaluation=tiny_vqa", "~evaluation.tasks", *data
+    )
+    check(cfg)
+    assert build_method(cfg) is not None
+    assert (cfg.model.name, cfg.scope) == ("qwen2_vl_7b", "language")
+    assert "experiment" not in cfg
+
+
+def test_the_paper_is_evaluated_on_its_six_tasks() -> None:
+    text = (CONF / "experiment" / "paper_table2.yaml").read_text()
+    assert yaml.safe_load(text)["evaluation"]["tasks"] == [
+        "mmmu_val", "seedbench", "ocrbench", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val"]  # fmt: skip
 
 
 @pytest.mark.parametrize("study", sorted((ROOT / "experiments").glob("*/study.yaml")), ids=lambda p: p.parent.name)
@@ -89,7 +114,8 @@ def test_identity_follows_what_moves_numbers() -> None:
     assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
     changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
                "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=9",
-               "threads=2"]  # fmt: skip
+               "threads=2", "model.stress.sigma=0.7", "model.stress.sigma=0.8", "model.attention=eager",
+               "+model.processor.do_resize=false"]  # fmt: skip
     assert len({base, *(identity("method=kmeans", c) for c in changed)}) == len(changed) + 1
 
 
@@ -102,6 +128,40 @@ def test_edited_calibration_data_is_another_run(tmp_path: Path) -> None:
         data = ("calibration=image_text", f"calibration.path={rows}", "curvature=input", "codebook.weight_power=0.5")
         ids.append(identity(*data))
     assert ids[0] != ids[1]
+
+
+def test_the_images_of_a_conversation_and_the_files_of_a_folder_count_and_where_published_images_lie_does_not(
+    tmp_path: Path,
+) -> None:
+    needs = ("curvature=input", "codebook.weight_power=0.5")
+    data = shutil.copytree(ROOT / "tests/data/calibration", tmp_path / "data")
+    chat = (*needs, "calibration=chat", f"calibration.path={data}/chat.jsonl")
+    hub = (*needs, "calibration=hub", f"calibration.path={data}/hub", "calibration.columns.answer=label")
+    captions = (*needs, "calibration=sharegpt4v", f"calibration.path={data}/sharegpt4v.json", "calibration.images=/anywhere")
+    before = [identity(*settings) for settings in (chat, hub, captions)]
+    assert identity(*captions[:-1], "calibration.images=/elsewhere") == before[2]
+    for number in (1, 4):  # named by a part of a message, and by the row
+        (data / f"coco/train2017/{number:012d}.jpg").write_bytes(b"another")
+        assert identity(*chat) not in before
+        before.append(identity(*chat))
+    (data / "hub/0.jpg").write_bytes(b"another")
+    assert identity(*hub) not in before
+    assert identity(*hub[:-2], "calibration.path=org/name", hub[-1]) != identity(*hub[:-2], "calibration.path=org/other", hub[-1])
+    assert identity(*captions) == before[2]
+
+
+def test_a_suite_is_named_by_the_tasks_that_it_asks(tmp_path: Path) -> None:
+    two = ("evaluation=suite", "evaluation.tasks=[mmstar,ocrbench]")
+    assert identity(*two) == identity(*two, "evaluation.max_new_tokens.mmmu_val=7")
+    changed = ["evaluation.tasks=[mmstar]", "evaluation.max_new_tokens.mmstar=7", "evaluation.limit=9", "evaluation.batch_size=1"]
+    assert len({identity(*two), *(identity(*two, c) for c in changed)}) == len(changed) + 1
+    ids = []
+    for place, content in (("a", b"rows"), ("b", b"rows"), ("c", b"more rows")):
+        file = tmp_path / place / "Lin-Chen/MMStar/val.parquet"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(content)
+        ids.append(identity(*two, f"evaluation.data={tmp_path / place}"))
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_without_a_codebook_every_scope_is_one_run() -> None:
@@ -176,7 +236,8 @@ def test_every_preset_is_a_method_whose_stages_fit(method: str) -> None:
     [
         (["model=local", "model.path=/no/such/folder"], "/no/such/folder"),
         (["model=local", "model.path=org/name"], "40 hex digits"),
-        (["model=local", "model.path=org/name", "model.revision=main"], "'main'"),
+        (["model=hub", "model.path=org/name"], r"hf download org/name --revision main\n  size unknown"),
+        (["model=qwen2_vl_2b"], r"hf download Qwen/Qwen2-VL-2B-Instruct --revision main\n  about 4\.4 GB"),
         (["model=local", "model.path=tests"], "holds no model"),
     ],
 )
@@ -197,11 +258,25 @@ def test_a_model_that_is_not_there_is_named(overrides: list[str], named: str) ->
         ("evaluation", "evaluation.num_questions=0"),
         ("evaluation", "evaluation.answers=guessed"),
         ("model", "model.dtype=int8"),
+        ("model", "model.attention=flash_attention_2"),
+        ("model", "model.chat_template=no.jinja"),
+        ("model", "model.stress.sigma=0.01"),
+        ("model", "model.stress.seed=1"),
     ],
 )
 def test_a_component_names_its_bad_setting(group: str, override: str) -> None:
     with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
         build(composed(override), group)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["evaluation.tasks=[]", "evaluation.tasks=[mme]", "evaluation.tasks=[mmstar,mmstar]", "evaluation.max_new_tokens.mmstar=0",
+     "evaluation.limit=0", "evaluation.seed=1", "evaluation.batch_size=0"],
+)  # fmt: skip
+def test_a_suite_names_its_bad_setting(override: str) -> None:
+    with pytest.raises(UserError, match=override.split("=")[0].replace(".", r"\.")):
+        build(composed("evaluation=suite", override), "evaluation")
 
 
 def test_the_scopes_that_are_checked_are_those_that_exist() -> None:
@@ -219,3 +294,11 @@ def test_the_shipped_default_is_what_help_shows() -> None:
     codebooks = "codebook: columns, grid, kmeans, none, product, residual, scalar, scaled_grid"
     for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout
+
+
+def test_stress_is_nobodys_default() -> None:
+    """It is off in the base of all models, and no other names it."""
+    settings = {f.stem: yaml.safe_load(f.read_text()) for f in (CONF / "model").glob("*.yaml")}
+    naming = {name: chosen["stress"] for name, chosen in settings.items() if "stress" in chosen}
+    assert {name: (stress["sigma"], stress["seed"]) for name, stress in naming.items()} == {"local": (None, 0)}
+    assert composed().model.stress.sigma is None

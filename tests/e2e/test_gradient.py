@@ -7,6 +7,7 @@ from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.drift import Drift
 from mgvq.errors import UserError
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import list_sites, site_weights
@@ -19,7 +20,7 @@ GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, swe
 
 
 def draw():
-    return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, seed=0, label_seed=0).draw()
+    return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, shown="both", seed=0, label_seed=0).draw()
 
 
 @pytest.fixture
@@ -82,3 +83,21 @@ def test_the_prediction_and_the_change_of_a_small_step_agree_in_sign(loop) -> No
     _, blocks, _ = loop(steps=[0.0, 0.1])
     tried = blocks[blocks.block == 2].set_index("step")
     assert tried.first_order[0.1] < tried.first_order[0.0]
+
+
+def test_with_a_refresh_of_two_every_second_block_is_passed_over(loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first one, though, before which nothing is quantised: what it has is nobody else's."""
+    passes, whole = [], Drift.gradient
+
+    def counted(self, sites):
+        passes.append([site.block for site in sites])
+        return whole(self, sites)
+
+    monkeypatch.setattr(Drift, "gradient", counted)
+    _, plain, _ = loop(sweeps=2)
+    assert passes == 2 * [[1, 1], [2, 2]]
+    passes.clear()
+    _, blocks, _ = loop(sweeps=2, refresh=2)
+    assert passes == [[1, 1], [2, 2], [1, 1, 2, 2]]
+    first = (plain.sweep == 0).sum()
+    assert blocks.iloc[:first].equals(plain.iloc[:first])

@@ -208,6 +208,18 @@ def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:
     assert metrics["checkpoint_sha256"] != other["checkpoint_sha256"]
 
 
+def test_conversations_from_a_file_calibrate_a_whole_run(tmp_path: Path) -> None:
+    """Of text alone, of one image and of two in one set; the statistics weigh the codebooks."""
+    rows = ROOT / "tests/data/calibration/chat.jsonl"
+    few = ("model=tiny_llava_onevision", *QUICK, "calibration=chat", f"calibration.path={rows}", "calibration.num_samples=5",
+           "calibration.heldout_samples=1", "curvature=input", "codebook.weight_power=0.5")  # fmt: skip
+    done = run_command(RUN, *few, results=tmp_path)
+    metrics = json.loads((Path(done.stdout.splitlines()[-1]) / "metrics.json").read_text())
+    assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
+    assert metrics["bits/quantized_layers"] <= 2.02
+    assert not [flag for flag in metrics["flags"] if flag.startswith("non_finite")]
+
+
 def test_mixed_precision_from_statistics_to_checkpoint(tmp_path: Path) -> None:
     """The whole first half of the method; a second run with another sensitivity takes the statistics from the cache."""
     few = ("method=mgvq_no_gradient", "scope=language", "calibration.num_images=2", "calibration.heldout_images=1",

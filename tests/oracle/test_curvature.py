@@ -29,7 +29,7 @@ CHOSEN = {("language", 1, "k_proj"), ("language", 3, "down_proj"), ("vision", 2,
 
 
 def draw(num_images):
-    return TinyVQA(num_images=num_images, questions_per_image=4, heldout_images=1, seed=0, label_seed=0).draw()
+    return TinyVQA(num_images=num_images, questions_per_image=4, heldout_images=1, shown="both", seed=0, label_seed=0).draw()
 
 
 def close(found, expected, tolerance):
@@ -384,7 +384,7 @@ def test_two_processes_compute_once(tmp_path) -> None:
 
 
 def test_calibration_heldout_and_test_share_no_picture() -> None:
-    drawn = TinyVQA(num_images=20, questions_per_image=2, heldout_images=10, seed=0, label_seed=0).draw()
+    drawn = TinyVQA(num_images=20, questions_per_image=2, heldout_images=10, shown="both", seed=0, label_seed=0).draw()
     parts = [{e.image.tobytes() for e in drawn.examples}, {e.image.tobytes() for e in drawn.heldout_examples},
              {d["image"].tobytes() for d in documents(0, 100)}]  # fmt: skip
     assert [len(p) for p in parts[:2]] == [20, 10]

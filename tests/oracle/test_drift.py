@@ -20,7 +20,7 @@ def compensation(**settings):
 
 
 def draw():
-    return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, seed=0, label_seed=0).draw()
+    return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, shown="both", seed=0, label_seed=0).draw()
 
 
 def noise(shape, size, seed=0):
@@ -203,6 +203,14 @@ def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: s
             linear(loaded.model, site).weight.data.copy_(weight)
 
 
+def test_one_pass_takes_the_gradients_of_several_blocks(loaded, drift) -> None:
+    second, third = list(by_block(list_sites(loaded.model, "language")))[1:3]
+    together = drift.gradient([*second, *third])
+    for block in (second, third):
+        for site, alone in drift.gradient(block).items():
+            torch.testing.assert_close(together[site], alone, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -210,6 +218,10 @@ def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: s
         ({"refresh": False}, "refresh=true"),
         ({"source": "block", "refresh": False}, "refresh=true"),
         ({"source": "sft", "refresh": False, "sweeps": 2}, "refresh=true"),
+        ({"refresh": 1}, "compensation.refresh"),
+        ({"refresh": 0, "source": "sft"}, "compensation.refresh"),
+        ({"refresh": 2.5}, "compensation.refresh"),
+        ({"refresh": 5, "source": "block"}, "refresh=true, or compensation.source=kl"),
         ({"sweeps": 0}, "compensation.sweeps"),
         ({"output_damping": 0.0}, "output_damping"),
         ({"steps": [0.1, 0.2]}, "compensation.steps"),

@@ -367,7 +367,7 @@ def test_another_image_token_than_the_models_is_an_error(tmp_path: Path) -> None
 
 def test_a_processor_that_adds_behind_the_answer_is_an_error() -> None:
     processor = paligemma_processor(TEMPLATE.replace("IMAGE", "'<image>'"))
-    with pytest.raises(UserError, match=r"PaliGemmaProcessor ends the text in .*, which is not the answer .*four"):
+    with pytest.raises(UserError, match=r"PaliGemmaProcessor has .* in the place of the answer .*four"):
         encode(processor, [Example("x", documents(0, 1)[0]["image"], "how many ?", "four")])
 
 

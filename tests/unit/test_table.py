@@ -244,7 +244,7 @@ def test_what_a_study_can_find_rests_on_its_own_record_if_there_is_one(records: 
         ({"baseline": "bse", "primary": None}, "baseline must be one of the arms full, base"),
         ({"baseline": None}, "name one with baseline"),
         ({"primary": {"arm": "base", "metric": "loss"}}, "primary.arm must be one of full, better"),
-        ({"primary": {"arm": "better", "metric": "kl"}}, "primary.metric must be accuracy or loss, got 'kl'"),
+        ({"primary": {"arm": "better", "metric": "kl"}}, "primary.metric must be one of accuracy, loss, perplexity; got 'kl'"),
         ({"primary": {"arm": "better"}}, "primary must be"),
     ],
 )
@@ -265,3 +265,19 @@ def test_seeds_may_differ_between_values_of_the_grid() -> None:
         Study(**settings, seeds={"m": [0]})
     with pytest.raises(UserError, match="seeds of n"):
         Study(**settings, seeds={"m": [0], "n": 5})
+
+
+def test_a_stress_variant_and_a_moving_revision_stand_in_the_tables(tmp_path: Path) -> None:
+    """Beside the model's name, once for all arms of a grid point, and not among the fallbacks that are counted."""
+    runs = plan(tmp_path)
+    for run in {run.folder.path: run for run in runs}.values():
+        model, flags = run.point["model"], {"one": ["model:stress 0.7"], "two": []}
+        (run.folder.path / "identity.json").write_text(json.dumps({"model": {"name": model}}))
+        metrics = run.folder.metrics()
+        metrics["flags"] += flags[model]
+        (run.folder.path / "metrics.json").write_text(json.dumps(metrics))
+    records = collect(STUDY, runs)
+    assert list(dict.fromkeys(row.point["model"] for row in rows(records))) == ["one (stress 0.7)", "two"]
+    assert {(row.arm == "better", row.flags) for row in rows(records)} == {(True, 3), (False, 0)}
+    for table in (markdown(records), latex(records), plain(records)):
+        assert "one (stress 0.7)" in table

@@ -1,0 +1,74 @@
+"""What the calibration sets of given rows share: a seeded draw of conversations, the held-out ones with images of their own."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from mgvq.calibration.examples import ExampleSet
+from mgvq.calibration.rows import Row
+from mgvq.errors import UserError
+from mgvq.model.chat import Chat, Turn
+from mgvq.rng import generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn(ABC):
+    """`num_samples` rows of `path`, drawn without replacement, then `heldout_samples` more that share no image with them.
+
+    Rows without images must differ in their texts. At most `batch_size` samples go through the model together. `label_seed` draws
+    the answers that are sampled from the model for its Fisher.
+    """
+
+    path: str
+    num_samples: int
+    heldout_samples: int
+    batch_size: int
+    seed: int
+    label_seed: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 1), ("heldout_samples", 0), ("batch_size", 1)):
+            if not (type(value := getattr(self, name)) is int and value >= least):
+                raise UserError(f"calibration.{name} must be a whole number >= {least}, got {value!r}.")
+
+    @abstractmethod
+    def rows(self) -> Sequence[Row]:
+        """All that can be drawn. Raises UserError where `path` is not what it should be."""
+
+    @abstractmethod
+    def turns(self, row: Row) -> tuple[Turn, ...]:
+        """What one row says. Raises UserError with its place where it is bad."""
+
+    def draw(self) -> ExampleSet:
+        """Raises UserError for too few rows, and as `rows` and `turns` do."""
+        rows = self.rows()
+        wanted = self.num_samples + self.heldout_samples
+        if len(rows) < wanted:
+            raise UserError(
+                f"{self.path} has {len(rows)} rows, but calibration.num_samples + heldout_samples asks for {wanted}: "
+                "an empty or short set cannot calibrate. Lower the two numbers or add rows."
+            )
+        order = iter(torch.randperm(len(rows), generator=generator(self.seed, "calibration")).tolist())
+        examples = [self._chat(rows[index]) for index in islice(order, self.num_samples)]
+        seen = {mark for chat in examples for mark in _marks(chat)}
+        others = (chat for chat in (self._chat(rows[index]) for index in order) if seen.isdisjoint(_marks(chat)))
+        heldout = list(islice(others, self.heldout_samples))
+        if len(heldout) < self.heldout_samples:
+            raise UserError(
+                f"{self.path}: only {len(heldout)} rows share no image with the {self.num_samples} that are drawn, but "
+                f"calibration.heldout_samples={self.heldout_samples}. Lower one of the two, or add rows about other images."
+            )
+        return ExampleSet(examples, heldout, self.label_seed, self.batch_size)
+
+    def _chat(self, row: Row) -> Chat:
+        return Chat(row.sample_id, self.turns(row))
+
+
+def _marks(chat: Chat) -> set[str]:
+    """What no two samples of different parts may share."""
+    shown = [image.tobytes() for image in chat.images] or ["\n".join(turn.text for turn in chat.turns).encode()]
+    return {hashlib.sha256(content).hexdigest() for content in shown}

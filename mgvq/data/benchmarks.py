@@ -1,0 +1,58 @@
+"""The public benchmarks that `evaluation=suite` asks: where lmms-eval keeps the task, and which dataset of the hub it reads."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """A task of lmms-eval.
+
+    `recipe`: its yaml below lmms-eval's `tasks/`. `dataset`, `part`, `split`: what is asked, by its name on the hub. `metric`:
+    the one that papers report, `full` what it gives for right answers alone. `only`: a column and the value that it must have.
+    `rotated`: rows whose `index` differs by millions are one question with its options in another order.
+    """
+
+    recipe: str
+    dataset: str
+    part: str | None = None
+    split: str
+    metric: str
+    full: float = 1.0
+    only: tuple[str, str] | None = None
+    rotated: bool = False
+
+
+BENCHMARKS = {
+    "mmmu_val": Benchmark(recipe="mmmu/mmmu_val.yaml", dataset="lmms-lab-encoder/MMMU", split="validation", metric="mmmu_acc"),
+    "seedbench": Benchmark(
+        recipe="seedbench/seedbench.yaml",
+        dataset="lmms-lab-encoder/SEED-Bench",
+        split="test",
+        metric="seed_image",
+        only=("data_type", "image"),  # the rest are videos
+    ),
+    "ocrbench": Benchmark(recipe="ocrbench/ocrbench.yaml", dataset="echo840/OCRBench", split="test", metric="ocrbench_accuracy"),
+    "vizwiz_vqa_val": Benchmark(
+        recipe="vizwiz_vqa/vizwiz_vqa_val.yaml", dataset="lmms-lab-encoder/VizWiz-VQA", split="val", metric="exact_match"
+    ),
+    "scienceqa_img": Benchmark(
+        recipe="scienceqa/scienceqa_img.yaml",
+        dataset="lmms-lab-encoder/ScienceQA",
+        part="ScienceQA-IMG",
+        split="test",
+        metric="exact_match",
+    ),
+    "textvqa_val": Benchmark(
+        recipe="textvqa/textvqa_val.yaml", dataset="lmms-lab-encoder/textvqa", split="validation", metric="exact_match"
+    ),
+    "mmbench_en_dev_static": Benchmark(
+        recipe="mmbench/mmbench_en_dev_static.yaml",
+        dataset="lmms-lab-encoder/MMBench",
+        part="en",
+        split="dev",
+        metric="gpt_eval_score",  # so called, though the static variant asks no GPT
+        full=100.0,
+        rotated=True,
+    ),
+    "mmstar": Benchmark(recipe="mmstar/mmstar.yaml", dataset="Lin-Chen/MMStar", split="val", metric="average"),
+}

@@ -1,0 +1,43 @@
+"""A model without its weights: what a dry run counts, and how large a download is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+
+from mgvq.model.source import Source
+
+
+def empty_model(source: Source) -> PreTrainedModel | None:
+    """The modules of the model on torch's `meta` device, which holds no numbers: from config.json where the files are here,
+    otherwise from `source.shape`; None without either.
+    """
+    config = _config(source)
+    if config is None:
+        return None
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def download_size(source: Source) -> int | None:
+    """Bytes of the published weights, counted on the empty model in the width in which they are stored; None where unknown.
+
+    A head that shares the token embedding's weights is stored once. What else a repository holds (tokenizer, a second copy of
+    the weights in another format) is not counted.
+    """
+    model = empty_model(source)
+    return None if model is None else stored_bytes(model)
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Of all parameters, in the dtype of the model's config."""
+    width = model.config.dtype or torch.float32
+    assert isinstance(width, torch.dtype)
+    return sum(p.numel() for p in model.parameters()) * width.itemsize
+
+
+def _config(source: Source) -> Any:
+    if Path(source.path).is_dir():
+        return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=source.trust_remote_code)
+    return AutoConfig.for_model(**source.shape) if source.shape else None

@@ -1,0 +1,90 @@
+"""A dry run: what a run would be, counted without weights, and everything that it lacks, all at once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from mgvq.errors import UserError
+from mgvq.model.load import check_code
+from mgvq.model.shape import empty_model, stored_bytes
+from mgvq.model.sites import list_sites
+from mgvq.model.source import Source
+from mgvq.runs.build import build, check
+from mgvq.runs.identity import run_id
+from mgvq.runs.method import build_method
+from mgvq.types import Site
+
+
+def report(cfg: DictConfig) -> list[str]:
+    """Print the model, its layers in scope, the sizes and the tasks; return what is missing, in the order of a run, printed too.
+
+    Nothing is downloaded, loaded, locked or written. Raises UserError where the model cannot even be told.
+    """
+    missing: list[str] = []
+    _attempt(missing, lambda: check(cfg))
+    if not OmegaConf.missing_keys(cfg):  # what has to be given is said above; nothing can be built of it
+        _attempt(missing, lambda: build_method(cfg))
+        for group in ("calibration", "evaluation"):
+            part = _attempt(missing, lambda group=group: build(cfg, group))
+            if group == "calibration" and part is not None:
+                _attempt(missing, part.draw)
+    source: Source = build(cfg, "model")
+    lines = [f"model       {source.name}: {source.path}" + (f" at {source.revision}" if source.on_hub else "")]
+    lines += [f"            {flag}" for flag in source.flags()]
+    if _attempt(missing, source.identity) is not None:
+        _attempt(missing, lambda: check_code(source))
+    lines += _counted(cfg, source)
+    if tasks := cfg.evaluation.get("tasks"):
+        lines.append(f"tasks       {', '.join(tasks)}")
+    if not missing:
+        lines.append(f"run         {run_id(cfg)}, nothing is missing")
+    print("\n".join([*lines, *(f"missing {n}   {text}" for n, text in enumerate(missing, start=1))]))
+    return missing
+
+
+def _attempt(missing: list[str], step: Callable[[], Any]) -> Any:
+    """What the step gives; None where it raises UserError, which is noted once."""
+    try:
+        return step()
+    except UserError as error:
+        if str(error) not in missing:
+            missing.append(str(error))
+        return None
+
+
+def _counted(cfg: DictConfig, source: Source) -> list[str]:
+    model = empty_model(source)
+    if model is None:
+        return ["weights     unknown: model.shape is not given, and config.json is not here"]
+    sites = list_sites(model, cfg.scope)
+    total = sum(p.numel() for p in model.parameters())
+    size = stored_bytes(model)
+    width = getattr(torch, source.dtype).itemsize
+    lines = [
+        f"weights     {_number(total)}, {_number(size)}B on disk",
+        f"in scope    {_by_tower(sites)}",
+        f"memory      {_number(2 * total * width)}B for the model and its quantised twin in {source.dtype}; activations and "
+        "statistics of the layers come on top",
+    ]
+    if (bits := cfg.budget.bits_per_weight) is not None:
+        inside = sum(s.num_weights for s in sites)
+        stored = inside * bits / 8 + (total - inside) * size / total
+        lines.append(f"checkpoint  {_number(stored)}B at {bits:g} bits for each weight in scope")
+    return lines
+
+
+def _by_tower(sites: Sequence[Site]) -> str:
+    towers = dict.fromkeys(s.tower for s in sites)
+    parts = [[s for s in sites if s.tower == tower] for tower in towers]
+    return "; ".join(
+        f"{tower} {len(part)} layers, {_number(sum(s.num_weights for s in part))} weights"
+        for tower, part in zip(towers, parts, strict=True)
+    )
+
+
+def _number(value: int | float) -> str:
+    """In thousands, millions or billions."""
+    power, letter = next((p, s) for p, s in ((9, "G"), (6, "M"), (3, "k")) if value >= 10**p or p == 3)
+    return f"{value / 10**power:.1f} {letter}"
