@@ -77,6 +77,7 @@ class Hub(Drawn):
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
+        splits: dict[Any, Any]
         try:
             if self._is_saved():
                 data = datasets.load_from_disk(self.path)
