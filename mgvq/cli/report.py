@@ -41,13 +41,14 @@ def main() -> None:
 def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
     study = read_study(arguments.study)
     path, layers_file = results / "records" / f"{study.name}.parquet", layers_path(results, study.name)
-    if arguments.from_records:
-        records, layers = read_records(path), read_layers(layers_file)
-    else:
+    if not arguments.from_records:
         runs = expand(study)
-        records, layers = collect(study, runs), collect_layers(runs)
-        write_records(records, path)
-        write_layers(layers, layers_file)
+        write_records(collect(study, runs), path)
+        write_layers(collect_layers(runs), layers_file)
+    records, layers = (
+        read_records(path),
+        read_layers(layers_file),
+    )
     written = [*write_tables(study.name, records, results), *write_figures(study.name, records, layers, results)]
     if arguments.html:
         from mgvq.analysis.html import write_html  # here: tables need neither Jinja nor pictures
