@@ -45,10 +45,8 @@ def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
         runs = expand(study)
         write_records(collect(study, runs), path)
         write_layers(collect_layers(runs), layers_file)
-    records, layers = (
-        read_records(path),
-        read_layers(layers_file),
-    )
+    # As written, so rounded: whoever rebuilds the pictures starts from these digits.
+    records, layers = read_records(path), read_layers(layers_file)
     written = [*write_tables(study.name, records, results), *write_figures(study.name, records, layers, results)]
     if arguments.html:
         from mgvq.analysis.html import write_html  # here: tables need neither Jinja nor pictures
