@@ -49,7 +49,7 @@ def test_it_is_the_model_that_was_published(smollm2: Loaded) -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="two blocks at 2 bits: second-order rounding loses more than plain k-means; why is open (LOG.md)"
+    strict=True, reason="second-order rounding loses more than plain k-means here; why is open (LOG.md)"
 )
 def test_second_order_rounding_of_two_blocks_beats_plain_k_means(smollm2: Loaded) -> None:
     drawn = Text(num_samples=8, heldout_samples=0, seed=0, label_seed=0).draw()
