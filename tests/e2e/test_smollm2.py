@@ -48,9 +48,7 @@ def test_it_is_the_model_that_was_published(smollm2: Loaded) -> None:
     assert "Paris" in tokenizer.decode(answer)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="second-order rounding loses more than plain k-means here; why is open (LOG.md)"
-)
+@pytest.mark.xfail(strict=True, reason="second-order rounding loses more than plain k-means here; why is open (LOG.md)")
 def test_second_order_rounding_of_two_blocks_beats_plain_k_means(smollm2: Loaded) -> None:
     drawn = Text(num_samples=8, heldout_samples=0, seed=0, label_seed=0).draw()
     sites = [site for site in list_sites(smollm2.model, "all") if site.block in (10, 11)]
