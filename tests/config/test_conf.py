@@ -80,7 +80,7 @@ def test_every_preset_composes_and_is_no_key_of_its_own(method: str) -> None:
 @pytest.mark.parametrize("preset", sorted(f.stem for f in (CONF / "experiment").glob("*.yaml")))
 @pytest.mark.parametrize("method", ["mgvq", "gptq", "rtn"])
 def test_every_experiment_composes_with_any_method(preset: str, method: str) -> None:
-    data = ["calibration=none"] if method == "rtn" else ["calibration.path=rows.jsonl"]
+    data = ["calibration=none"] if method == "rtn" else ["calibration.path=captions.json", "calibration.images=coco"]
     cfg = composed(
         f"experiment={preset}", "model=qwen2_vl_7b", f"method={method}", "evaluation=tiny_vqa", "~evaluation.tasks", *data
     )
