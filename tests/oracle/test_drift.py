@@ -220,7 +220,6 @@ def test_one_pass_takes_the_gradients_of_several_blocks(loaded, drift) -> None:
         ({"source": "sft", "refresh": False, "sweeps": 2}, "refresh=true"),
         ({"refresh": 1}, "compensation.refresh"),
         ({"refresh": 0, "source": "sft"}, "compensation.refresh"),
-        ({"refresh": 2.5}, "compensation.refresh"),
         ({"refresh": 5, "source": "block"}, "refresh=true, or compensation.source=kl"),
         ({"sweeps": 0}, "compensation.sweeps"),
         ({"output_damping": 0.0}, "output_damping"),
