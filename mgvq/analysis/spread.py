@@ -1,5 +1,6 @@
 """Where the spread between seeds comes from: the arms of a study that draw one thing anew each, beside the arm that draws all."""
 
+import json
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -97,8 +98,9 @@ def printable(records: pd.DataFrame) -> list[list[str]]:
 
 def note(records: pd.DataFrame) -> str:
     """What the columns are."""
-    point = records.point.unique()
-    only = f" All rows: {point[0]}." if len(point) == 1 else ""
+    points = records.point.unique()
+    words = (f"{key} {value}" for key, value in json.loads(points[0]).items())
+    only = f" All rows: {', '.join(words)}." if len(points) == 1 else ""
     return (
         "Standard deviations, accuracy in points, loss in nats a token. Sd of runs: between runs that answer the same "
         f"{records.num_samples.iloc[0]:,} questions, with its chi-square interval. % of variance: its square over that of "

@@ -114,7 +114,7 @@ def model_class(config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
 
 
-def _probe(loaded: "Loaded", answer: str) -> Batch:
+def _probe(loaded: Loaded, answer: str) -> Batch:
     """A question with a short answer, as the model reads it."""
     model, processor = loaded.model, loaded.processor
     if is_text_only(model.config):

@@ -9,8 +9,11 @@ from mgvq.calibration.rows import image_names
 
 
 def file_digest(file: Path) -> str:
-    """SHA-256 of a file; a missing one is reported later."""
-    return hashlib.sha256(_bytes(file)).hexdigest()
+    """SHA-256 in hex, read in pieces; of nothing for a missing file, which is reported later."""
+    if not file.is_file():
+        return hashlib.sha256().hexdigest()
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def listing_digest(folder: Path) -> str:

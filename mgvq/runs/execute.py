@@ -1,6 +1,5 @@
 """One run from a configuration: load, quantise, save, load back, evaluate, write the folder."""
 
-import hashlib
 import logging
 import math
 import resource
@@ -26,6 +25,7 @@ from mgvq.model.text import is_text_only
 from mgvq.pipeline import Method, QuantReport, quantize
 from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
+from mgvq.runs.digests import file_digest
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
@@ -177,12 +177,6 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(name)
-
-
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _peak_gb(device: torch.device) -> float:

@@ -49,7 +49,7 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     assert again.stdout.count(" (planned) ") == 1
     run_command("mgvq.cli.report", str(study), results=results)
     written = {file.name: file.read_bytes() for file in (results / "tables").iterdir()}
-    assert set(written) == {"quick.md", "quick.csv", "quick.tex"}
+    assert set(written) == {"quick.md", "quick.csv", "quick.tex", "quick_verdict.md"}
     run_command("mgvq.cli.report", str(study), "--from-records", results=results)
     assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written
     assert "spread of quick" in run_command("mgvq.cli.study", str(study), "--dry", results=results).stdout
