@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/mgvq-study experiments/e00_demo/study.yaml --jobs 2
 
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/ready
 	$(BIN)/ruff check .

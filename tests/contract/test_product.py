@@ -1,7 +1,8 @@
-"""Every compensation with every codebook, allocation and refit, through `quantize`, on a language model of two blocks."""
+"""Compensation, codebook and allocation, each with each of the others, through `quantize`, on a language model of two blocks."""
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -70,9 +71,24 @@ def batch(model, seed: int) -> Batch:
     return Batch(inputs, ~everywhere, answers, everywhere, tuple(f"{seed}-{row}" for row in range(6)))
 
 
-@pytest.mark.parametrize("codebook", variants("codebook"))
-@pytest.mark.parametrize("allocation", variants("allocation"))
-@pytest.mark.parametrize("compensation", variants("compensation"))
+def in_pairs() -> list[tuple[str, str, str]]:
+    """(codebook, allocation, compensation), every two of any two groups together somewhere: the allocations in turn, one further
+    in each row."""
+    codebooks, allocations, compensations = map(variants, ("codebook", "allocation", "compensation"))
+    return [
+        (codebook, allocations[(row + column) % len(allocations)], compensation)
+        for row, compensation in enumerate(compensations)
+        for column, codebook in enumerate(codebooks)
+    ]
+
+
+def test_every_pair_is_tried() -> None:
+    groups = [variants(group) for group in ("codebook", "allocation", "compensation")]
+    for a, b in itertools.combinations(range(3), 2):
+        assert {(row[a], row[b]) for row in in_pairs()} == set(itertools.product(groups[a], groups[b]))
+
+
+@pytest.mark.parametrize(("codebook", "allocation", "compensation"), in_pairs())
 def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook: str, allocation: str, compensation: str) -> None:
     model, sites, bank, samples = problem
     method = Method(

@@ -76,9 +76,13 @@ def test_an_interrupted_study_ends_what_it_started(launcher: Launcher, tmp_path:
             time.sleep(0.05)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what it puts in the background without one
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        launch(planned(tmp_path / "runs", code), launcher)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            launch(planned(tmp_path / "runs", code), launcher)
+    finally:
+        signal.signal(signal.SIGINT, kept)
     deadline = time.monotonic() + 20
     while Path(f"/proc/{pid.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
