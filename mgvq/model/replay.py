@@ -1,5 +1,6 @@
 """What parts of a model put out, computed once a batch while their weights stay: passes begin where something may change."""
 
+import copy
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -65,9 +66,13 @@ class _Player:
         self._outputs: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        number = len(self._outputs)
-        output = self._run(*args, **kwargs) if self._played is None else self._played[number]
+        output = self._run(*args, **kwargs) if self._played is None else self._played[len(self._outputs)]
         self._outputs.append(output)
         if self._played is None:
             self._replay.keep(self._batch, self._name, self._outputs)
-        return output
+        return _fresh(output)
+
+
+def _fresh(output: Any) -> Any:
+    """Models write into what a part returns (Qwen2-VL splits its tower's features there): what is kept stays as it was."""
+    return output if isinstance(output, torch.Tensor) else copy.copy(output)

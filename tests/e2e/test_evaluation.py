@@ -24,7 +24,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 def test_teacher_forced_exact_match_is_greedy_exact_match(loaded) -> None:
     generated, forced = (
-        TinyVQA(num_questions=260, seed=0, answers=answers)(loaded.model, None, loaded.processor, "x")
+        TinyVQA(num_questions=312, seed=0, answers=answers)(loaded.model, None, loaded.processor, "x")
         for answers in ("generated", "forced")
     )
     assert generated.samples.score.tolist() == forced.samples.score.tolist()

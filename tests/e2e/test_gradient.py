@@ -23,6 +23,12 @@ def draw():
     return TinyVQA(num_images=2, questions_per_image=2, heldout_images=1, shown="both", seed=0, label_seed=0).draw()
 
 
+@pytest.fixture(scope="session", params=["tiny_internvl", "tiny_smolvlm"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Two of the shipped models: the loop is the same for all."""
+    return request.param
+
+
 @pytest.fixture
 def loop(loaded):
     """Runs the block loop over two small layers of each of two blocks; returns what `shifted_rounding` does and the flags."""
