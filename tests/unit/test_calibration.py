@@ -1,6 +1,7 @@
 """Calibration sets of given data: what is drawn, what the model is shown and asked, and how bad rows are named."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def answers_by_hand() -> dict[str, dict[str, list[str]]]:
 def test_the_loss_is_that_of_the_answers_in_the_file(name: str, loaded: Any) -> None:
     """And all image tokens are marked."""
     drawn, expected, tokenizer = SETS[name].draw(), answers_by_hand()[name], loaded.processor.tokenizer
+    image = loaded.processor.image_token
     images = {chat.sample_id: len(chat.images) for chat in (*drawn.examples, *drawn.heldout_examples)}
     seen = {}
     for batch in (*drawn.batches(loaded.processor), *drawn.heldout(loaded.processor)):
@@ -84,8 +86,8 @@ def test_the_loss_is_that_of_the_answers_in_the_file(name: str, loaded: Any) -> 
         for number, sample in enumerate(batch.sample_ids):
             ids = batch.inputs["input_ids"][number]
             seen[sample] = tokenizer.decode(ids[batch.loss_mask[number]])
-            assert (tokenizer.decode(ids).count("<image>") > 0) == (images[sample] > 0)
-            assert batch.image_mask[number].sum() == tokenizer.decode(ids).count("<image>")
+            assert (tokenizer.decode(ids).count(image) > 0) == (images[sample] > 0)
+            assert batch.image_mask[number].sum() == tokenizer.decode(ids).count(image)
     end = tokenizer.eos_token
     spaced = {sample: text.strip().replace(f"{end} ", end) for sample, text in seen.items()}
     assert spaced == {sample: "".join(f"{answer}{end}" for answer in answers) for sample, answers in expected.items()}
@@ -177,10 +179,10 @@ def test_a_template_that_hides_the_answers_is_named(family: str, named: str) -> 
 
 def test_templates_are_checked_before_the_first_batch(loaded: Any) -> None:
     """Of the held-out samples too; the text of one holds the image token."""
-    drawn = SETS["text"].draw()
-    bad = Chat("rows.jsonl, line 3", (Turn("user", ("what is <image> ?",)), Turn("assistant", ("a mark",))))
+    drawn, image = SETS["text"].draw(), loaded.processor.image_token
+    bad = Chat("rows.jsonl, line 3", (Turn("user", (f"what is {image} ?",)), Turn("assistant", ("a mark",))))
     drawn = type(drawn)(drawn.examples, [bad], 0, 2)
-    with pytest.raises(UserError, match=r"line 3: 0 images, but 1 times '<image>'"):
+    with pytest.raises(UserError, match=re.escape(f"line 3: 0 images, but 1 times {image!r}")):
         drawn.batches(loaded.processor)
 
 
