@@ -66,10 +66,10 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
 
 
 def _heat_panels(num_layers: Sequence[int], arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """One below the other, or side by side where all arms of all points are few; layers so high that their names can be read."""
+    """One below the other, or side by side where points and their arms are few; layers so high that their names can be read."""
     row = min(0.14, 9 / max(num_layers))
     names = 0.5 + 0.05 * max(map(len, arms))
-    if len(arms) * len(num_layers) <= 8:
+    if len(num_layers) <= 4 and len(arms) * len(num_layers) <= 8:
         figure, axes = panels(1, len(num_layers), max(num_layers) * row + names)
         return figure, axes[0]
     height = sum(n * row + 0.4 for n in num_layers) + names

@@ -1,4 +1,4 @@
-"""`mgvq.load`: the model comes back from the packed bytes, and damage is reported."""
+"""What a finished run leaves: folder, figures, and a checkpoint from whose packed bytes `mgvq.load` makes the model again."""
 
 import json
 import shutil
@@ -7,14 +7,22 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from conftest import run_command
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mgvq
 from mgvq.checkpoint.save import save
 from mgvq.data.tiny_vqa.dataset import draw_test
+from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
 from mgvq.errors import UserError
 from mgvq.model.encode import chat_prompt
 from mgvq.model.sites import list_sites
+
+KEYS = {
+    "tiny_vqa/accuracy", "tiny_vqa/unparsed", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/language_model",
+    "bits/model", "bytes/checkpoint", "time/calibrate_s", "time/quantize_s", "time/evaluate_s", "memory/peak_gb", "flags",
+    "schema_version",
+}  # fmt: skip
 
 
 def ask(model, processor, questions: int = 4) -> list[str]:
@@ -23,6 +31,38 @@ def ask(model, processor, questions: int = 4) -> list[str]:
     inputs = processor(images=[p.pixels for p in pictures], text=texts, return_tensors="pt", padding=True)
     tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return processor.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert set(metrics) >= KEYS
+    assert metrics["schema_version"] == 1
+    assert {f"tiny_vqa/accuracy/{kind}" for kind in QUESTION_TYPES} <= set(metrics)
+    assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.02)
+    assert 2 < metrics["bits/language_model"] < metrics["bits/model"] < 16
+    assert metrics["kl/full_precision"] > 0
+    samples = pd.read_parquet(finished / "samples.parquet")
+    assert len(samples) == 52 == samples.sample_id.nunique()
+    assert {"task", "sample_id", "sample_hash", "type", "prediction", "score"} <= set(samples)
+    done = json.loads((finished / "DONE").read_text())
+    assert {"metrics.json", "config.yaml", "identity.json", "provenance.json", "checkpoint/mgvq.safetensors"} <= set(done)
+
+
+def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
+    metrics = json.loads((finished / "metrics.json").read_text())
+    ledger = pd.read_parquet(finished / "ledger.parquet")
+    stored = sum((finished / "checkpoint" / name).stat().st_size for name in ("mgvq.safetensors", "mgvq.json"))
+    assert ledger.num_bytes.sum() == stored == metrics["bytes/checkpoint"]
+    scope = ledger[ledger.quantized]
+    assert metrics["bits/quantized_layers"] == pytest.approx(8 * scope.num_bytes.sum() / scope.num_weights.sum())
+
+
+def test_a_finished_run_is_skipped_and_named(finished: Path) -> None:
+    model = json.loads((finished / "identity.json").read_text())["model"]["name"]
+    words = (f"model={model}", "method=kmeans", "evaluation.num_questions=52")
+    again = run_command("mgvq.cli.run", *words, results=finished.parents[1])
+    assert again.stdout.splitlines()[0].startswith("done before")
+    assert again.stdout.splitlines()[-1] == str(finished)
 
 
 def test_it_generates_what_the_run_recorded(finished: Path) -> None:
