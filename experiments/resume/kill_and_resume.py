@@ -47,21 +47,39 @@ def start(study: Path, results: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def finish(study: Path, results: Path) -> float:
-    """Run the study to its end; the seconds that takes. A failure raises with its output."""
+def finish(study: Path, results: Path) -> tuple[float, float]:
+    """Run the study to its end; the seconds until its first run writes, and those after. A failure raises with its output."""
     since = time.monotonic()
     process = start(study, results)
+    wait_for_a_run(process, results)
+    begun = time.monotonic()
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(errors.decode())
-    return time.monotonic() - since
+    return begun - since, time.monotonic() - begun
 
 
-def kill(study: Path, results: Path, seconds: float) -> str:
-    """Kill the study after so many seconds; how far it was, or that it had ended before."""
+def wait_for_a_run(process: subprocess.Popen[bytes], results: Path) -> None:
+    """Until a run has its folder, or the study has ended."""
+    while not run_folders(results) and process.poll() is None:
+        time.sleep(0.01)
+
+
+def run_folders(results: Path) -> list[Path]:
+    return [folder for folder in (results / "runs").glob("*") if not folder.name.startswith(".")]
+
+
+def kill(study: Path, results: Path, moment: float, before: float, after: float) -> str:
+    """Kill the study; how far it was, or that it had ended before.
+
+    `moment` in [-.1, 1): below 0 before any run writes, in tenths of `before` seconds; else that share of `after` seconds behind
+    the first file, wherever the load of the machine puts it.
+    """
     process = start(study, results)
+    if moment >= 0:
+        wait_for_a_run(process, results)
     try:
-        process.communicate(timeout=seconds)
+        process.communicate(timeout=moment * after if moment >= 0 else (1 + 10 * moment) * before)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
@@ -71,7 +89,7 @@ def kill(study: Path, results: Path, seconds: float) -> str:
 
 def how_far(results: Path) -> str:
     """By the files that lie there."""
-    runs = [folder for folder in (results / "runs").glob("*") if not folder.name.startswith(".")]
+    runs = run_folders(results)
     if not runs:
         return "no run had written anything"
     if (done := sum((run / "DONE").exists() for run in runs)) == 2:
@@ -103,14 +121,14 @@ def _timeless(metrics: dict[str, object]) -> dict[str, object]:
     return {name: 0.0 if name.startswith(("time/", "memory/")) else value for name, value in metrics.items()}
 
 
-def table(rows: list[dict[str, object]], seconds: float) -> str:
+def table(rows: list[dict[str, object]]) -> str:
     """Markdown: a row for each state in which the study was killed."""
     frame = pd.DataFrame(rows).groupby("when killed", sort=False).agg(kills=("same", "size"), identical=("same", "sum"))
     frame.loc["all"] = frame.sum()
     return (
-        f"{frame.to_markdown()}\n\nA study of two runs, killed at moments drawn uniformly from the {seconds:.0f} s that it takes "
-        "undisturbed, then started again. Identical: tables, records, checkpoints and answers have the same bytes as the "
-        "undisturbed study's.\n"
+        f"{frame.to_markdown()}\n\nA study of two runs, killed at random moments (one in eleven before any run writes, the "
+        "others drawn uniformly from the time that the runs take), then started again. Identical: tables, records, checkpoints "
+        "and answers have the same bytes as the undisturbed study's.\n"
     )
 
 
@@ -124,17 +142,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         study = Path(scratch) / "study.yaml"
         study.write_text(STUDY)
-        seconds = finish(study, Path(scratch) / "undisturbed")
+        before, after = finish(study, Path(scratch) / "undisturbed")
         wanted = outcome(study, Path(scratch) / "undisturbed")
         rows: list[dict[str, object]] = []
-        for number, moment in enumerate(np.random.default_rng(arguments.seed).uniform(0, seconds, arguments.points)):
+        for number, moment in enumerate(np.random.default_rng(arguments.seed).uniform(-0.1, 1, arguments.points)):
             results = Path(scratch) / str(number)
-            state = kill(study, results, moment)
+            state = kill(study, results, moment, before, after)
             finish(study, results)
             same = outcome(study, results) == wanted
             rows.append({"when killed": state, "same": same})
-            arguments.out.write_text(table(rows, seconds))
-            print(f"{number + 1}/{arguments.points} after {moment:.1f} s, {state}: {'same' if same else 'DIFFERENT'}", flush=True)
+            arguments.out.write_text(table(rows))
+            print(f"{number + 1}/{arguments.points} at {moment:.0%}, {state}: {'same' if same else 'DIFFERENT'}", flush=True)
     print(arguments.out.read_text())
     sys.exit(not all(row["same"] for row in rows))
 
