@@ -1,4 +1,4 @@
-"""The real language model, where the package that ships it is installed: it speaks, and its first blocks are quantised."""
+"""The real language model, where the package that ships it is installed: it speaks, and layers of it are quantised."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -50,8 +50,13 @@ def test_it_is_the_model_that_was_published(smollm2: Loaded) -> None:
     assert "Paris" in tokenizer.decode(answer)
 
 
+def loss(model: Loaded) -> float:
+    """Nats a token on three passages."""
+    return Perplexity(num_passages=3, seed=0)(model.model, None, model.processor, "").metrics["loss/answer"]
+
+
 def loss_of(model: Loaded, sites: Sequence[Site], *overrides: str) -> float:
-    """Nats a token on three passages with these layers at 2.0 bits; the model is left as it was."""
+    """The same with these layers at 2.0 bits; the model is left as it was."""
     method = build_method(composed(*overrides))
     assert method is not None
     drawn = Text(num_samples=8, heldout_samples=0, seed=0, label_seed=0).draw()
@@ -62,7 +67,7 @@ def loss_of(model: Loaded, sites: Sequence[Site], *overrides: str) -> float:
     try:
         for site, weight in report.weights.items():
             linear(model.model, site).weight.data.copy_(weight.decode())
-        return Perplexity(num_passages=3, seed=0)(model.model, None, model.processor, "").metrics["loss/answer"]
+        return loss(model)
     finally:
         for site, weight in kept.items():
             linear(model.model, site).weight.data.copy_(weight)
@@ -70,7 +75,7 @@ def loss_of(model: Loaded, sites: Sequence[Site], *overrides: str) -> float:
 
 def test_second_order_rounding_of_two_blocks_beats_plain_k_means(smollm2: Loaded) -> None:
     sites = [site for site in list_sites(smollm2.model, "all") if site.block in (8, 9)]
-    full = Perplexity(num_passages=3, seed=0)(smollm2.model, None, smollm2.processor, "").metrics["loss/answer"]
+    full = loss(smollm2)
     assert 1 < full < 4
     plain, second_order = (
         loss_of(smollm2, sites, "method=kmeans"),
@@ -83,6 +88,6 @@ def test_mixed_bits_save_the_layer_that_makes_the_massive_activation(smollm2: Lo
     """Block 11 writes an activation of some thousands at a passage's first token (Sun et al. 2024), from one channel of its
     down_proj. At two bits everywhere that layer alone ruins the model; bits by sensitivity keep it."""
     (site,) = [site for site in list_sites(smollm2.model, "all") if site.block == 11 and site.kind == "down_proj"]
-    full = Perplexity(num_passages=3, seed=0)(smollm2.model, None, smollm2.processor, "").metrics["loss/answer"]
+    full = loss(smollm2)
     assert loss_of(smollm2, [site], "method=kmeans_ldlq", "calibration=text") > full + 5
     assert loss_of(smollm2, [site], "method=mgvq_no_gradient", "calibration=text") < full + 0.3
