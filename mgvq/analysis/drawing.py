@@ -59,12 +59,16 @@ def save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    path.write_text(_numbered(text.getvalue()))
+    path.write_text(_settled(text.getvalue()))
     return path
 
 
-def _numbered(svg: str) -> str:
-    """Ids by number: matplotlib's are digests of unrounded coordinates, whose last bits differ between processors."""
+def _settled(svg: str) -> str:
+    """Without what differs between processors: the last bits of coordinates, and ids that are digests of them.
+
+    Coordinates get three decimals (of a point: far below what a screen shows), ids are numbered.
+    """
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{4,}", lambda match: f"{float(match[0]):.3f}", tag[0]), svg)
     found = re.findall(r' id="(\w+?[0-9a-f]{10})"', svg)
     names = {name: f"{name[:-10]}{number}" for number, name in enumerate(dict.fromkeys(found), 1)}
     return re.sub(r"\w+?[0-9a-f]{10}\b", lambda match: names.get(match[0], match[0]), svg)

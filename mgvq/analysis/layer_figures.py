@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ _LEGEND = {
     "usage": "entropy of the codes over that of an even use",
 }
 _COLOURS = {"bits": "viridis", "sensitivity": "PuOr_r", "usage": "cividis"}
+_NUM_COLOURS = 40  # matplotlib draws the bar of 50 and more as pixels
 _STAGES = {
     "nearest": "nearest centroid",
     "feedback": "error feedback",
@@ -48,7 +50,8 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
     part = part.assign(layer=_layer_names(part), shown=_relative(layers, part) if quantity == "sensitivity" else part.value)
     arms = list(part.arm.unique())
     low, high = (-2, 2) if quantity == "sensitivity" else (part.value.min(), part.value.max())
-    colours = {"cmap": _COLOURS[quantity], "vmin": low, "vmax": high, "rasterized": True}
+    # A pixel a cell, and so few colours that the bar is drawn as shapes: pixels of edges differ between processors.
+    colours = {"cmap": mpl.colormaps[_COLOURS[quantity]].resampled(_NUM_COLOURS), "vmin": low, "vmax": high}
     tables = [(str(point), rows) for point, rows in part.groupby("point", sort=False)]
     figure, flat = _heat_panels([rows.layer.nunique() for _, rows in tables], arms)
     for ax, (point, rows) in zip(flat, tables, strict=True):
@@ -56,11 +59,12 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
             table = rows[rows.arm == arm].pivot_table(index="layer", columns="group", values="shown", sort=False)
             if not table.empty:
                 table = table.reindex(index=rows.layer.unique())[sorted(table)]
-                edges = np.linspace(place, place + 1, table.shape[1] + 1)
-                ax.pcolormesh(edges, np.arange(len(table) + 1), table.to_numpy(float), **colours)
+                where = (place, place + 1, len(table), 0)
+                ax.imshow(table.to_numpy(float), extent=where, aspect="auto", interpolation="none", **colours)
         _label(ax, list(rows.layer.unique()), arms)
         ax.set_title(("\n" if len(flat) > 1 and _one_row(flat) else ", ").join(map(str, json.loads(point).values())))
-    bar = figure.colorbar(flat[0].collections[0], ax=flat, aspect=40, pad=0.01)
+    bar = figure.colorbar(flat[0].images[0], ax=flat, aspect=40, pad=0.01)
+    bar.solids.set_edgecolor("face")  # type: ignore[union-attr]
     bar.set_label(_LEGEND[quantity])
     return figure
 
