@@ -9,9 +9,10 @@ from torch import Tensor
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
+from mgvq.protocols import CodedPiece, Compensation, FittedPiece
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.rng import generator
-from mgvq.types import CodedPiece, Compensation, FittedPiece, Metric, Piece, Site
+from mgvq.types import Metric, Piece, Site
 
 _DEFAULTS = dict(share="layer", table="fp16", weight_power=0.0, iterations=20, sample=128, seed=0)
 _FIT_ROWS = 256  # the fit is not what is measured

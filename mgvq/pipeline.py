@@ -12,23 +12,10 @@ from transformers import PreTrainedModel
 from mgvq.errors import UserError
 from mgvq.formats.grouped import pack_groups
 from mgvq.model.sites import site_weights
+from mgvq.protocols import Allocation, Codebook, Compensation, Curvature, Grouping, QuantizedWeight, Refit, Sensitivity, Shift
 from mgvq.rounding import Layers, Rounded
 from mgvq.shifting import Samples, shifted_rounding
-from mgvq.types import (
-    Allocation,
-    Codebook,
-    Compensation,
-    Curvature,
-    Grouping,
-    Needs,
-    QuantizedWeight,
-    RateTable,
-    Refit,
-    Sensitivity,
-    Shift,
-    Site,
-    StatsBank,
-)
+from mgvq.types import Needs, RateTable, Site, StatsBank
 from mgvq.units import Fits, Unit, cut_units, rate_table
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
-from mgvq.types import CodedPiece, Compensation, FittedPiece, Metric, QuantizedWeight, Rate, Refit, Site
+from mgvq.protocols import CodedPiece, Compensation, FittedPiece, QuantizedWeight, Refit
+from mgvq.types import Metric, Rate, Site
 from mgvq.units import Fits, Unit
 
 

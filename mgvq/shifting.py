@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from mgvq.drift import AnyBatch, Drift, by_block
 from mgvq.errors import UserError
 from mgvq.model.sites import linear
+from mgvq.protocols import Shift
 from mgvq.rounding import Layers, Rounded
-from mgvq.types import Rate, Shift, Site, StatsBank
+from mgvq.types import Rate, Site, StatsBank
 from mgvq.units import Fits
 
 

@@ -1,4 +1,4 @@
-"""The carriers that the stages hand to each other, and the protocols that the variants of a stage meet.
+"""The carriers that the stages hand to each other; what the variants of a stage have to offer is in `mgvq.protocols`.
 
 Dimension names: `out in` features of a linear layer, `c` columns (input channels) of one piece, `v` vectors in a row of a piece,
 `n` vectors, `d` vector length, `k` centroids, `b` batch, `s` sequence, `u` units, `r` rates.
@@ -8,9 +8,9 @@ one channel group in one layer. A *unit* is the pieces that share a codebook tab
 about.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -163,22 +163,6 @@ class Metric:
         return torch.stack(self.h_in).mean(0)
 
 
-@runtime_checkable
-class QuantizedWeight(Protocol):
-    """A weight as it is stored. `tensors` are written as they are, so their bytes are what the weight costs.
-
-    A tensor object that several weights hold (a shared table) is stored once.
-    """
-
-    format: ClassVar[str]
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-    def decode(self) -> Float[Tensor, "out in"]: ...
-    def tensors(self) -> Mapping[str, Tensor]: ...
-    def settings(self) -> Mapping[str, Any]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Rate:
     """One precision that a codebook offers: a name for people, and nominal index bits a weight."""
@@ -202,88 +186,6 @@ class Piece:
     @property
     def num_weights(self) -> int:
         return self.site.out_features * len(self.columns)
-
-
-@runtime_checkable
-class FittedCodebook(Protocol):
-    """A codebook fitted to one piece. Its columns are encoded in runs of `vector_length`, the last one padded with zeros."""
-
-    vector_length: int
-
-    def encode(
-        self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
-    ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
-        """Codes (integers, "out v" or "out v stages") of the vectors `first`, `first + 1`, ... of every row, and what they stand
-        for.
-
-        Each vector x takes the code c that is nearest in |root (x - c)|; None: as the codebook itself weighs its channels.
-        """
-        ...
-
-    def rows(self, part: slice) -> "FittedCodebook":
-        """The same for a run of the piece's rows."""
-        ...
-
-    def weight(self, codes: Tensor) -> QuantizedWeight:
-        """The stored piece from the codes of all its vectors."""
-        ...
-
-
-@runtime_checkable
-class Codebook(Protocol):
-    """Offers rates; fits the pieces of a unit at one of them, and predicts the exact bits of that from the shapes alone.
-
-    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike; where `needs_gram`, how the errors of
-    two channels count together (`Metric.mean_gram`). `needs_energy` says whether it is looked at. `name` names the unit: the
-    random stream of the fit. Fallbacks that were taken are appended to `flags`.
-    """
-
-    @property
-    def needs_energy(self) -> bool: ...
-    @property
-    def needs_gram(self) -> bool: ...
-    def rates(self) -> Sequence[Rate]: ...
-    def unit(self, piece: Piece) -> str:
-        """Pieces of one name share a table and a rate."""
-        ...
-
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int: ...
-    def fit(
-        self,
-        name: str,
-        weights: Sequence[Float[Tensor, "out c"]],
-        rate: Rate,
-        energy: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
-        flags: list[str],
-    ) -> Sequence[FittedCodebook]: ...
-
-
-@runtime_checkable
-class Sensitivity(Protocol):
-    """A score >= 0 for every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
-
-    Read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
-    """
-
-    @property
-    def needs(self) -> Needs: ...
-    def __call__(
-        self, weights: Mapping[Site, Float[Tensor, "out in"]], bank: StatsBank
-    ) -> Mapping[Site, Float[Tensor, "in"]]: ...
-
-
-@runtime_checkable
-class Grouping(Protocol):
-    """Cuts the input channels of every layer into groups: the group of each channel, 0 .. `num_groups` - 1.
-
-    Layers that read the same activations get the same groups, and a channel's scores are added up over them.
-    """
-
-    num_groups: int
-
-    @property
-    def needs(self) -> Needs: ...
-    def __call__(self, scores: Mapping[Site, Float[Tensor, "in"]], bank: StatsBank) -> Mapping[Site, Int[Tensor, "in"]]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,145 +219,9 @@ class RateTable:
     loss: Float[Tensor, "u r"]
 
 
-@runtime_checkable
-class Allocation(Protocol):
-    """The rate of every unit (an index into `table.rates`), all of them within `budget_bits` stored bits.
-
-    `distortion`: how the table's loss is to be predicted, None where it is not looked at. Raises UserError where no choice fits.
-    """
-
-    @property
-    def distortion(self) -> Literal["measured", "gaussian"] | None: ...
-    def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class FittedPiece:
-    """A piece with its codebook."""
-
-    piece: Piece
-    codebook: FittedCodebook
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CodedPiece:
-    """A piece whose codes are chosen.
-
-    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
-    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
-    piece through the metric.
-    """
-
-    fitted: FittedPiece
-    codes: Tensor
-    target: Float[Tensor, "out in"]
-    metric: Metric
-
-
-@runtime_checkable
-class Refit(Protocol):
-    """Moves the tables of one unit to where its chosen codes serve best: one codebook a piece, never a worse one.
-
-    All pieces share their tables and are of different layers. `rounds`: how often the layers are rounded, and refitted after.
-    """
-
-    rounds: int
-
-    def can_refit(self, codebook: Codebook) -> bool: ...
-    def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedCodebook]: ...
-
-
-@runtime_checkable
-class Compensation(Protocol):
-    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to.
-
-    `needs_output_metric`: the metric must have an `h_out`. One that is a `Shift` too is rounded block by block.
-    """
-
-    @property
-    def needs_metric(self) -> bool: ...
-    @property
-    def needs_output_metric(self) -> bool: ...
-    @property
-    def uses_score(self) -> bool: ...
-    def round(
-        self,
-        weight: Float[Tensor, "out in"],
-        metric: Metric | None,
-        pieces: Sequence[FittedPiece],
-        score: Float[Tensor, "in"],
-        flags: list[str],
-    ) -> Sequence[Tensor]: ...
-
-
-@runtime_checkable
-class Shift(Protocol):
-    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block (true), every so
-    many blocks or not at all (false), the steps to try, and how often all blocks are gone through."""
-
-    source: str
-    refresh: bool | int
-    steps: list[float]
-    sweeps: int
-
-    def target(
-        self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
-    ) -> Float[Tensor, "out in"]: ...
-
-
-@runtime_checkable
-class CalibrationSet(Protocol):
-    """The gradient samples and the held-out samples, disjoint from each other and from every test question.
-
-    `label_seed`: of the answers that are sampled from the model where the statistics ask for them. `packable`: the samples are
-    questions about one image each, so that those about the same can share a row.
-    """
-
-    @property
-    def label_seed(self) -> int: ...
-    @property
-    def packable(self) -> bool: ...
-    @property
-    def examples(self) -> Sequence[Any]: ...
-    @property
-    def heldout_examples(self) -> Sequence[Any]: ...
-    def batches(self, processor: Any) -> Iterator[Batch]: ...
-    def heldout(self, processor: Any) -> Iterator[Batch]: ...
-
-
-@runtime_checkable
-class Calibration(Protocol):
-    """Draws the samples; bad data is reported here, before a model is loaded."""
-
-    def draw(self) -> CalibrationSet: ...
-
-
-@runtime_checkable
-class Curvature(Protocol):
-    """Turns the statistics of all layers into the metric that rounding minimises."""
-
-    @property
-    def needs(self) -> Needs: ...
-    def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class EvalResult:
     """Metrics by name, and one row a sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
 
     metrics: Mapping[str, float]
     samples: pd.DataFrame = field(repr=False)
-
-
-@runtime_checkable
-class Task(Protocol):
-    """Evaluates a model against its full-precision reference."""
-
-    def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...
-
-
-@runtime_checkable
-class ReadsData(Task, Protocol):
-    """A task whose questions may be missing. `check` raises UserError where they are; called before a model is loaded."""
-
-    def check(self) -> None: ...

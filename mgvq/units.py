@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.formats.vector import to_vectors
-from mgvq.types import Codebook, FittedCodebook, Piece, Rate, RateTable, Site, UnitInfo
+from mgvq.protocols import Codebook, FittedCodebook
+from mgvq.types import Piece, Rate, RateTable, Site, UnitInfo
 
 Energies = Mapping[Site, Float[Tensor, "_"] | Float[Tensor, "_ _"]]  # of channels, or of pairs of them (`Codebook.fit`)
 

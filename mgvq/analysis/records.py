@@ -22,8 +22,8 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
     the points say so as their `model`, and so do all tables. `seeds` are all that the run stands for, `overrides` the command's
     words at the first of them; `scores` and rounded `losses` are lists with an entry a question; `samples` is a digest of the
     questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's `baseline` (the first of
-    its `baselines`), `primary` and `spread`, and what `questions` reads. Raises UserError where a run is not done, or where runs
-    answered different questions: their numbers do not belong into one table.
+    its `baselines`), `primary`, `spread` and `trainings`, and what `questions` reads. Raises UserError where a run is not done,
+    or where runs answered different questions: their numbers do not belong into one table.
     """
     cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
     for run in runs:
@@ -33,8 +33,8 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
         raise UserError(f"the runs answered different test questions: {records.groupby('samples').run.first().to_dict()}")
     records["point"] = records.point.map(_labelled_points(records))
     baseline = next(iter(study.baselines), None)
-    common = {"baseline": baseline, "baselines": study.baselines, "primary": study.primary, "spread": study.spread}
-    records.attrs = {**common, "questions": _describe(_samples(runs[0]))}
+    common = {name: getattr(study, name) for name in ("baselines", "primary", "spread", "trainings")}
+    records.attrs = {"baseline": baseline, **common, "questions": _describe(_samples(runs[0]))}
     return records
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mgvq.analysis import render, spread
+from mgvq.analysis import render, spread, trainings
 from mgvq.analysis.records import against
 from mgvq.analysis.table import rows
 from mgvq.analysis.verdict import verdict
@@ -27,7 +27,7 @@ FIGURES = {
 
 def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
     """`tables/NAME.md`, `.csv` and `.tex` under `results`, `NAME_vs_ARM` for every further baseline, `NAME_spread` for a study
-    of seeds, and `NAME_verdict.md`; returns the files.
+    of seeds, `NAME_trainings` for one of trainings, and `NAME_verdict.md`; returns the files.
 
     Equal records give equal bytes.
     """
@@ -37,8 +37,11 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
     folder = results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     pages = [(table, render, of_table) for table, of_table in tables.items()]
-    if records.attrs.get("spread"):
-        pages.append((f"{name}_spread", spread, records))
+    pages += [
+        (f"{name}_{kind}", page, records)
+        for kind, page in (("spread", spread), ("trainings", trainings))
+        if records.attrs.get(kind)
+    ]
     texts = {f"{name}_verdict.md": "".join(f"* {sentence}\n" for sentence in verdict(records))}
     for table, page, of_table in pages:
         for suffix, text in ((".md", page.markdown), (".csv", page.plain), (".tex", page.latex)):

@@ -15,7 +15,8 @@ from scipy.stats import rankdata
 from mgvq.curvature.statistics import collect
 from mgvq.model.load import Loaded
 from mgvq.model.sites import Scope, list_sites, site_weights
-from mgvq.types import Calibration, Needs, Sensitivity
+from mgvq.protocols import Calibration, Sensitivity
+from mgvq.types import Needs
 
 INDEX = ["seed", "layer", "channel"]
 

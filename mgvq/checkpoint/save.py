@@ -13,7 +13,8 @@ from mgvq.checkpoint.ledger import Entry, Ledger
 from mgvq.formats.grouped import GroupedWeight
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
-from mgvq.types import QuantizedWeight, Site
+from mgvq.protocols import QuantizedWeight
+from mgvq.types import Site
 
 VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"

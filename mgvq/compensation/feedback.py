@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.compensation.ldl import BlockLDL, block_ldl
-from mgvq.types import FittedCodebook, FittedPiece, Metric
+from mgvq.protocols import FittedCodebook, FittedPiece
+from mgvq.types import Metric
 
 BATCH = 128  # columns whose feedback is kept local before it reaches all others in one product
 

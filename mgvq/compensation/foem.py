@@ -10,7 +10,8 @@ from torch import Tensor
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.feedback import feedback
 from mgvq.errors import UserError
-from mgvq.types import FittedPiece, Metric
+from mgvq.protocols import FittedPiece
+from mgvq.types import Metric
 
 
 @dataclass(frozen=True, kw_only=True)

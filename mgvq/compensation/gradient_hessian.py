@@ -12,7 +12,8 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
-from mgvq.types import FittedPiece, Metric
+from mgvq.protocols import FittedPiece
+from mgvq.types import Metric
 
 SOURCES = ("kl", "block", "sft")
 

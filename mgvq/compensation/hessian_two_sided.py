@@ -12,7 +12,8 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.feedback import Coded, Encode, feedback
 from mgvq.compensation.ldl import block_ldl
 from mgvq.errors import UserError
-from mgvq.types import FittedPiece, Metric
+from mgvq.protocols import FittedPiece
+from mgvq.types import Metric
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.vectors import columns_of
-from mgvq.types import FittedPiece, Metric
+from mgvq.protocols import FittedPiece
+from mgvq.types import Metric
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.formats.vector import to_vectors
-from mgvq.types import FittedPiece
+from mgvq.protocols import FittedPiece
 
 
 def columns_of(weight: Float[Tensor, "out in"], fitted: FittedPiece) -> Float[Tensor, "out v d"]:

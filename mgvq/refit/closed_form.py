@@ -11,7 +11,7 @@ from mgvq.codebook.columns import Columns
 from mgvq.codebook.vector import FittedTables, VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.types import Codebook, CodedPiece
+from mgvq.protocols import Codebook, CodedPiece
 
 Tables = Float[Tensor, "t k d"]
 

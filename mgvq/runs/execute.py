@@ -23,6 +23,7 @@ from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
 from mgvq.model.text import is_text_only
 from mgvq.pipeline import Method, QuantReport, quantize
+from mgvq.protocols import CalibrationSet, ReadsData
 from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
 from mgvq.runs.digests import file_digest
@@ -31,7 +32,7 @@ from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
 from mgvq.shifting import Samples
-from mgvq.types import CalibrationSet, ReadsData, Site, SiteStats
+from mgvq.types import Site, SiteStats
 
 SCHEMA_VERSION = 1
 PICTURES = 32  # in a packed batch; fixed: gradients would move in the last digit with it

@@ -9,8 +9,8 @@ from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.grouping.modality import Modality
 from mgvq.pipeline import Method
+from mgvq.protocols import Compensation
 from mgvq.runs.build import STAGES, TEXT_ONLY, build, chosen
-from mgvq.types import Compensation
 
 
 def build_method(cfg: DictConfig) -> Method | None:

@@ -96,8 +96,8 @@ def build_components(runs: Sequence[PlannedRun]) -> None:
 
     Raises UserError, naming the arm.
     """
+    from mgvq.protocols import ReadsData
     from mgvq.runs.method import build_method  # here: torch takes seconds to import, and a finished study needs none of it
-    from mgvq.types import ReadsData
 
     tried: set[str] = set()
     checked: list[ReadsData] = []

@@ -21,8 +21,10 @@ class Study:
     The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
     metric: accuracy | loss | perplexity}` names the one comparison with the first of them that was planned before a run was
     started, which is therefore not corrected for the others. `spread` names the arm that draws everything anew with the seed,
-    where the others draw one thing each: a study of seeds has a table of spreads beside the usual one. `only` has arms that are
-    run at some values of a grid key alone: `{arm: {key: [value, ...]}}`.
+    where the others draw one thing each: a study of seeds has a table of spreads beside the usual one. `trainings` names the
+    key of the grid, its only one, whose values are one model trained from several seeds: another table then tells how much of
+    what is seen belongs to the model and how much to its quantising. `only` has arms that are run at some values of a grid key
+    alone: `{arm: {key: [value, ...]}}`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Study:
     baseline: str | list[str] | None = None
     primary: dict[str, str] | None = None
     spread: str | None = None
+    trainings: str | None = None
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,6 +58,11 @@ class Study:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
         if self.spread is not None and self.spread not in self.arms:
             raise UserError(f"study {self.name}: spread must be one of the arms {', '.join(self.arms)}; got {self.spread!r}.")
+        if self.trainings is not None and (list(self.grid) != [self.trainings] or len(self.points()) < 2 or self.only):
+            raise UserError(
+                f"study {self.name}: trainings={self.trainings!r} must be the only key of the grid, with two values or more at "
+                f"which all arms are run; the grid has {', '.join(self.grid) or 'no key'}."
+            )
         self._check_only()
         if self.primary is not None:
             self._check_primary(self.primary)

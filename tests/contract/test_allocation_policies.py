@@ -16,7 +16,8 @@ from mgvq.allocation.transfer import Transfer
 from mgvq.allocation.uniform import Uniform
 from mgvq.allocation.water_filling import WaterFilling
 from mgvq.errors import UserError
-from mgvq.types import Allocation, Rate, RateTable, UnitInfo
+from mgvq.protocols import Allocation
+from mgvq.types import Rate, RateTable, UnitInfo
 
 OFF = dict(min_bits=None, min_bits_kv=None)
 BY_SCORE = {

@@ -16,7 +16,8 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.codebook.scaled_grid import ScaledGrid
-from mgvq.types import Codebook, FittedCodebook, Piece, QuantizedWeight, Site
+from mgvq.protocols import Codebook, FittedCodebook, QuantizedWeight
+from mgvq.types import Piece, Site
 
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 CODEBOOKS = {

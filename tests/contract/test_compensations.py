@@ -15,9 +15,10 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.compensation.none import NoCompensation
+from mgvq.protocols import Compensation, FittedPiece, Shift
 from mgvq.runs.build import build
 from mgvq.runs.places import conf_folder
-from mgvq.types import Compensation, FittedPiece, Metric, Piece, Shift, Site
+from mgvq.types import Metric, Piece, Site
 
 VARIANTS = sorted(f.stem for f in (ROOT / "conf" / "compensation").glob("*.yaml"))
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)

@@ -12,8 +12,9 @@ from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.curvature.passes import Rows
 from mgvq.curvature.token_weighted import TokenWeighted
 from mgvq.errors import UserError
+from mgvq.protocols import Curvature
 from mgvq.rng import generator
-from mgvq.types import MODALITIES, Batch, Curvature, Kronecker, Needs, Site, SiteStats
+from mgvq.types import MODALITIES, Batch, Kronecker, Needs, Site, SiteStats
 
 KRONECKER = [("token", "none"), ("token", "mbq_ratio"), ("token", "kron"), ("token", "token"), ("sequence", "none")]
 CURVATURES = {

@@ -9,9 +9,10 @@ from conftest import ROOT
 from hydra import compose, initialize_config_dir
 
 from mgvq.errors import UserError
+from mgvq.protocols import Sensitivity
 from mgvq.runs.build import build
 from mgvq.runs.places import conf_folder
-from mgvq.types import MODALITIES, Needs, Sensitivity, Site, SiteStats
+from mgvq.types import MODALITIES, Needs, Site, SiteStats
 
 VARIANTS = sorted(f.stem for f in (ROOT / "conf" / "sensitivity").glob("*.yaml"))
 SPLIT = ("global_local", "sensitivity.reading=split", "sensitivity.alpha=null")

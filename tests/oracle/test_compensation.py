@@ -14,7 +14,8 @@ from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.compensation.ldl import block_ldl
 from mgvq.compensation.none import NoCompensation
 from mgvq.errors import UserError
-from mgvq.types import FittedPiece, Metric, Piece, Site
+from mgvq.protocols import FittedPiece
+from mgvq.types import Metric, Piece, Site
 
 
 @dataclass(frozen=True)

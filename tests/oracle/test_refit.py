@@ -11,8 +11,9 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
+from mgvq.protocols import CodedPiece, FittedPiece
 from mgvq.refit.closed_form import ClosedForm
-from mgvq.types import CodedPiece, FittedPiece, Metric, Piece, Site
+from mgvq.types import Metric, Piece, Site
 
 LAYER = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 KIND = LAYER | dict(share="kind")

@@ -150,9 +150,9 @@ def test_heat_maps_show_the_values_and_leave_out_what_is_alike(layers: pd.DataFr
     assert not varies(layers, "usage")
     with style():
         bits, scores = (heat_map(layers, quantity) for quantity in ("bits", "sensitivity"))
-    assert bits.axes[0].collections[0].get_array().tolist() == [[1, 3], [1, 4]]
+    assert bits.axes[0].images[0].get_array().tolist() == [[1, 3], [1, 4]]
     # Mean scores 1, 10, 2, 20 of 16, 32, 16, 32 weights: over 10.5.
-    shown = scores.axes[0].collections[0].get_array()
+    shown = scores.axes[0].images[0].get_array()
     assert np.asarray(shown) == pytest.approx(np.log10(np.array([[1, 10], [2, 20]]) / 10.5), abs=1e-6)
 
 
