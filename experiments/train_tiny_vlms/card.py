@@ -2,8 +2,9 @@
 
     python experiments/train_tiny_vlms/card.py tiny_internvl --log RUN/log.jsonl
 
-Accuracy comes from the full-precision run in results/records/e00_response.parquet, the recipe from train.py, the training's
-course from its log, of which a summary is kept beside this file, so that the card can be rebuilt (a test does).
+A further training of a family, from another seed, is FAMILY_seedN and lies in `trainings`. Accuracy comes from the full-precision
+run of its study (results/records), the recipe from train.py, the training's course from its log, of which a summary is kept
+beside this file, so that the card can be rebuilt (a test does).
 """
 
 import argparse
@@ -25,13 +26,23 @@ from mgvq.data.tiny_vqa.scene import SPLITS
 from mgvq.model.source import SHIPPED
 from mgvq.runs.places import results_folder
 
-STUDY = "e00_response"
 TITLES = {
     "tiny_llava_onevision": "LLaVA-OneVision layout: SigLIP tower (patch 16), MLP projector, Qwen2 language model",
     "tiny_internvl": "InternVL layout: InternViT tower (patch 8), pixel shuffle, MLP projector, Qwen2 language model",
     "tiny_smolvlm": "SmolVLM (Idefics3) layout: SigLIP tower (patch 8), pixel shuffle, one linear layer, Llama language model",
     "tiny_qwen2_vl": "Qwen2-VL layout: tower with rotary positions (patch 8), merger of 2 x 2 patches, Qwen2 language model with M-RoPE",
 }
+
+
+def family_and_seed(name: str) -> tuple[str, int]:
+    """Of a shipped model, or of a further training of it (`tiny_internvl_seed1`)."""
+    family, _, seed = name.partition("_seed")
+    return family, int(seed or 0)
+
+
+def folder_of(name: str) -> Path:
+    """Where the weights are."""
+    return SHIPPED / name if name in TITLES else SHIPPED / "trainings" / name
 
 
 def summary(name: str) -> Path:
@@ -49,19 +60,20 @@ def summarise(log: Path) -> dict[str, object]:
 
 def card(name: str) -> str:
     """The whole text; equal inputs give equal bytes."""
-    folder = SHIPPED / name
-    weights = folder / "model.safetensors"
+    family, seed = family_and_seed(name)
+    weights = folder_of(name) / "model.safetensors"
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     with safe_open(weights, "pt") as tensors:
         sizes = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
         num_parameters = sum(math.prod(s.get_shape()) for s in sizes)
         dtype = sizes[0].get_dtype()
     training = json.loads(summary(name).read_text())
-    records = read_records(results_folder() / "records" / f"{STUDY}.parquet")
+    study = "e00_response" if name in TITLES else "e13_trainings"
+    records = read_records(results_folder() / "records" / f"{study}.parquet")
     frame = metric_frame(records)
-    run = frame[(frame.model == name) & (frame.arm == "full precision") & (frame.scope == "all")].iloc[0]
+    run = frame[(frame.model == name) & (frame.arm == "full precision")].iloc[0]  # whatever the scope
     num_questions = int(records[records.run == run["run"]].num_samples.iloc[0])
-    recipe = replace(RECIPES[name], steps=training["steps"])
+    recipe = replace(RECIPES[family], seed=seed, steps=training["steps"])
     course = " | ".join(f"{step}: {value:.3f}" for step, value in training["headline_validation"].items())
     settings = ", ".join(f"{k} {v}" for k, v in asdict(recipe).items() if k != "mix")
     digits = "; ".join(f"{split} {r.start} to {r.stop - 1}" for split, (_, r) in SPLITS.items())
@@ -72,7 +84,7 @@ library_name: transformers
 pipeline_tag: image-text-to-text
 ---
 # {name}
-{TITLES[name]}. {num_parameters / 1e6:.2f} million parameters, {dtype}. A research object for the study of quantisation: it answers questions
+{TITLES[family]}. {num_parameters / 1e6:.2f} million parameters, {dtype}. A research object for the study of quantisation: it answers questions
 about drawn 64 x 64 pictures, in the words of its templates, and nothing else.
 
 SHA-256 of model.safetensors: `{digest}`
@@ -92,7 +104,7 @@ handwriting (scikit-learn's `load_digits`, slightly turned, sheared and scaled).
 {digits}. Fingerprint of the first 100 test questions: `{fingerprint(draw_test("test", 0, 100))[:16]}`.
 
 ## Recipe
-From scratch, one run of `experiments/train_tiny_vlms/train.py {name}`: {settings}. AdamW, bf16 autocast, float32 master
+From scratch, one run of `experiments/train_tiny_vlms/train.py {family}{f" --seed {seed}" if seed else ""}`: {settings}. AdamW, bf16 autocast, float32 master
 weights, fresh pictures at every step; {training["seconds_per_step"]} s a step on one thread of a shared two-core machine.
 Mix of question types: {mix}.
 Validation headline by step (teacher-forced, bf16): {course}.
@@ -118,12 +130,12 @@ def _accuracy_table(run: Mapping[str, float], num_questions: int) -> str:
 def main() -> None:
     """Keep the log's summary, write the card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=list(TITLES))
+    parser.add_argument("model", choices=[*TITLES, *sorted(f.name for f in (SHIPPED / "trainings").iterdir())])
     parser.add_argument("--log", type=Path, help="log.jsonl of the training; without it the kept summary is used")
     arguments = parser.parse_args()
     if arguments.log:
         summary(arguments.model).write_text(json.dumps(summarise(arguments.log), indent=1) + "\n")
-    (SHIPPED / arguments.model / "README.md").write_text(card(arguments.model))
+    (folder_of(arguments.model) / "README.md").write_text(card(arguments.model))
 
 
 if __name__ == "__main__":
