@@ -68,7 +68,7 @@ def card(name: str) -> str:
         num_parameters = sum(math.prod(s.get_shape()) for s in sizes)
         dtype = sizes[0].get_dtype()
     training = json.loads(summary(name).read_text())
-    study = "e00_response" if name in TITLES else "e13_trainings"
+    study = "e00_response" if name in TITLES else "e13_model_variance"
     records = read_records(results_folder() / "records" / f"{study}.parquet")
     frame = metric_frame(records)
     run = frame[(frame.model == name) & (frame.arm == "full precision")].iloc[0]  # whatever the scope
