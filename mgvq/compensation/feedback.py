@@ -1,6 +1,7 @@
 """The loop of every second-order rounding: vectors one after the other, the error of each corrected in those still free."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -101,7 +102,7 @@ def _round(
             p, v = order[at]
             begin, own = at * length, codebooks[p].vector_length
             here = slice(begin, begin + own)
-            encode = _encoder(codebooks[p], v, factors.root[at, :own, :own])
+            encode = partial(_nearest, codebooks[p], v, factors.root[at, :own, :own])
             codes[p, v], values = choose(encode, target[:, here], weight[:, here])
             error[:, here] = weight[:, here] - values
             target[:, first:begin].addmm_(error[:, here], factors.lower[here, first:begin])
@@ -110,9 +111,6 @@ def _round(
     return codes
 
 
-def _encoder(codebook: FittedCodebook, vector: int, root: Float[Tensor, "d d"]) -> Encode:
-    def encode(targets: Float[Tensor, "rows d"]) -> Coded:
-        codes, values = codebook.encode(targets[:, None], vector, root)
-        return codes[:, 0], values[:, 0]
-
-    return encode
+def _nearest(codebook: FittedCodebook, vector: int, root: Float[Tensor, "d d"], targets: Float[Tensor, "rows d"]) -> Coded:
+    codes, values = codebook.encode(targets[:, None], vector, root)
+    return codes[:, 0], values[:, 0]
