@@ -7,6 +7,7 @@ import pandas as pd
 
 from mgvq.analysis import render, spread, trainings
 from mgvq.analysis.records import against
+from mgvq.analysis.render import latex_table, markdown_table
 from mgvq.analysis.table import rows
 from mgvq.analysis.verdict import verdict
 
@@ -44,8 +45,12 @@ def write_tables(name: str, records: pd.DataFrame, results: Path) -> list[Path]:
     ]
     texts = {f"{name}_verdict.md": "".join(f"* {sentence}\n" for sentence in verdict(records))}
     for table, page, of_table in pages:
-        for suffix, text in ((".md", page.markdown), (".csv", page.plain), (".tex", page.latex)):
-            texts[f"{table}{suffix}"] = text(of_table)
+        shown = page.printable(of_table), page.note(of_table)
+        texts |= {
+            f"{table}.md": markdown_table(*shown),
+            f"{table}.csv": page.plain(of_table),
+            f"{table}.tex": latex_table(*shown),
+        }
     for file, text in texts.items():
         (folder / file).write_text(text)
     return [folder / file for file in texts]

@@ -9,7 +9,6 @@ from scipy import stats
 
 from mgvq.analysis.compare import MEASURES, measured
 from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.render import latex_table, markdown_table
 from mgvq.analysis.significance import reweighted, variance_components
 from mgvq.analysis.table import columns_of
 from mgvq.errors import UserError
@@ -59,16 +58,6 @@ def _spread(values: np.ndarray) -> Spread:
     return Spread(
         runs=sd, low=float(low), high=float(high), seeds=components.seed**0.5, questions=float(of_questions), num_runs=seeds
     )
-
-
-def markdown(records: pd.DataFrame) -> str:
-    """The table with the lines that say what its numbers are."""
-    return markdown_table(printable(records), note(records))
-
-
-def latex(records: pd.DataFrame) -> str:
-    """The same as a booktabs tabular."""
-    return latex_table(printable(records), note(records))
 
 
 def plain(records: pd.DataFrame) -> str:

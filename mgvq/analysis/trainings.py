@@ -16,7 +16,6 @@ from scipy import stats
 
 from mgvq.analysis.compare import MEASURES, measured
 from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.render import latex_table, markdown_table
 from mgvq.analysis.table import Column, columns_of, rows
 
 HEADER = ("figure", "arm", "mean", "95 % interval", "each training", "sd of trainings", "sd of seeds", "% trainings", "p")
@@ -89,16 +88,6 @@ def _values(records: pd.DataFrame, measure: str) -> Mapping[str, Float[np.ndarra
         str(arm): np.stack([values_by_seed(runs, column) @ weights for _, runs in part.groupby("point", sort=False)])
         for arm, part in records.groupby("arm", sort=False)
     }
-
-
-def markdown(records: pd.DataFrame) -> str:
-    """The table with the lines that say what its numbers are."""
-    return markdown_table(printable(records), note(records))
-
-
-def latex(records: pd.DataFrame) -> str:
-    """The same as a booktabs tabular."""
-    return latex_table(printable(records), note(records))
 
 
 def plain(records: pd.DataFrame) -> str:

@@ -26,6 +26,12 @@ seeds: [0]
 """
 
 
+@pytest.fixture(autouse=True)
+def _not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's workers run at niceness 15, which next to another test means hardly at all."""
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+
+
 def digests(results: Path) -> dict[str, str]:
     """Of the checkpoints and the answers of all finished runs, by run."""
     found = {}

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mgvq.analysis.trainings import latex, markdown, plain, split, splits
+from mgvq.analysis.trainings import note, plain, printable, split, splits
 from mgvq.errors import UserError
 from mgvq.studies.spec import Study
 
@@ -84,10 +84,11 @@ def test_without_any_spread() -> None:
 
 
 def test_the_pages_show_every_figure_once() -> None:
-    page = markdown(made_up())
-    assert "| loss - base" in page
-    assert "one, other, third" in page
-    assert "toprule" in latex(made_up())
+    header, *lines = printable(made_up())
+    assert {len(line) for line in lines} == {len(header)}
+    assert [line[:2] for line in lines].count(["loss - base", "arm"]) == 1
+    assert len(lines) == 2 * 6
+    assert "one, other, third" in note(made_up())
     assert plain(made_up()).count("\n") == 1 + 2 * 6
 
 
