@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from tqdm import tqdm
 
 from mgvq.studies.plan import PlannedRun
 
@@ -24,14 +25,15 @@ def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
     many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them,
     the proxy error after each stage of `PROXY`. Full-precision runs have no rows; without any other the table is empty.
     """
-    parts = []
-    for run in runs:
-        folder = run.folder.path
-        key = {"point": json.dumps(run.point), "arm": run.arm, "run": folder.name}
-        parts += [part.assign(**key) for part in _tables(folder)]
+    cells = dict.fromkeys((json.dumps(run.point), run.arm, run.folder.path) for run in runs)  # seeds that share a run count once
+    parts = [
+        part.assign(point=point, arm=arm)
+        for point, arm, folder in tqdm(cells, "layers of the runs", leave=False, disable=None)  # None: shown on a terminal only
+        for part in _tables(folder)
+    ]
     if not parts:
         return pd.DataFrame(columns=[*KEYS, "quantity", "value"])
-    rows = pd.concat(parts).drop_duplicates([*KEYS, "run", "quantity"])  # seeds that share a run count once
+    rows = pd.concat(parts)
     means = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False, as_index=False).agg({"value": "mean"})
     return means.astype({"value": "float32"})
 

@@ -15,10 +15,12 @@ from mgvq.analysis.paper_tables import write_paper
 from mgvq.analysis.records import metric_frame, read_records
 from mgvq.analysis.report import FIGURES, figure_path, pages_with_tables, with_tables, write_figures, write_tables
 from mgvq.data.tiny_vqa.questions import HEADLINE
+from mgvq.model.source import SHIPPED
 from mgvq.studies.plan import distinct, expand
 from mgvq.studies.spec import read_study
 
 RESULTS = ROOT / "results"
+TRAININGS = sorted(f.parent.name for f in SHIPPED.glob("trainings/*/model.safetensors"))
 STUDIES = sorted(p.stem for p in (RESULTS / "records").glob("*.parquet"))
 
 
@@ -74,14 +76,14 @@ def test_the_readmes_show_the_current_tables() -> None:
         assert with_tables(text, RESULTS / "tables") == text
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *TRAININGS])
 def test_model_cards_are_current(name: str) -> None:
     """In a process of its own: the card's script imports its neighbours by their bare names."""
     code = f"from card import card; import sys; sys.stdout.write(card({name!r}))"
     folder = ROOT / "experiments" / "train_tiny_vlms"
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    weights = ROOT / "mgvq/model/tiny" / name / "model.safetensors"
+    (weights,) = SHIPPED.rglob(f"{name}/model.safetensors")
     assert done.stdout == (weights.parent / "README.md").read_text()
     assert hashlib.sha256(weights.read_bytes()).hexdigest() in done.stdout
     assert weights.stat().st_size < 10_000_000
