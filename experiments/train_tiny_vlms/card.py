@@ -90,7 +90,7 @@ about drawn 64 x 64 pictures, in the words of its templates, and nothing else.
 SHA-256 of model.safetensors: `{digest}`
 
 ## Accuracy
-Exact match of the whole answer, teacher-forced, which equals greedy generation; {num_questions:,} test questions (`evaluation.seed=0`), run `{run["run"]}`.
+Exact match of the whole answer, {"teacher-forced, which equals greedy generation" if name in TITLES else "generated greedily"}; {num_questions:,} test questions (`evaluation.seed=0`), run `{run["run"]}`.
 **Headline {100 * run["tiny_vqa/accuracy"]:.1f} %**: the mean over the headline types.
 
 {_accuracy_table(run, num_questions)}

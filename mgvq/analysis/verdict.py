@@ -7,6 +7,7 @@ import pandas as pd
 from mgvq.analysis.compare import TESTED_AS, Comparison
 from mgvq.analysis.records import against
 from mgvq.analysis.table import COLUMNS, Row, rows
+from mgvq.analysis.trainings import splits
 
 ALPHA = 0.05
 _WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a token"), "perplexity": ("perplexity", "")}
@@ -20,7 +21,8 @@ def verdict(records: pd.DataFrame) -> list[str]:
     if primary := records.attrs.get("primary"):
         rivals = [arm for arm in records.attrs.get("baselines", [])[1:] if arm != primary["arm"]]
         further = [_against(against(records, rival), primary["arm"], primary["metric"]) for rival in rivals]
-        return [*_planned(parts, primary["arm"], primary["metric"], records.attrs["baseline"]), *further]
+        again = [_trained_again(records, primary["arm"], primary["metric"])] if records.attrs.get("trainings") else []
+        return [*_planned(parts, primary["arm"], primary["metric"], records.attrs["baseline"]), *again, *further]
     if baseline := records.attrs.get("baseline"):
         summary = f"No comparison was planned: every arm is held against {baseline}, corrected for their number."
         return [summary, *(_corrected(part, baseline) for part in parts)]
@@ -33,6 +35,21 @@ def _against(records: pd.DataFrame, arm: str, metric: str) -> str:
     found = [row.comparisons[column] for row in rows(records) if row.arm == arm]
     said = _counts(found, column, records.attrs["baseline"])
     return f"Against {records.attrs['baseline']}, corrected for the number of arms, by {_WORDS[metric][0]}: {said}."
+
+
+def _trained_again(records: pd.DataFrame, arm: str, metric: str) -> str:
+    """The planned comparison over trainings: what to expect of one that is not in the table."""
+    measure, baseline = TESTED_AS.get(metric, metric), records.attrs["baseline"]
+    found = next(split for m, other, name, split in splits(records) if (m, other, name) == (measure, baseline, arm))
+    c = COLUMNS[_column(metric)]
+    name, unit = _WORDS[measure]
+    mean, low, high = (f"{value * c.factor:+.{c.decimals}f}" for value in (found.mean, found.low, found.high))
+    share = "" if found.share is None else f"; {100 * found.share:.0f} % of the variance lies between trainings"
+    settled = "settled" if found.low > 0 or found.high < 0 else "not settled"
+    return (
+        f"For a model that is trained once more the sign of {arm} - {baseline} is {settled} by {len(found.means)} trainings: "
+        f"{name} {mean} {unit} [{low}, {high}]{share}."
+    )
 
 
 def _column(metric: str) -> str:

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from mgvq.analysis.trainings import note, plain, printable, split, splits
+from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.studies.spec import Study
 
@@ -90,6 +91,16 @@ def test_the_pages_show_every_figure_once() -> None:
     assert len(lines) == 2 * 6
     assert "one, other, third" in note(made_up())
     assert plain(made_up()).count("\n") == 1 + 2 * 6
+
+
+def test_the_verdict_says_whether_another_training_could_turn_it() -> None:
+    records = made_up()
+    records.attrs["primary"] = {"arm": "arm", "metric": "loss"}
+    (said,) = [sentence for sentence in verdict(records) if "trained once more" in sentence]
+    assert "the sign of arm - base is settled by 3 trainings: answer loss -0.200 nats a token [-0.200, -0.200]" in said
+    turned = records.point.str.contains("third") & (records.arm == "arm")
+    records["losses"] = [[x + 5 * t for x in losses] for losses, t in zip(records.losses, turned, strict=True)]
+    assert any("is not settled by 3 trainings" in sentence for sentence in verdict(records))
 
 
 @pytest.mark.parametrize("grid", [{"model": ["one"]}, {"model": ["one", "other"], "bits": [2, 3]}, {}])
