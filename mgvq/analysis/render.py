@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from mgvq.analysis.compare import Comparison, on_text
 from mgvq.analysis.records import questions
-from mgvq.analysis.table import Row, columns_of, rows
+from mgvq.analysis.table import Row, columns_of, rows, shown_p
 
 GAP = "loss gap closed %"
 
@@ -115,7 +115,7 @@ def _p(found: Comparison | None) -> str:
     if found is None:
         return "-"
     marks = " (planned)" * found.planned + " (questions only)" * found.effect.samples_only
-    return ("<0.001" if found.p < 0.001 else f"{found.p:.3f}") + marks
+    return shown_p(found.p) + marks
 
 
 def _bold(cells: Sequence[str], table: Sequence[Row], values: Sequence[float], better: str) -> list[str]:

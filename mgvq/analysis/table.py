@@ -88,7 +88,7 @@ def rows(records: pd.DataFrame) -> list[Row]:
                     values={name: list(_numbers(found, c.metric) * c.factor) for name, c in columns.items()},
                     comparisons={name: comparison for name, comparison in compared.items() if comparison},
                     gap_closed=gaps.get(arm),
-                    full_precision=_is_full_precision(found),
+                    full_precision=is_full_precision(found),
                     runs=tuple(mine["run"]),
                     commands=tuple(f"mgvq-run {overrides}" for overrides in mine["overrides"]),
                     flags=sum(not flag.startswith(FLAG) for m in found for flag in m["flags"]),
@@ -99,7 +99,7 @@ def rows(records: pd.DataFrame) -> list[Row]:
 
 def _gaps_closed(metrics: dict[str, list[dict[str, Any]]], baseline: str | None) -> dict[str, float]:
     """By arm; see `Row.gap_closed`."""
-    full = [arm for arm, found in metrics.items() if _is_full_precision(found)]
+    full = [arm for arm, found in metrics.items() if is_full_precision(found)]
     if baseline is None or len(full) != 1:
         return {}
     low, high = _loss(metrics[full[0]]), _loss(metrics[baseline])
@@ -107,11 +107,17 @@ def _gaps_closed(metrics: dict[str, list[dict[str, Any]]], baseline: str | None)
     return {arm: 100 * (high - _loss(metrics[arm])) / (high - low) for arm in others} if low < high else {}
 
 
+def shown_p(p: float) -> str:
+    """Three digits, as every table has it."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def _loss(found: Sequence[dict[str, Any]]) -> float:
     return _numbers(found, "loss/answer").mean()
 
 
-def _is_full_precision(found: Sequence[dict[str, Any]]) -> bool:
+def is_full_precision(found: Sequence[dict[str, Any]]) -> bool:
+    """Whether these are the metrics of runs that quantised nothing."""
     return all(m["rate"] == "full_precision" for m in found)
 
 

@@ -16,7 +16,7 @@ from scipy import stats
 
 from mgvq.analysis.compare import MEASURES, measured
 from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.table import Column, columns_of, rows
+from mgvq.analysis.table import Column, columns_of, is_full_precision, shown_p
 
 HEADER = ("figure", "arm", "mean", "95 % interval", "each training", "sd of trainings", "sd of seeds", "% trainings", "p")
 
@@ -69,7 +69,9 @@ def splits(records: pd.DataFrame) -> Iterator[tuple[str, str, str, Split]]:
 
     Differences are taken within a training, at equal seeds.
     """
-    full = next((row.arm for row in rows(records) if row.full_precision), None)
+    full = next(
+        (str(arm) for arm, part in records.groupby("arm") if is_full_precision(list(map(json.loads, part.metrics)))), None
+    )
     for measure in measured(records):
         found = _values(records, measure)
         for other in dict.fromkeys(("", full, records.attrs.get("baseline"))):
@@ -119,7 +121,7 @@ def _cells(found: Split, column: Column, *, signed: bool) -> list[str]:
     cells = [shown(found.mean), f"[{shown(found.low)}, {shown(found.high)}]", each, shown(found.trainings, 1)]
     if found.seeds is None or found.share is None or found.p is None:
         return [*cells, "-", "-", "-"]
-    return [*cells, shown(found.seeds, 1), f"{100 * found.share:.0f}", "<0.001" if found.p < 0.001 else f"{found.p:.3f}"]
+    return [*cells, shown(found.seeds, 1), f"{100 * found.share:.0f}", shown_p(found.p)]
 
 
 def note(records: pd.DataFrame) -> str:
