@@ -11,6 +11,7 @@ from jaxtyping import Float
 from mgvq.analysis.records import questions, values_by_seed
 from mgvq.analysis.significance import Effect, holm, paired_difference, reweighted
 from mgvq.data.tiny_vqa.questions import HEADLINE
+from mgvq.studies.kinds import Kind, kind_of_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,10 +24,14 @@ class Comparison:
 
 
 def headline_weights(asked: pd.DataFrame) -> Float[np.ndarray, "questions"]:
-    """Weights under which the sum of all scores is the headline accuracy: headline types alike, questions of a type alike."""
-    counts = asked.type.map(asked.type.value_counts())
-    weights = asked.type.map(HEADLINE).fillna(0).to_numpy(float)
-    total = sum(weight for kind, weight in HEADLINE.items() if kind in set(asked.type))
+    """Weights under which the sum of all scores is the headline accuracy: headline types alike, questions of a type alike.
+
+    Of benchmarks: tasks alike, questions of a task alike.
+    """
+    label, worth = (asked.task, dict.fromkeys(asked.task, 1)) if "task" in asked else (asked.type, HEADLINE)
+    counts = label.map(label.value_counts())
+    weights = label.map(worth).fillna(0).to_numpy(float)
+    total = sum(weight for kind, weight in worth.items() if kind in set(label))
     return weights / counts.to_numpy(float) / max(total, 1)
 
 
@@ -44,14 +49,9 @@ MEASURES: dict[str, tuple[str, Callable[[pd.DataFrame], np.ndarray]]] = {
 TESTED_AS = {"perplexity": "loss"}
 
 
-def on_text(records: pd.DataFrame) -> bool:
-    """Whether the runs read passages: then there is perplexity and no accuracy."""
-    return "text/perplexity" in json.loads(records.metrics.iloc[0])
-
-
-def measured(records: pd.DataFrame) -> list[str]:
-    """Those of `MEASURES` that the runs have."""
-    return ["loss"] if on_text(records) else list(MEASURES)
+def kind_of(records: pd.DataFrame) -> Kind:
+    """What the runs answered, all of them the same."""
+    return kind_of_metrics(json.loads(records.metrics.iloc[0]))
 
 
 def differences(records: pd.DataFrame, measure: str) -> Iterator[tuple[str, str, Float[np.ndarray, "seeds pictures"]]]:
@@ -73,7 +73,7 @@ def compare(records: pd.DataFrame) -> dict[tuple[str, str, str], Comparison]:
     found: dict[tuple[str, str, str], Comparison] = {}
     primary = records.attrs["primary"] or {"arm": None, "metric": ""}
     primary = {**primary, "metric": TESTED_AS.get(primary["metric"], primary["metric"])}
-    for measure in measured(records):
+    for measure in kind_of(records).measures:
         effects = {(point, arm): paired_difference(d) for point, arm, d in differences(records, measure)}
         for point in records.point.unique():
             arms = [arm for at, arm in effects if at == point]

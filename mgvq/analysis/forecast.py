@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mgvq.analysis.compare import differences, measured, on_text
+from mgvq.analysis.compare import differences, kind_of
 from mgvq.analysis.records import questions, read_records
 from mgvq.analysis.significance import Components, smallest_difference, variance_components
+from mgvq.studies.kinds import PICTURES, Kind
 from mgvq.studies.plan import PlannedRun, distinct
 from mgvq.studies.spec import Study
 
@@ -19,7 +20,7 @@ _ASSUMED = {  # as found between random arms on the small models, roughly
     "accuracy": Components(seed=0.01**2, sample=0.2**2, residual=0.17**2),
     "loss": Components(seed=0.004**2, sample=0.15**2, residual=0.1**2),
 }
-_ASSUMED_QUESTIONS = 4.0  # of a picture
+_ASSUMED_QUESTIONS, _ASSUMED_NUMBER = 4.0, 1000  # of a picture, and in all
 _UNITS = {"accuracy": (100, "points of accuracy", 1), "loss": (1, "nats a token", 3)}
 
 
@@ -48,15 +49,17 @@ def _seconds(folder: Path) -> float:
 def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
     """The smallest differences that the study finds four times in five, and where the spread that they rest on comes from.
 
-    That is the study's own record in the folder `records`, else the first of another study with a baseline, else an assumption.
+    That is the study's own record in the folder `records`, else the first of another study of its kind with a baseline, else,
+    for the small models' questions, an assumption.
     """
-    num_arms = len(study.arms) - 1
+    num_arms, kind = len(study.arms) - 1, runs[0].kind
     if not study.baselines or not num_arms:
         return "compares nothing: it has no baseline, or no other arm"
-    if runs[0].reads_text and not (records / f"{study.name}.parquet").is_file():
-        return "finds what its first runs will tell: no study of text has a record of the spread yet"
-    components, per_picture, source = _spread(study, records)
-    num_pictures = max(2, round((runs[0].num_samples or 1000) / per_picture))
+    spread = _spread(study, records, kind) if kind else None
+    if kind is None or spread is None:
+        return "finds what its first runs will tell: no study with its evaluation has a record of the spread yet"
+    components, per_picture, num_samples, source = spread
+    num_pictures = max(2, round((runs[0].num_samples or num_samples) / per_picture))
     found = []
     for measure in components:
         factor, unit, decimals = _UNITS[measure]
@@ -64,23 +67,23 @@ def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
             components[measure], num_seeds=study.least_seeds, num_samples=num_pictures, num_tests=num_arms
         )
         found.append(f"{smallest * factor:.{decimals}f} {unit}")
-    by = "topics" if runs[0].reads_text else "pictures"
-    design = f"{study.least_seeds} seeds x {num_pictures} {by}, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
+    design = f"{study.least_seeds} seeds x {num_pictures} {kind.clusters}, Holm over {num_arms} arm{'s' * (num_arms > 1)}"
     return f"finds differences of {' and '.join(found)} with 80 % power ({design}; spread {source})"
 
 
-def _spread(study: Study, folder: Path) -> tuple[dict[str, Components], float, str]:
-    """Components by measure, questions of a picture, and where from. Of the median arm, over all grid points."""
+def _spread(study: Study, folder: Path, kind: Kind) -> tuple[dict[str, Components], float, int, str] | None:
+    """Components by measure, questions of a picture, their number, and where from. Of the median arm, over all grid points."""
     own = folder / f"{study.name}.parquet"
     for path in [own, *sorted(p for p in folder.glob("*.parquet") if p != own)]:
         records = read_records(path) if path.is_file() else None
-        if records is None or records.attrs.get("baseline") is None or (path != own and on_text(records)):
+        if records is None or records.attrs.get("baseline") is None or kind_of(records) is not kind:
             continue
-        random = {m: [variance_components(d) for _, _, d in differences(records, m) if len(d) > 1] for m in measured(records)}
+        random = {m: [variance_components(d) for _, _, d in differences(records, m) if len(d) > 1] for m in kind.measures}
         if all(random.values()):
             asked = questions(records)
-            return {m: _median(c) for m, c in random.items()}, len(asked) / asked.picture.nunique(), f"of {path.stem}"
-    return _ASSUMED, _ASSUMED_QUESTIONS, "assumed"
+            components = {m: _median(found) for m, found in random.items()}
+            return components, len(asked) / asked.picture.nunique(), len(asked), f"of {path.stem}"
+    return (_ASSUMED, _ASSUMED_QUESTIONS, _ASSUMED_NUMBER, "assumed") if kind is PICTURES else None
 
 
 def _median(components: Sequence[Components]) -> Components:

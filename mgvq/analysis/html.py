@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mgvq.analysis.compare import on_text
+from mgvq.analysis.compare import kind_of
 from mgvq.analysis.examples import RULE, examples
 from mgvq.analysis.records import against, questions
 from mgvq.analysis.render import note, printable
@@ -17,6 +17,7 @@ from mgvq.analysis.report import FIGURES, figure_path
 from mgvq.analysis.table import Row, rows
 from mgvq.analysis.verdict import place, verdict
 from mgvq.data.tiny_vqa.questions import HEADLINE
+from mgvq.studies.kinds import PICTURES
 from mgvq.studies.spec import Study
 
 _BY_TYPE = "tiny_vqa/accuracy/"
@@ -74,9 +75,9 @@ def _svg(file: Path) -> str:
 def _by_type(records: pd.DataFrame) -> list[dict[str, Any]]:
     """A table a grid point: arms by question types, accuracy in percent, the mean over runs. Types of the headline first.
 
-    None where text was read.
+    None where the questions were others: a benchmark's table has its tasks, text no types.
     """
-    if on_text(records):
+    if kind_of(records) is not PICTURES:
         return []
     asked = questions(records).type.value_counts()
     types = [kind for kind in HEADLINE if kind in asked] + sorted(set(asked.index) - set(HEADLINE))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
+from mgvq.studies.kinds import kind_of_metrics
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
@@ -20,10 +21,11 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
 
     `point`, `metrics` and `identity` are JSON text. Where a run is of a stress variant, or of a model whose revision may move,
     the points say so as their `model`, and so do all tables. `seeds` are all that the run stands for, `overrides` the command's
-    words at the first of them; `scores` and rounded `losses` are lists with an entry a question; `samples` is a digest of the
-    questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's `baseline` (the first of
-    its `baselines`), `primary`, `spread` and `trainings`, and what `questions` reads. Raises UserError where a run is not done,
-    or where runs answered different questions: their numbers do not belong into one table.
+    words at the first of them; `scores` and rounded `losses` (none of benchmarks) are lists with an entry a question; `samples`
+    is a digest of the questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's
+    `baseline` (the first of its `baselines`), `primary`, `spread` and `trainings`, and what `questions` reads. Raises UserError
+    where a run is not done, where an evaluation is none that tables know, or where runs answered different questions: their
+    numbers do not belong into one table.
     """
     cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
     for run in runs:
@@ -60,6 +62,10 @@ def against(records: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
     run = cell[0]
     metrics, samples = run.folder.metrics(), _samples(run)
+    try:
+        kind_of_metrics(metrics)
+    except UserError as error:
+        raise UserError(f"arm {run.arm}: {error} They are in {run.folder.path}/metrics.json.") from error
     return {
         "run": run.folder.path.name,
         "arm": run.arm,
@@ -70,32 +76,34 @@ def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
         "samples": hashlib.sha256("".join(samples.sample_hash).encode()).hexdigest()[:16],
         "metrics": json.dumps(metrics),
         "identity": (run.folder.path / "identity.json").read_text(),
-        "scores": (samples.score > 0).to_list(),
-        "losses": samples.loss.round(3).astype("float32").to_list(),
+        **_answers(samples),
     }
 
 
-def _samples(run: PlannedRun) -> pd.DataFrame:
-    samples = pd.read_parquet(run.folder.path / "samples.parquet")
+def _answers(samples: pd.DataFrame) -> dict[str, list[bool] | list[float]]:
+    """Of benchmarks the scores alone, some of them between 0 and 1; else whether each answer is right, and its loss."""
     if "loss" not in samples:
-        raise UserError(
-            f"arm {run.arm}: tables compare accuracy and answer loss, and this evaluation ({run.cfg.evaluation._target_}) has no "
-            f"loss. Its figures are in {run.folder.path}/metrics.json, its questions in samples.parquet."
-        )
-    return samples
+        return {"scores": samples.score.astype("float32").to_list()}
+    return {"scores": (samples.score > 0).to_list(), "losses": samples.loss.round(3).astype("float32").to_list()}
+
+
+def _samples(run: PlannedRun) -> pd.DataFrame:
+    return pd.read_parquet(run.folder.path / "samples.parquet")
 
 
 def _describe(samples: pd.DataFrame) -> dict[str, str]:
-    """A word a question: its type, the tokens of its answer, its picture (a sample id without its last part)."""
+    """A word a question: its type and the tokens of its answer, or its task where there is no loss; and its picture (a sample
+    id without its last part)."""
     pictures, _ = pd.factorize(samples.sample_id.str.rpartition("-")[0])
-    columns = {"type": samples.type, "num_tokens": samples.num_tokens, "picture": pictures}
+    known = {"type": samples.type, "num_tokens": samples.num_tokens} if "loss" in samples else {"task": samples.task}
+    columns = {**known, "picture": pictures}
     return {name: " ".join(map(str, column)) for name, column in columns.items()}
 
 
 def questions(records: pd.DataFrame) -> pd.DataFrame:
-    """One row a question: `type`, `num_tokens` of the right answer, and the number of its `picture`."""
+    """One row a question: `type` and `num_tokens` of the right answer, or its `task`; and the number of its `picture`."""
     columns = {name: words.split() for name, words in records.attrs["questions"].items()}
-    return pd.DataFrame(columns).astype({"num_tokens": int, "picture": int})
+    return pd.DataFrame(columns).astype({name: int for name in ("num_tokens", "picture") if name in columns})
 
 
 def write_records(records: pd.DataFrame, path: Path) -> None:

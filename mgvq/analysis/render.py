@@ -9,11 +9,13 @@ from collections.abc import Sequence
 import pandas as pd
 from tabulate import tabulate
 
-from mgvq.analysis.compare import Comparison, on_text
+from mgvq.analysis.compare import Comparison, kind_of
 from mgvq.analysis.records import questions
 from mgvq.analysis.table import Row, columns_of, rows, shown_p
+from mgvq.studies.kinds import BENCHMARKS, TEXT
 
 GAP = "loss gap closed %"
+_UNITS = {"accuracy": "accuracy in points", "loss": "loss in nats a token"}
 
 
 def markdown(records: pd.DataFrame) -> str:
@@ -50,7 +52,8 @@ def plain(records: pd.DataFrame) -> str:
             line |= {name: row.mean(name), f"{name} sd": row.sd(name)}
             if column.measure and records.attrs.get("baseline") is not None:
                 line |= _plain_comparison(name, column.factor, row.comparisons.get(name))
-        line |= {GAP: row.gap_closed, "runs": len(row.runs), "flags": row.flags}
+        gap = {GAP: row.gap_closed} if "loss" in row.values else {}
+        line |= {**gap, "runs": len(row.runs), "flags": row.flags}
         lines.append(line | {"run ids": " ".join(row.runs), "commands": "; ".join(row.commands)})
     text = io.StringIO()
     writer = csv.DictWriter(text, lines[0], lineterminator="\n")
@@ -132,12 +135,17 @@ def _bold(cells: Sequence[str], table: Sequence[Row], values: Sequence[float], b
 
 def note(records: pd.DataFrame) -> str:
     """What the numbers of the table are, and how arms are compared."""
-    table = rows(records)
-    samples, clusters = ("passages", "topics") if on_text(records) else ("questions", "pictures")
+    table, kind = rows(records), kind_of(records)
     text = (
-        f"{records.num_samples.iloc[0]:,} test {samples}, the same for every run. "
+        f"{records.num_samples.iloc[0]:,} test {kind.samples}, the same for every run. "
         "Mean +- standard deviation over runs; a method in which nothing is random has one run."
     )
+    if kind is BENCHMARKS:
+        text += (
+            " Accuracy: the mean over the tasks, then of each as it reads and scores an answer, nothing for one that names no "
+            "option. Corrected: a wrong choice of k costs 1/(k - 1), so that blind choices come to 0. Unparsed: answers that "
+            "name no option."
+        )
     if constant := [f"{key} {value}" for key, value in table[0].point.items() if _is_constant(table, key)]:
         text += f" All rows: {', '.join(constant)}."
     if (baseline := records.attrs.get("baseline")) is None:
@@ -146,8 +154,8 @@ def note(records: pd.DataFrame) -> str:
     num_seeds, most = min(by_point), max(by_point)
     pictures = questions(records).picture.nunique()
     many = f"{num_seeds}" if most == num_seeds else f"{num_seeds} to {most}"
-    design = f"{many} seed{'s' * (most > 1)} x {pictures:,} {clusters}"
-    units = "loss in nats a token" if on_text(records) else "accuracy in points, loss in nats a token"
+    design = f"{many} seed{'s' * (most > 1)} x {pictures:,} {kind.clusters}"
+    units = ", ".join(_UNITS[measure] for measure in kind.measures)
     text += (
         f"\n\nvs baseline: difference to {baseline}, {units}, with its 95 % interval. p: of a "
         f"two-way random-effects t test over {design}, after Holm over the arms of a grid point. (planned): the primary "
@@ -155,7 +163,7 @@ def note(records: pd.DataFrame) -> str:
     )
     if num_seeds > 1:
         text += f" By the signs of the seeds' differences alone no p below {2 / 2**num_seeds:.2g} could be reached."
-    if on_text(records):
+    if kind is TEXT:
         text += " Perplexity is the exponential of the loss: the test of the one is that of the other."
     text += " Bold: the best of its grid point, full precision apart."
     if _has_gap(table):

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mgvq.analysis.compare import MEASURES, measured
+from mgvq.analysis.compare import MEASURES, kind_of
 from mgvq.analysis.records import questions, values_by_seed
 from mgvq.analysis.significance import reweighted, variance_components
 from mgvq.analysis.table import columns_of
@@ -38,7 +38,7 @@ def spreads(records: pd.DataFrame) -> dict[tuple[str, str, str], Spread]:
     asked = questions(records)
     pictures = asked.picture.to_numpy()
     found = {}
-    for measure in measured(records):
+    for measure in kind_of(records).measures:
         column, weigh = MEASURES[measure]
         for point, arm in dict.fromkeys(zip(records.point, records["arm"], strict=True)):
             rows = records.loc[(records.point == point) & (records["arm"] == arm)]

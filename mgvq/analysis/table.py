@@ -1,15 +1,16 @@
 """The numbers of a study's table: a row an arm and grid point, with the comparison to the baseline."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.compare import Comparison, compare, on_text
+from mgvq.analysis.compare import Comparison, compare, kind_of
 from mgvq.model.source import FLAG
+from mgvq.studies.kinds import BENCHMARKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,8 @@ class Column:
 COLUMNS = {
     "accuracy %": Column(metric="tiny_vqa/accuracy", factor=100, decimals=1, better="max", measure="accuracy"),
     "perplexity": Column(metric="text/perplexity", factor=1, decimals=2, better="min"),
+    "corrected %": Column(metric="suite/corrected", factor=100, decimals=1),
+    "unparsed %": Column(metric="suite/unparsed", factor=100, decimals=1),
     "loss": Column(metric="loss/answer", factor=1, decimals=3, better="min", measure="loss"),
     "KL": Column(metric="kl/full_precision", factor=1, decimals=3, better="min"),
     "bits, layers": Column(metric="bits/quantized_layers", factor=1, decimals=3),
@@ -65,9 +68,19 @@ class Row:
 
 
 def columns_of(records: pd.DataFrame) -> dict[str, Column]:
-    """Without accuracy where text was read, without perplexity elsewhere."""
-    absent = "accuracy %" if on_text(records) else "perplexity"
-    return {name: column for name, column in COLUMNS.items() if name != absent}
+    """Those of `COLUMNS` that the runs have measured; of benchmarks also every task's accuracy."""
+    kind, metrics = kind_of(records), json.loads(records.metrics.iloc[0])
+    columns = dict(COLUMNS)
+    if kind is BENCHMARKS:
+        accuracy = columns.pop("accuracy %")
+        tasks = {f"{task} %": replace(accuracy, metric=f"{task}/accuracy", measure=None) for task in tasks_of(metrics)}
+        columns = {"accuracy %": replace(accuracy, metric=kind.headline), **tasks, **columns}
+    return {name: column for name, column in columns.items() if column.metric in metrics}
+
+
+def tasks_of(metrics: Mapping[str, Any]) -> list[str]:
+    """The benchmarks that a run answered, in its order."""
+    return [name.removesuffix("/raw") for name in metrics if name.endswith("/raw")]
 
 
 def rows(records: pd.DataFrame) -> list[Row]:
@@ -77,7 +90,7 @@ def rows(records: pd.DataFrame) -> list[Row]:
     table: list[Row] = []
     for point, at_point in records.groupby("point", sort=False):
         metrics = {str(arm): [json.loads(text) for text in part.metrics] for arm, part in at_point.groupby("arm", sort=False)}
-        gaps = _gaps_closed(metrics, baseline)
+        gaps = _gaps_closed(metrics, baseline) if "loss" in columns else {}
         for arm, found in metrics.items():
             mine = at_point[at_point["arm"] == arm]
             compared = {name: comparisons.get((str(c.measure), str(point), arm)) for name, c in columns.items()}

@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from mgvq.analysis.compare import MEASURES, measured
+from mgvq.analysis.compare import MEASURES, kind_of
 from mgvq.analysis.records import questions, values_by_seed
 from mgvq.analysis.table import Column, columns_of, is_full_precision, shown_p
 
@@ -72,7 +72,7 @@ def splits(records: pd.DataFrame) -> Iterator[tuple[str, str, str, Split]]:
     full = next(
         (str(arm) for arm, part in records.groupby("arm") if is_full_precision(list(map(json.loads, part.metrics)))), None
     )
-    for measure in measured(records):
+    for measure in kind_of(records).measures:
         found = _values(records, measure)
         for other in dict.fromkeys(("", full, records.attrs.get("baseline"))):
             if other is None:

@@ -88,12 +88,12 @@ def _has_gap(row: Row) -> bool:
 
 
 def _corrected(part: Sequence[Row], baseline: str) -> str:
-    column = "loss"
+    column = "loss" if "loss" in part[0].values else "accuracy %"
     found = {row.arm: row.comparisons[column] for row in part if column in row.comparisons and not row.full_precision}
-    better = [arm for arm, c in found.items() if c.p < ALPHA and c.effect.mean < 0]
-    worse = [arm for arm, c in found.items() if c.p < ALPHA and c.effect.mean > 0]
-    best = min(better, key=lambda arm: found[arm].effect.mean, default=None)
-    text = f"{place(part[0])}: by answer loss {len(better)} of {len(found)} arms are better than {baseline}, {len(worse)} worse"
+    better, worse = ([arm for arm, c in found.items() if c.p < ALPHA and _gains(c, column) is gains] for gains in (True, False))
+    best = max(better, key=lambda arm: abs(found[arm].effect.mean), default=None)
+    name, _ = _WORDS[str(COLUMNS[column].measure)]
+    text = f"{place(part[0])}: by {name} {len(better)} of {len(found)} arms are better than {baseline}, {len(worse)} worse"
     return f"{text}; the best is {best}: {difference(found[best], column, clusters(part[0]))}." if best else f"{text}."
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
@@ -88,8 +89,8 @@ class Suite:
             samples = pd.DataFrame(_judged(name, task, answers))
             found |= {f"{name}/raw": results[task.benchmark.metric] / task.benchmark.full, **metrics(name, samples)}
             frames.append(samples)
-        average = sum(found[f"{name}/accuracy"] for name in self.tasks) / len(self.tasks)
-        return EvalResult({"suite/accuracy": average, **found}, pd.concat(frames, ignore_index=True))
+        everything = pd.concat(frames, ignore_index=True)
+        return EvalResult({**averages(everything), **found}, everything)
 
     def _load(self, name: str) -> "BenchmarkTask":
         from mgvq.evaluation.harness import raise_at_once
@@ -165,6 +166,13 @@ def metrics(name: str, samples: pd.DataFrame) -> dict[str, float]:
         f"{name}/unparsed": float(1 - samples.parsed.mean()),
         **(guessing if samples.chance.any() else {}),
     }
+
+
+def averages(samples: pd.DataFrame) -> dict[str, float]:
+    """Of all tasks, each counting alike: accuracy, `corrected` (where there is nothing to choose from, the score), `unparsed`."""
+    by_task = samples.groupby("task")[["score", "corrected", "parsed"]].mean()
+    score, corrected, parsed = map(float, np.asarray(by_task).mean(0))
+    return {"suite/accuracy": score, "suite/corrected": corrected, "suite/unparsed": 1 - parsed}
 
 
 def _digest(value: Any) -> str:

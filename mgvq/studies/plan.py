@@ -11,10 +11,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
-from mgvq.runs.build import TEXT_ONLY, build, check
+from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
+from mgvq.studies.kinds import Kind, kind_of_config
 from mgvq.studies.spec import Study
 
 
@@ -35,9 +36,9 @@ class PlannedRun:
         return self.cfg.evaluation.get("num_questions", self.cfg.evaluation.get("num_passages"))
 
     @property
-    def reads_text(self) -> bool:
-        """Whether the evaluation shows no pictures, so that there is perplexity in place of accuracy."""
-        return self.cfg.evaluation.get("_target_") in TEXT_ONLY
+    def kind(self) -> Kind | None:
+        """What the evaluation asks; None where no table knows it."""
+        return kind_of_config(self.cfg.evaluation)
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
@@ -51,10 +52,14 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
 
 
 def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
-    """Pictures have no perplexity, text no accuracy."""
-    metric = study.primary["metric"] if study.primary else None
-    if metric is not None and metric in {"accuracy" if run.reads_text else "perplexity" for run in runs}:
-        raise UserError(f"study {study.name}: primary.metric={metric} is nothing that its evaluation measures; loss is.")
+    """Pictures have no perplexity, text no accuracy, benchmarks no loss."""
+    if study.primary is None:
+        return
+    metric = study.primary["metric"]
+    for kind in filter(None, {run.kind for run in runs}):
+        if metric not in kind.planned:
+            can = " or ".join(kind.planned)
+            raise UserError(f"study {study.name}: primary.metric={metric} is nothing that its evaluation measures; {can} is.")
 
 
 def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:

@@ -95,6 +95,7 @@ class Wandb:
             mirror.log({f"table/{key}": wandb.Table(dataframe=table, allow_mixed_types=True) for key, table in tables.items()})
             mirror.log_artifact(wandb.Artifact(f"ledger-{name}", "checkpoint-ledger", metadata=_figures(ledger, metrics)))
             mirror.summary.update(metrics)
+        wandb.teardown()  # the file is closed in a process of W&B's, after the run has been left: waits for that
         return Path(mirror.settings.sync_dir)
 
     def _obstacle(self) -> str | None:

@@ -271,16 +271,16 @@ def test_runs_and_studies_fail_before_any_work(tmp_path: Path) -> None:
         build_components(expand(read_study(study)))
 
 
-def test_a_study_without_losses_has_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_whose_evaluation_no_table_knows_has_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGVQ_RESULTS", str(tmp_path))
     study = tmp_path / "study.yaml"
     study.write_text("name: s\nquestion: q\ncommon: [evaluation=suite]\nseeds: [0]\ngrid: {}\narms: {rtn: [method=rtn]}\n")
     (run,) = expand(read_study(study))
     run.folder.path.mkdir(parents=True)
     for name in ("metrics.json", "DONE"):
-        (run.folder.path / name).write_text("{}")
+        (run.folder.path / name).write_text('{"mine/score": 1.0}')
     pd.DataFrame({"task": ["mmstar"], "score": [1.0], "sample_hash": ["a"]}).to_parquet(run.folder.path / "samples.parquet")
-    with pytest.raises(UserError, match=r"Suite\) has no loss"):
+    with pytest.raises(UserError, match=r"arm rtn: .*here there are mine/score"):
         collect(read_study(study), [run])
 
 
@@ -299,10 +299,12 @@ def test_a_question_may_show_several_pictures(loaded) -> None:
         assert answer == loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_all_eight_on_a_quantised_model(copies: Path, tmp_path: Path) -> None:
-    settings = ["model=tiny_llava_onevision", "method=rtn", "evaluation=suite", f"evaluation.data={copies}"]
-    done = run_command("mgvq.cli.run", *settings, "evaluation.limit=3", results=tmp_path)
-    folder = Path(done.stdout.splitlines()[-1])
+def test_a_study_of_all_eight_on_a_quantised_model(copies: Path, tmp_path: Path) -> None:
+    settings = ["model=tiny_llava_onevision", "method=rtn", "evaluation=suite", f"evaluation.data={copies}", "evaluation.limit=3"]
+    study = tmp_path / "study.yaml"
+    study.write_text(json.dumps({"name": "s", "question": "q", "common": settings, "arms": {"rtn": []}, "seeds": [0]}))
+    done = run_command("mgvq.cli.study", str(study), results=tmp_path)
+    (folder,) = (file.parent for file in tmp_path.glob("runs/*/metrics.json"))
     metrics, samples = json.loads((folder / "metrics.json").read_text()), pd.read_parquet(folder / "samples.parquet")
     assert metrics["flags"] == []
     assert samples.task.value_counts().to_dict() == {task: 6 if "mmbench" in task else 3 for task in TASKS}
@@ -310,5 +312,5 @@ def test_all_eight_on_a_quantised_model(copies: Path, tmp_path: Path) -> None:
         asked = samples[samples.task == task]
         assert metrics[f"{task}/accuracy"] == pytest.approx(asked.score.mean())
         assert metrics[f"{task}/unparsed"] == pytest.approx(1 - asked.parsed.mean())
-        assert f"{task}/accuracy" in done.stdout
+        assert f"| {task} %" in done.stdout
     assert samples.prediction.nunique() > 3

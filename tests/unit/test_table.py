@@ -21,6 +21,7 @@ from mgvq.analysis.significance import holm
 from mgvq.analysis.table import rows
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
+from mgvq.studies.kinds import PICTURES
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
@@ -76,7 +77,7 @@ def plan(results: Path, study: Study = STUDY, done: bool = True) -> list[Planned
                 if done and not folder.exists():
                     finish(folder, arm, number, point["model"])
                 overrides = (f"model={point['model']}", f"arm={arm}", "list=[1, 2]", f"seed={seed}")
-                cfg = OmegaConf.create({"evaluation": {"num_questions": 4 * NUM_PICTURES}})
+                cfg = OmegaConf.create({"evaluation": {"_target_": PICTURES.evaluation, "num_questions": 4 * NUM_PICTURES}})
                 runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return runs
 

@@ -22,6 +22,7 @@ from mgvq.analysis.table import rows
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
+from mgvq.studies.kinds import TEXT
 from mgvq.studies.plan import PlannedRun, expand
 from mgvq.studies.spec import Study
 
@@ -72,7 +73,7 @@ def finish(folder: Path, arm: str, seed: int, bits: float) -> None:
 
 def plan(results: Path) -> list[PlannedRun]:
     runs = []
-    evaluation = {"_target_": "mgvq.evaluation.perplexity.Perplexity", "num_passages": 4 * len(TOPICS)}
+    evaluation = {"_target_": TEXT.evaluation, "num_passages": 4 * len(TOPICS)}
     for point in STUDY.points():
         for arm in STUDY.arms_at(point):
             for seed in STUDY.seeds:
@@ -140,7 +141,7 @@ def test_the_report_is_made_of_what_there_is(records: pd.DataFrame, results: Pat
 
 def test_what_it_can_find_comes_from_its_own_record(records: pd.DataFrame, results: Path) -> None:
     runs = plan(results)
-    assert "no study of text has a record" in detectable(STUDY, runs, results / "records")
+    assert "no study with its evaluation has a record" in detectable(STUDY, runs, results / "records")
     write_records(records, results / "records" / "made_up_text.parquet")
     told = detectable(STUDY, runs, results / "records")
     assert told.startswith("finds differences of 0.")

@@ -1,0 +1,176 @@
+"""Studies of public benchmarks: a column a task, compared by the accuracy in which every task counts alike."""
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from omegaconf import OmegaConf
+
+from mgvq.analysis.compare import compare
+from mgvq.analysis.forecast import detectable
+from mgvq.analysis.html import write_html
+from mgvq.analysis.layers import collect_layers
+from mgvq.analysis.records import collect, questions, read_records, write_records
+from mgvq.analysis.render import markdown, plain, printable
+from mgvq.analysis.report import write_figures
+from mgvq.analysis.significance import paired_difference
+from mgvq.analysis.table import rows
+from mgvq.analysis.verdict import verdict
+from mgvq.errors import UserError
+from mgvq.evaluation.suite import averages, metrics
+from mgvq.runs.store import RunFolder
+from mgvq.studies.kinds import BENCHMARKS, KINDS, Kind
+from mgvq.studies.plan import PlannedRun, expand
+from mgvq.studies.spec import Study, read_study
+
+SKILL = {"full": 0.9, "base": 0.3, "better": 0.8}
+PAPER = ROOT / "experiments" / "e14_paper_table2" / "study.yaml"
+STUDY = Study(
+    name="made_up_benchmarks",
+    question="which answers best?",
+    arms={arm: [f"arm={arm}"] for arm in SKILL},
+    seeds=[0, 1, 2],
+    grid={"model": ["one"]},
+    baseline="base",
+    primary={"arm": "better", "metric": "accuracy"},
+)
+
+
+def answers(arm: str, seed: int) -> pd.DataFrame:
+    """80 choices of four about 40 pictures, some unreadable, and 20 questions of ten people's words, which give thirds."""
+    rng = np.random.default_rng([seed, *map(ord, arm)])
+    choices = pd.DataFrame({"task": "mmstar", "sample_id": [f"mmstar-{n // 2}-{n % 2}" for n in range(80)], "chance": 0.25})
+    choices["parsed"] = rng.random(80) < 0.9
+    choices["score"] = (choices.parsed & (rng.random(80) < SKILL[arm])).astype(float)
+    choices["corrected"] = choices.score - (choices.parsed & (choices.score == 0)) / 3
+    words = pd.DataFrame({"task": "vizwiz_vqa_val", "sample_id": [f"vizwiz_vqa_val-{n}-0" for n in range(20)], "chance": 0.0})
+    words["parsed"], words["score"] = True, np.minimum(1, rng.binomial(4, SKILL[arm], 20) / 3)
+    words["corrected"] = words.score
+    return pd.concat([choices, words], ignore_index=True).assign(type="any", sample_hash=lambda frame: frame.sample_id)
+
+
+def finish(folder: Path, arm: str, seed: int) -> None:
+    samples = answers(arm, seed)
+    found = averages(samples)
+    for task, part in samples.groupby("task"):
+        found |= {f"{task}/raw": 0.5, **metrics(str(task), part)}
+    found |= {"bits/quantized_layers": 2.0, "bits/model": 3.0, "time/quantize_s": 20.0, "time/evaluate_s": 30.0}
+    folder.mkdir(parents=True)
+    samples.to_parquet(folder / "samples.parquet")
+    (folder / "metrics.json").write_text(
+        json.dumps({**found, "rate": "full_precision" if arm == "full" else "2x16", "flags": []})
+    )
+    (folder / "identity.json").write_text("{}")
+    (folder / "DONE").touch()
+
+
+def plan(results: Path) -> list[PlannedRun]:
+    cfg = OmegaConf.create({"evaluation": {"_target_": BENCHMARKS.evaluation}})
+    runs = []
+    for arm in STUDY.arms:
+        for seed in STUDY.seeds:
+            folder = results / "runs" / f"{arm}-{seed}"
+            if not folder.exists():
+                finish(folder, arm, seed)
+            runs.append(PlannedRun(arm, {"model": "one"}, seed, (f"arm={arm}",), RunFolder(folder), cfg))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def records(results: Path) -> pd.DataFrame:
+    """As the file keeps them."""
+    path = results / "records" / "another.parquet"
+    write_records(collect(STUDY, plan(results)), path)
+    return read_records(path)
+
+
+def test_every_task_has_a_column_and_their_mean_is_the_first(records: pd.DataFrame) -> None:
+    header, *lines = printable(records)
+    assert header[:8] == [
+        "arm", "accuracy %", "vs baseline", "p", "mmstar %", "vizwiz_vqa_val %", "corrected %", "unparsed %"
+    ]  # fmt: skip
+    assert not {"loss", "KL", "perplexity"} & set(header)
+    for row, line in zip(rows(records), lines, strict=True):
+        asked = pd.concat([answers(row.arm, seed) for seed in STUDY.seeds])
+        task = {name: 100 * part.score.mean() for name, part in asked.groupby("task")}
+        assert row.mean("mmstar %") == pytest.approx(task["mmstar"])
+        assert row.mean("vizwiz_vqa_val %") == pytest.approx(task["vizwiz_vqa_val"])
+        assert row.mean("accuracy %") == pytest.approx((task["mmstar"] + task["vizwiz_vqa_val"]) / 2)
+        assert row.mean("unparsed %") == pytest.approx(50 * (1 - asked.parsed[asked.task == "mmstar"].mean()))
+        assert line[1].strip("*").startswith(f"{row.mean('accuracy %'):.1f} +- ")
+        assert row.gap_closed is None
+    assert [line[0] for line in lines if line[1].startswith("**")] == ["better"]
+    assert "a wrong choice of k costs 1/(k - 1)" in markdown(records)
+    assert "loss" not in plain(records)
+
+
+def test_arms_are_compared_by_the_mean_over_tasks_on_shared_pictures(records: pd.DataFrame) -> None:
+    """Against a table of differences made by hand: a picture's part of either task's mean."""
+    found = compare(records)
+    assert {(measure, arm) for measure, _, arm in found} == {("accuracy", "full"), ("accuracy", "better")}
+    table = []
+    for seed in STUDY.seeds:
+        better, base = answers("better", seed), answers("base", seed)
+        pairs = (better.score - base.score)[:80].to_numpy().reshape(40, 2).sum(1) / 80 / 2
+        single = (better.score - base.score)[80:].to_numpy() / 20 / 2
+        table.append(60 * np.concatenate([pairs, single]))
+    expected = paired_difference(np.array(table))
+    (comparison,) = [c for (_, _, arm), c in found.items() if arm == "better"]
+    assert comparison.planned
+    for name in ("mean", "low", "high", "p"):
+        assert getattr(comparison.effect, name) == pytest.approx(getattr(expected, name), rel=1e-5)
+    assert comparison.effect.num_samples == questions(records).picture.nunique() == 60
+
+
+def test_the_report_is_made_of_accuracy(records: pd.DataFrame, results: Path) -> None:
+    summary, sentence = verdict(records)
+    assert summary == "The planned comparison, better against base by accuracy: better than base on 1 of 1 grid points."
+    assert "3 seeds x 60 pictures" in sentence
+    written = write_figures(STUDY.name, records, collect_layers(plan(results)), results)
+    assert [path.name for path in written] == ["made_up_benchmarks_arms.svg"]
+    assert "Accuracy by type" not in write_html(STUDY, records, results).read_text()
+    unplanned = records.copy()
+    unplanned.attrs = {**records.attrs, "primary": None}
+    assert "by accuracy 1 of 1 arms are better than base, 0 worse; the best is better: accuracy +" in verdict(unplanned)[1]
+
+
+def test_what_it_can_find_comes_from_a_study_of_benchmarks(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
+    write_records(read_records(ROOT / "results" / "records" / "e01_main.parquet"), tmp_path / "e01_main.parquet")
+    assert "no study with its evaluation has a record" in detectable(STUDY, plan(results), tmp_path)
+    told = detectable(STUDY, plan(results), results / "records")
+    assert "points of accuracy with 80 % power (3 seeds x 60 pictures, Holm over 2 arms; spread of another)" in told
+
+
+def test_the_papers_table_is_planned_from_the_folders_that_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = read_study(PAPER)
+    small = replace(study, grid={"model": ["tiny_llava_onevision"]})
+    with pytest.raises(UserError, match="MGVQ_BENCHMARKS"):
+        expand(small)
+    data = ROOT / "tests" / "data" / "calibration"
+    for name, path in (("BENCHMARKS", "anywhere"), ("SHAREGPT4V", data / "sharegpt4v.json"), ("COCO", data)):
+        monkeypatch.setenv(f"MGVQ_{name}", str(path))
+    with pytest.raises(UserError, match="hf download llava-hf/llava-onevision-qwen2-7b-ov-hf"):
+        expand(study)
+    runs = expand(small)
+    assert {run.arm for run in runs} == set(study.arms)
+    assert {tuple(run.cfg.evaluation.tasks) for run in runs} == {
+        ("mmmu_val", "seedbench", "ocrbench", "vizwiz_vqa_val", "scienceqa_img", "textvqa_val")
+    }
+    with pytest.raises(UserError, match=r"primary\.metric=loss is nothing that its evaluation measures; accuracy is"):
+        expand(replace(small, primary={"arm": "mgvq", "metric": "loss"}))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.headline)
+def test_evaluations_are_told_by_their_class(kind: Kind) -> None:
+    module, _, name = kind.evaluation.rpartition(".")
+    assert isinstance(getattr(importlib.import_module(module), name), type)
