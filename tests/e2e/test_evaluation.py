@@ -2,9 +2,11 @@
 
 import copy
 import socket
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.evaluation.documents import documents
@@ -16,6 +18,9 @@ from mgvq.model.answers import answer_logits
 from mgvq.model.encode import Example, batches, encode
 from mgvq.model.generate import generate
 from mgvq.model.pack import can_pack, packed_batches
+
+sys.path.append(str(ROOT / "experiments" / "three_ways"))
+from ask import Agreement, ask
 
 
 def examples(count: int, seed: int = 0) -> list[Example]:
@@ -30,6 +35,11 @@ def test_teacher_forced_exact_match_is_greedy_exact_match(loaded) -> None:
     assert generated.samples.score.tolist() == forced.samples.score.tolist()
     assert generated.metrics["tiny_vqa/accuracy"] == forced.metrics["tiny_vqa/accuracy"]
     assert generated.metrics["kl/full_precision"] == 0
+
+
+def test_a_question_gets_one_answer_however_it_is_asked(loaded) -> None:
+    """The first of the 300 of `python experiments/three_ways/ask.py`."""
+    assert ask(loaded, 26) == Agreement(26, 26, 26)
 
 
 def test_an_evaluation_asks_nobody(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
