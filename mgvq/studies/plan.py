@@ -71,18 +71,18 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _plan(study: Study, more: Sequence[str], arm: str, point: dict[str, Any]) -> list[PlannedRun]:
-    """A cell at all its seeds: composed once, which takes longer than all the rest."""
+    """A cell at all its seeds: composed and checked once, which takes longer than all the rest."""
     overrides = [*more, *study.overrides(arm, point)]
     planned = []
     try:
         cfg = compose("config", overrides)
+        check(cfg)
         for seed in study.seeds_at(point):
             own, words = cfg.copy(), [*overrides, f"seed={seed}"]
             own.seed = seed
             if "group" in (own.tracker or ()):  # it shows runs by study, arm and seed
                 own.tracker.group, own.tracker.name = study.name, f"{arm}, seed {seed}"
                 words += [f"tracker.group={_quoted(study.name)}", f"tracker.name={_quoted(own.tracker.name)}"]
-            check(own)
             folder = RunFolder(Path(own.paths.results) / "runs" / run_id(own))
             planned.append(PlannedRun(arm, point, seed, tuple(words), folder, own))
     except (HydraException, UserError) as error:

@@ -53,6 +53,9 @@ class Study:
         for name, value in lists.items():
             if not isinstance(value, list):
                 raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
+        own = self.seeds.values() if isinstance(self.seeds, dict) else [self.seeds]
+        if bad := [seed for seeds in own for seed in seeds if not (type(seed) is int and seed >= 0)]:
+            raise UserError(f"study {self.name}: seeds must be whole numbers >= 0, got {bad[0]!r}.")
         for baseline in self.baselines:
             if baseline not in self.arms:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")

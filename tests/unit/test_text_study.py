@@ -156,6 +156,7 @@ def test_what_it_can_find_comes_from_its_own_record(records: pd.DataFrame, resul
         ({"only": {"late": {"budget.bits_per_weight": [4.0]}}}, r"\[4\.0\] are no values"),
         ({"only": {"late": {"scope": ["all"]}}}, "are no values"),
         ({"only": {"late": {"budget.bits_per_weight": []}}}, "are no values"),
+        ({"seeds": [0, -1]}, "seeds must be whole numbers >= 0, got -1"),
         ({"primary": {"arm": "late", "metric": "bits"}}, "primary.metric must be one of accuracy, loss, perplexity"),
     ],
 )
