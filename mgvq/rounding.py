@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
+from mgvq.progress import progress
 from mgvq.protocols import CodedPiece, Compensation, FittedPiece, QuantizedWeight, Refit
 from mgvq.types import Metric, Rate, Site
 from mgvq.units import Fits, Unit
@@ -62,7 +63,7 @@ class Layers:
         `part` (the compensation's codes) and `refit`. Empty where there is no metric.
         """
         rounded = Rounded()
-        for together in _sharing(fits.units, sites):
+        for together in progress(list(_sharing(fits.units, sites)), "layers"):
             coded, errors = self._round(fits, rates, together, flags, part)
             for site, own in coded.items():
                 rounded.decoded[site] = own.decode(fits.weights[site])

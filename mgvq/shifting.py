@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mgvq.drift import AnyBatch, Drift, by_block
 from mgvq.errors import UserError
 from mgvq.model.sites import linear
+from mgvq.progress import progress
 from mgvq.protocols import Shift
 from mgvq.rounding import Layers, Rounded
 from mgvq.types import Rate, Site, StatsBank
@@ -59,7 +60,7 @@ def shifted_rounding(
         loop = _Loop(model, bank, shift, drift, fits.moved(weights), rates, layers, dict(weights))
         for sweep in range(shift.sweeps):
             drift.unsettle()
-            for number, block in enumerate(blocks):
+            for number, block in enumerate(progress(blocks, f"blocks, sweep {sweep + 1}")):
                 loop.visit(sweep, blocks[number:])
                 drift.settle(block)
     rounded = Rounded()

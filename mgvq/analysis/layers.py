@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
+from mgvq.progress import progress
 from mgvq.studies.plan import PlannedRun
 
 KEYS = ["point", "arm", "site", "tower", "kind", "block", "group"]
@@ -28,7 +28,7 @@ def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
     cells = dict.fromkeys((json.dumps(run.point), run.arm, run.folder.path) for run in runs)  # seeds that share a run count once
     parts = [
         part.assign(point=point, arm=arm)
-        for point, arm, folder in tqdm(cells, "layers of the runs", leave=False, disable=None)  # None: shown on a terminal only
+        for point, arm, folder in progress(cells, "layers of the runs")
         for part in _tables(folder)
     ]
     if not parts:

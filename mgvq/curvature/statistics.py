@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mgvq.curvature.fusion import balanced
 from mgvq.curvature.passes import Forward, Rows, forward, right_labels, sampled_labels
 from mgvq.errors import UserError
+from mgvq.progress import progress
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 
 
@@ -161,7 +161,7 @@ def _runs(
 ) -> Iterator[tuple[Batch, Rows, Forward]]:
     """Every batch with its forward pass; `see` gets what the sites read."""
     device = next(model.parameters()).device
-    for batch in tqdm(batches, "statistics", leave=False, disable=None):  # None: shown on a terminal only
+    for batch in progress(batches, "statistics"):
         batch = batch.to(device)
         rows = Rows.of(batch)
         yield batch, rows, forward(model, sites, batch, partial(see, rows), graph=graph)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_logits
 from mgvq.model.pack import PackedBatch
+from mgvq.progress import progress
 from mgvq.types import Batch
 
 
@@ -29,7 +30,7 @@ class Forced:
 def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: Iterable[Batch | PackedBatch]) -> dict[str, Forced]:
     """By sample id. `kl` is KL(reference || model), 0 without a reference."""
     scored: dict[str, Forced] = {}
-    for batch in batches:
+    for batch in progress(batches, "answers"):
         batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
         logs = answer_logits(model, batch).log_softmax(-1)

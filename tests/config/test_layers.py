@@ -19,7 +19,8 @@ STAGES = (
 )
 # Each may import itself and what stands below it.
 LAYERS = [["cli"], ["analysis"], ["studies"], ["runs"], ["pipeline"], ["shifting"], ["rounding"], ["units", "drift", "refit"],
-          list(STAGES), ["model"], ["protocols"], ["types", "tracker"], ["data", "formats", "rng", "errors"]]  # fmt: skip
+          list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
+          ["data", "formats", "rng", "progress", "errors"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HYDRA_ALLOWED = ("cli", "studies", "runs")
 MODULES = sorted(f for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")
