@@ -73,12 +73,12 @@ def columns_of(records: pd.DataFrame) -> dict[str, Column]:
     columns = dict(COLUMNS)
     if kind is BENCHMARKS:
         accuracy = columns.pop("accuracy %")
-        tasks = {f"{task} %": replace(accuracy, metric=f"{task}/accuracy", measure=None) for task in tasks_of(metrics)}
+        tasks = {f"{task} %": replace(accuracy, metric=f"{task}/accuracy", measure=None) for task in _tasks(metrics)}
         columns = {"accuracy %": replace(accuracy, metric=kind.headline), **tasks, **columns}
     return {name: column for name, column in columns.items() if column.metric in metrics}
 
 
-def tasks_of(metrics: Mapping[str, Any]) -> list[str]:
+def _tasks(metrics: Mapping[str, Any]) -> list[str]:
     """The benchmarks that a run answered, in its order."""
     return [name.removesuffix("/raw") for name in metrics if name.endswith("/raw")]
 

@@ -32,7 +32,7 @@ class Wandb:
     folder is then sent: `offline` never, `online` always, `auto` where someone is logged in and `WANDB_MODE` says nothing else.
     A server that does not answer within seconds, or is not through within `timeout_s`, is left alone, and a warning names the
     command that sends the folder later. `group` and `name` are how the run is shown, null: no group; its variants and seed.
-    A run of several studies is one run of W&B in each of them.
+    A run of several studies is one run of W&B in each of them. Another run of W&B that this process has open is ended with it.
     """
 
     path: str

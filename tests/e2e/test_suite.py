@@ -306,11 +306,13 @@ def test_a_study_of_all_eight_on_a_quantised_model(copies: Path, tmp_path: Path)
     done = run_command("mgvq.cli.study", str(study), results=tmp_path)
     (folder,) = (file.parent for file in tmp_path.glob("runs/*/metrics.json"))
     metrics, samples = json.loads((folder / "metrics.json").read_text()), pd.read_parquet(folder / "samples.parquet")
+    printed = (tmp_path / "runs" / ".logs" / f"{folder.name}.log").read_text()
     assert metrics["flags"] == []
     assert samples.task.value_counts().to_dict() == {task: 6 if "mmbench" in task else 3 for task in TASKS}
     for task in TASKS:
         asked = samples[samples.task == task]
         assert metrics[f"{task}/accuracy"] == pytest.approx(asked.score.mean())
         assert metrics[f"{task}/unparsed"] == pytest.approx(1 - asked.parsed.mean())
+        assert f"{task}/accuracy" in printed
         assert f"| {task} %" in done.stdout
     assert samples.prediction.nunique() > 3
