@@ -9,10 +9,10 @@ from torch import Tensor
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
-from mgvq.protocols import CodedPiece, Compensation, FittedPiece
+from mgvq.protocols import CodedSlice, Compensation, FittedSlice
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.rng import generator
-from mgvq.types import Metric, Piece, Site
+from mgvq.types import ChannelSlice, Metric, Site
 
 _DEFAULTS = dict(share="layer", table="fp16", weight_power=0.0, iterations=20, sample=128, seed=0)
 _FIT_ROWS = 256  # the fit is not what is measured
@@ -47,12 +47,12 @@ def _factor(size: int, name: str) -> Tensor:
 
 
 @cache
-def _layer(num_out: int, num_in: int, length: int, num_centroids: int) -> tuple[Tensor, FittedPiece]:
+def _layer(num_out: int, num_in: int, length: int, num_centroids: int) -> tuple[Tensor, FittedSlice]:
     weight = torch.randn(num_out, num_in, generator=generator(0, "benchmark", "weight"))
     codebook = KMeans(vector_length=length, **_DEFAULTS)
     rate = next(r for r in codebook.rates() if r.name == f"{length}x{num_centroids}")
-    piece = Piece(Site("layer", "language", "layer", None, num_out, num_in), 0, torch.arange(num_in))
-    return weight, FittedPiece(piece, codebook.fit("layer", [weight[:_FIT_ROWS]], rate, [None], [])[0])
+    channel_slice = ChannelSlice(Site("layer", "language", "layer", None, num_out, num_in), 0, torch.arange(num_in))
+    return weight, FittedSlice(channel_slice, codebook.fit("layer", [weight[:_FIT_ROWS]], rate, [None], [])[0])
 
 
 def _round(method: Compensation, num_out: int, num_in: int, length: int, num_centroids: int) -> Tensor:
@@ -69,4 +69,4 @@ def _codes(*sizes: int) -> Tensor:
 def _refit(*sizes: int) -> None:
     weight, fitted = _layer(*sizes)
     h_in, h_out = _factors(*sizes[:2])
-    ClosedForm(rounds=1)([CodedPiece(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))])
+    ClosedForm(rounds=1)([CodedSlice(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))])

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.types import Batch, EvalResult, Metric, Needs, Piece, Rate, RateTable, Site, StatsBank
+from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, StatsBank
 
 
 @runtime_checkable
@@ -65,21 +65,21 @@ class Codebook(Protocol):
     """
 
     @property
-    def needs_energy(self) -> bool: ...
+    def needs_importance(self) -> bool: ...
     @property
     def needs_gram(self) -> bool: ...
     def rates(self) -> Sequence[Rate]: ...
-    def unit(self, piece: Piece) -> str:
+    def table_group(self, channel_slice: ChannelSlice) -> str:
         """Pieces of one name share a table and a rate."""
         ...
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int: ...
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int: ...
     def fit(
         self,
         name: str,
         weights: Sequence[Float[Tensor, "out c"]],
         rate: Rate,
-        energy: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
+        importance: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
         flags: list[str],
     ) -> Sequence[FittedCodebook]: ...
 
@@ -125,15 +125,15 @@ class Allocation(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FittedPiece:
+class FittedSlice:
     """A piece with its codebook."""
 
-    piece: Piece
+    channel_slice: ChannelSlice
     codebook: FittedCodebook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CodedPiece:
+class CodedSlice:
     """A piece whose codes are chosen.
 
     `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
@@ -141,7 +141,7 @@ class CodedPiece:
     piece through the metric.
     """
 
-    fitted: FittedPiece
+    fitted: FittedSlice
     codes: Tensor
     target: Float[Tensor, "out in"]
     metric: Metric
@@ -157,7 +157,7 @@ class Refit(Protocol):
     rounds: int
 
     def can_refit(self, codebook: Codebook) -> bool: ...
-    def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedCodebook]: ...
+    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]: ...
 
 
 @runtime_checkable
@@ -177,14 +177,14 @@ class Compensation(Protocol):
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]: ...
 
 
 @runtime_checkable
-class Shift(Protocol):
+class TargetShift(Protocol):
     """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block (true), every so
     many blocks or not at all (false), the steps to try, and how often all blocks are gone through."""
 

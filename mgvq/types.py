@@ -154,7 +154,7 @@ class Metric:
             total += float((image * error[rows]).sum().double())
         return 0.5 * total
 
-    def channel_energy(self) -> Float[Tensor, "in"]:
+    def channel_importance(self) -> Float[Tensor, "in"]:
         """The mean diagonal of `h_in`: how much an error of an input channel counts."""
         return torch.stack([h.diagonal() for h in self.h_in]).mean(0).clamp(min=0)
 
@@ -172,7 +172,7 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ChannelSlice:
     """The columns of one channel group in one layer, in ascending order."""
 
     site: Site
@@ -189,7 +189,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitInfo:
+class TableGroupInfo:
     """What an allocation may know of a unit beside its costs. `quantile`: of its mean channel score within its tower, in [0,
     1]."""
 
@@ -213,7 +213,7 @@ class RateTable:
     2^(-2 bits)`.
     """
 
-    units: Sequence[UnitInfo]
+    table_groups: Sequence[TableGroupInfo]
     rates: Sequence[Rate]
     bits: Int[Tensor, "u r"]
     loss: Float[Tensor, "u r"]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.records import collect
+from mgvq.analysis.records.records import collect
 from mgvq.analysis.report import write_tables
 from mgvq.runs.places import results_folder
 from mgvq.studies.plan import expand

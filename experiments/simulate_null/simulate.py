@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgvq.analysis.significance import Components, p_value, smallest_difference, two_way, variance_components
+from mgvq.analysis.statistics.significance import Components, p_value, smallest_difference, two_way, variance_components
 from mgvq.runs.places import results_folder
 
 SEEDS = (3, 5, 8)

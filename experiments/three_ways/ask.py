@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mgvq.analysis.render import markdown_table
+from mgvq.analysis.tables.render import markdown_table
 from mgvq.evaluation.documents import documents
 from mgvq.evaluation.tiny_vqa import TinyVQA
 from mgvq.model.encode import chat_prompt

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from train import RECIPES
 
-from mgvq.analysis.records import metric_frame, read_records
+from mgvq.analysis.records.records import metric_frame, read_records
 from mgvq.data.tiny_vqa.dataset import draw_test, fingerprint
 from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, num_answers
 from mgvq.data.tiny_vqa.scene import SPLITS

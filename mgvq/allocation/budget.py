@@ -30,7 +30,7 @@ def legal_rates(table: RateTable, budget_bits: int, min_bits: float | None, min_
     Raises UserError where a floor is above every rate or about no unit, and where the cheapest legal choice exceeds the budget.
     """
     offered = [rate.index_bits for rate in table.rates]
-    if min_bits_kv is not None and not any(unit.kind in _KV for unit in table.units):
+    if min_bits_kv is not None and not any(table_group.kind in _KV for table_group in table.table_groups):
         raise UserError(f"allocation.min_bits_kv={min_bits_kv:g} has no effect: no layer in scope is a {' or '.join(_KV)}.")
     floors = {"min_bits": min_bits, "min_bits_kv": min_bits_kv}
     given = {name: floor for name, floor in floors.items() if floor is not None}
@@ -40,7 +40,7 @@ def legal_rates(table: RateTable, budget_bits: int, min_bits: float | None, min_
                 f"allocation.{name}={floor:g} is above the highest rate of this codebook, {table.rates[-1].name} with "
                 f"{max(offered):g} index bits. Lower it, or null: no floor."
             )
-    least = [max(min_bits or 0, (min_bits_kv or 0) if unit.kind in _KV else 0) for unit in table.units]
+    least = [max(min_bits or 0, (min_bits_kv or 0) if table_group.kind in _KV else 0) for table_group in table.table_groups]
     legal = torch.tensor([[bits >= floor for bits in offered] for floor in least], dtype=torch.bool)
     cost = int(table.bits.masked_fill(~legal, torch.iinfo(table.bits.dtype).max).amin(1).sum())
     if cost > budget_bits:
@@ -54,18 +54,18 @@ def below_smallest(table: RateTable, budget_bits: int, smallest: str, cost: int,
     """The error of a budget that is too small: `smallest` names the choice that stores `cost` bits, `also` another way out."""
     return UserError(
         f"budget.bits_per_weight={per_weight(table, budget_bits):.4g} is below the smallest rate of this codebook: {smallest} "
-        f"stores {per_weight(table, cost):.3f} bits a weight on these {len(table.units)} units. Raise the budget{also}."
+        f"stores {per_weight(table, cost):.3f} bits a weight on these {len(table.table_groups)} units. Raise the budget{also}."
     )
 
 
 def per_weight(table: RateTable, bits: int) -> float:
     """Bits over the weights of all units."""
-    return bits / sum(unit.num_weights for unit in table.units)
+    return bits / sum(table_group.num_weights for table_group in table.table_groups)
 
 
 def sizes(table: RateTable) -> Float[Tensor, "u"]:
     """The weights of every unit, as floats."""
-    return torch.tensor([unit.num_weights for unit in table.units], dtype=torch.float64)
+    return torch.tensor([table_group.num_weights for table_group in table.table_groups], dtype=torch.float64)
 
 
 def log_density(table: RateTable) -> Float[Tensor, "u"]:
@@ -73,7 +73,7 @@ def log_density(table: RateTable) -> Float[Tensor, "u"]:
 
     A score a weight is what a bit a weight acts on, so units of unequal size compare. All scores 0: 0.
     """
-    density = torch.tensor([unit.score for unit in table.units], dtype=torch.float64) / sizes(table)
+    density = torch.tensor([table_group.score for table_group in table.table_groups], dtype=torch.float64) / sizes(table)
     if not density.any():
         return density
     logs = density.clamp(min=_DEAD * density.max().item()).log2()
@@ -83,7 +83,7 @@ def log_density(table: RateTable) -> Float[Tensor, "u"]:
 def layer_numbers(table: RateTable) -> Int[Tensor, "u"]:
     """Which layer a unit is of (its first piece, where layers share), counted from 0."""
     numbers: dict[tuple[str, str, int | None], int] = {}
-    return torch.tensor([numbers.setdefault((u.tower, u.kind, u.block), len(numbers)) for u in table.units])
+    return torch.tensor([numbers.setdefault((u.tower, u.kind, u.block), len(numbers)) for u in table.table_groups])
 
 
 Key = Callable[[int, int, int], Any]

@@ -43,23 +43,23 @@ class Exact:
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         """Raises UserError where HiGHS runs out of time or fails."""
         legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
-        units, rates = legal.numpy().nonzero()
+        table_groups, rates = legal.numpy().nonzero()
         bits, loss = table.bits.numpy().astype(np.int64), table.loss.double().numpy()
         # What a rate costs beyond its unit's cheapest, over the common divisor: small whole numbers are exact in the solver.
         cheapest = np.where(legal.numpy(), bits, bits.max()).min(1)
-        extra, room = (bits - cheapest[:, None])[units, rates], budget_bits - cheapest.sum()
+        extra, room = (bits - cheapest[:, None])[table_groups, rates], budget_bits - cheapest.sum()
         quantum = np.gcd.reduce(extra) or 1
-        one_each = csr_array((np.ones(len(units)), (units, np.arange(len(units)))))
+        one_each = csr_array((np.ones(len(table_groups)), (table_groups, np.arange(len(table_groups)))))
         solved = milp(
-            loss[units, rates] / _scale(loss),
-            integrality=np.ones(len(units)),
+            loss[table_groups, rates] / _scale(loss),
+            integrality=np.ones(len(table_groups)),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(extra[None] // quantum, -np.inf, room // quantum)],
             options={"time_limit": self.time_limit, "mip_rel_gap": self.gap},
         )
         if solved.status == _TIME_LIMIT:
             raise UserError(
-                f"allocation.time_limit={self.time_limit:g} s did not bring {len(table.units)} units within "
+                f"allocation.time_limit={self.time_limit:g} s did not bring {len(table.table_groups)} units within "
                 f"allocation.gap={self.gap:g} of the optimum. Raise either, or take allocation=greedy."
             )
         if not solved.success or extra[solved.x > 0.5].sum() > room:

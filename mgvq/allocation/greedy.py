@@ -31,7 +31,7 @@ class Greedy:
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
         bits, loss = table.bits.tolist(), table.loss.tolist()
-        ladders = [hull(*unit) for unit in zip(bits, loss, legal.tolist(), strict=True)]
+        ladders = [hull(*table_group) for table_group in zip(bits, loss, legal.tolist(), strict=True)]
         choice = climb(table, ladders, lambda u, lower, upper: -slope(bits[u], loss[u], lower, upper), budget_bits)
         return _spend(table, choice, legal, budget_bits)
 
@@ -45,5 +45,5 @@ def _spend(table: RateTable, choice: Int[Tensor, "u"], legal: Bool[Tensor, "u r"
         saved = saved.masked_fill(~legal | (extra > left), 0)
         if saved.max() <= 0:
             return choice
-        unit, rate = (saved == saved.max()).nonzero()[0]
-        choice = choice.index_fill(0, unit, rate.item())
+        table_group, rate = (saved == saved.max()).nonzero()[0]
+        choice = choice.index_fill(0, table_group, rate.item())

@@ -38,7 +38,7 @@ class Ratio:
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
         density, weights = log_density(table), sizes(table)
-        part = layer_numbers(table) if self.within == "layer" else torch.zeros(len(table.units), dtype=torch.int64)
+        part = layer_numbers(table) if self.within == "layer" else torch.zeros(len(table.table_groups), dtype=torch.int64)
         wish = torch.empty_like(density)
         for i in part.unique():
             own, share = density[part == i], weights[part == i] / weights[part == i].sum()

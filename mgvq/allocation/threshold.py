@@ -56,7 +56,7 @@ class Threshold:
 
     def _quantiles(self, table: RateTable) -> Float[Tensor, "u"]:
         density, weights = log_density(table), sizes(table)
-        layer = layer_numbers(table) if self.within == "layer" else torch.zeros(len(table.units), dtype=torch.int64)
+        layer = layer_numbers(table) if self.within == "layer" else torch.zeros(len(table.table_groups), dtype=torch.int64)
         quantiles = torch.empty_like(density)
         for i in layer.unique():
             d, w = density[layer == i], weights[layer == i]

@@ -51,7 +51,10 @@ class Transfer:
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
         rule = self._rule()
-        cells = [self._cells(unit.tower, unit.kind, unit.depth, unit.quantile) for unit in table.units]
+        cells = [
+            self._cells(table_group.tower, table_group.kind, table_group.depth, table_group.quantile)
+            for table_group in table.table_groups
+        ]
         wish = [next(rule[cell] for cell in finest_first if cell in rule) for finest_first in cells]
         return round_wishes(table, torch.tensor(wish, dtype=torch.float64), legal, budget_bits)
 

@@ -53,7 +53,7 @@ class Uniform:
                 f"{table.rates[best].name} stores {per_weight(table, costs[best]):.3f} bits a weight, {table.rates[over].name} "
                 f"{per_weight(table, costs[over]):.3f}. Ask for one of them."
             )
-        return torch.full((len(table.units),), best)
+        return torch.full((len(table.table_groups),), best)
 
 
 def _spread(low: Int[Tensor, "u"], high: Int[Tensor, "u"], budget_bits: int) -> Int[Tensor, "u"]:

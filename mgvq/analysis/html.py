@@ -9,13 +9,13 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mgvq.analysis.compare import kind_of
 from mgvq.analysis.examples import RULE, examples
-from mgvq.analysis.records import against, questions
-from mgvq.analysis.render import note, printable
+from mgvq.analysis.records.records import against, questions
 from mgvq.analysis.report import FIGURES, figure_path
-from mgvq.analysis.table import Row, rows
-from mgvq.analysis.verdict import place, verdict
+from mgvq.analysis.statistics.compare import kind_of
+from mgvq.analysis.statistics.verdict import place, verdict
+from mgvq.analysis.tables.render import note, printable
+from mgvq.analysis.tables.table import Row, rows
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.studies.kinds import PICTURES
 from mgvq.studies.spec import Study

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from mgvq.analysis import render, spread, trainings
-from mgvq.analysis.records import against
-from mgvq.analysis.render import latex_table, markdown_table
-from mgvq.analysis.table import rows
-from mgvq.analysis.verdict import verdict
+from mgvq.analysis.records.records import against
+from mgvq.analysis.statistics import spread, trainings
+from mgvq.analysis.statistics.verdict import verdict
+from mgvq.analysis.tables import render
+from mgvq.analysis.tables.render import latex_table, markdown_table
+from mgvq.analysis.tables.table import rows
 
 # By the end of the file's name: what the figure shows.
 FIGURES = {
@@ -67,9 +68,9 @@ def write_figures(name: str, records: pd.DataFrame, layers: pd.DataFrame, result
     Equal records and layers give equal bytes, as long as matplotlib is the same.
     """
     # Here: matplotlib takes a second to import, and tables need none of it.
-    from mgvq.analysis.drawing import save, style
-    from mgvq.analysis.layer_figures import has_stages, heat_map, proxy_figure, varies
-    from mgvq.analysis.study_figures import arms_figure, bits_figure, has_bit_widths, has_curves
+    from mgvq.analysis.figures.drawing import save, style
+    from mgvq.analysis.figures.layer_figures import has_stages, heat_map, proxy_figure, varies
+    from mgvq.analysis.figures.study_figures import arms_figure, bits_figure, has_bit_widths, has_curves
 
     table = rows(records)
     for kind in FIGURES:

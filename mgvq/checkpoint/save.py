@@ -66,7 +66,7 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
 def _num_weights(weight: QuantizedWeight) -> Mapping[str, int]:
     """How many weights the codes of each role stand for."""
     if isinstance(weight, GroupedWeight):
-        return {f"{g}.codes": math.prod(piece.shape) for g, piece in enumerate(weight.pieces)}
+        return {f"{g}.codes": math.prod(channel_slice.shape) for g, channel_slice in enumerate(weight.slices)}
     return {"codes": math.prod(weight.shape)}
 
 

@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mgvq.analysis.layers import collect_layers, layers_path, read_layers, write_layers
-from mgvq.analysis.records import collect, read_records, write_records
+from mgvq.analysis.records.layers import collect_layers, layers_path, read_layers, write_layers
+from mgvq.analysis.records.records import collect, read_records, write_records
 from mgvq.analysis.report import pages_with_tables, with_tables, write_figures, write_tables
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
@@ -56,7 +56,7 @@ def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
 
 
 def _paper(results: Path) -> list[Path]:
-    from mgvq.analysis.paper_tables import write_paper  # here: matplotlib
+    from mgvq.analysis.tables.paper_tables import write_paper  # here: matplotlib
 
     return write_paper(results)
 

@@ -12,7 +12,7 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from mgvq.analysis.bits import bits_by_kind
+from mgvq.analysis.tables.bits import bits_by_kind
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id

@@ -64,8 +64,8 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
 
     import torch  # here, with what imports it: help and bad arguments need none of it
 
+    from mgvq.analysis.figures.sensitivity_figures import draw_figures
     from mgvq.analysis.sensitivity import score, write_tables
-    from mgvq.analysis.sensitivity_figures import draw_figures
     from mgvq.model.load import load
     from mgvq.runs.execute import check_pictures
 

@@ -5,9 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
-from mgvq.analysis.forecast import detectable, predicted_seconds
-from mgvq.analysis.records import collect
-from mgvq.analysis.render import markdown
+from mgvq.analysis.records.records import collect
+from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
+from mgvq.analysis.tables.render import markdown
 from mgvq.errors import UserError
 from mgvq.runs.build import build
 from mgvq.runs.places import results_folder

@@ -12,7 +12,7 @@ from mgvq.codebook.vector import FittedTables, Layout, Source, VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.vector import VectorWeight, codes_bits, table_bits, to_vectors
-from mgvq.types import Piece, Rate
+from mgvq.types import ChannelSlice, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class FittedColumns:
                 f"codebook.vector_length={length} cuts rows {start} to {stop} of a layer, which have a metric of their own, "
                 "in the middle of a vector: choose a length that divides them, or another curvature than guided"
             )
-        importance = self.transposed.importance
-        if importance is not None:
-            importance = importance[start // length : -(-stop // length)]
-        return FittedColumns(transposed=replace(self.transposed, num_in=stop - start, importance=importance))
+        channel_weight = self.transposed.channel_weight
+        if channel_weight is not None:
+            channel_weight = channel_weight[start // length : -(-stop // length)]
+        return FittedColumns(transposed=replace(self.transposed, num_in=stop - start, channel_weight=channel_weight))
 
     def weight(self, codes: Int[Tensor, "runs v"]) -> ColumnWeight:
         stored = self.transposed.weight(codes.T.contiguous())
@@ -61,11 +61,11 @@ class Columns(VectorCodebook):
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         return Layout(vector_length, num_centroids)
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         layout = self.layouts()[rate]
         d, k = layout.vector_length, layout.num_centroids
-        codes = sum(codes_bits((p.shape[1], p.shape[0]), d, k) for p in pieces)
-        scales = 16 * len(pieces) if self.share != "layer" else 0
+        codes = sum(codes_bits((p.shape[1], p.shape[0]), d, k) for p in slices)
+        scales = 16 * len(slices) if self.share != "layer" else 0
         return codes + scales + table_bits(d, k, self.table)
 
     def fit(
@@ -73,13 +73,13 @@ class Columns(VectorCodebook):
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        energy: Sequence[Float[Tensor, "_"] | None],
+        importance: Sequence[Float[Tensor, "_"] | None],
         flags: list[str],
     ) -> Sequence[FittedColumns]:  # type: ignore[override]
         """See `VectorCodebook.fit`."""
-        fitted = super().fit(name, weights, rate, energy, flags)
+        fitted = super().fit(name, weights, rate, importance, flags)
         return [FittedColumns(transposed=replace(f, num_in=len(w))) for f, w in zip(fitted, weights, strict=True)]
 
-    def _source(self, weight: Float[Tensor, "out c"], importance: Float[Tensor, "c"], vector_length: int) -> Source:
+    def _source(self, weight: Float[Tensor, "out c"], channel_weight: Float[Tensor, "c"], vector_length: int) -> Source:
         alike = torch.ones(len(weight), device=weight.device)
-        return replace(super()._source(weight.T, alike, vector_length), rows=importance)
+        return replace(super()._source(weight.T, alike, vector_length), rows=channel_weight)

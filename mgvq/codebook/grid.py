@@ -12,7 +12,7 @@ from torch import Tensor
 from mgvq.errors import UserError
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, middle, scale_levels, stretch
 from mgvq.formats.packing import unpack
-from mgvq.types import Piece, Rate
+from mgvq.types import ChannelSlice, Rate
 
 _TRIES = tuple(2 ** (-i / 4) for i in range(12))  # of the scale that spans all weights of a group
 _RANGE = 16.0  # of a layer's scales: the largest over the smallest, at most
@@ -74,7 +74,7 @@ class Grid:
     group_size: int | None
     scale_bits: int
 
-    needs_energy: ClassVar[bool] = False
+    needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -86,20 +86,20 @@ class Grid:
     def rates(self) -> Sequence[Rate]:
         return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
-    def unit(self, piece: Piece) -> str:
+    def table_group(self, channel_slice: ChannelSlice) -> str:
         """Every piece has grids of its own."""
-        return f"{piece.site.name}/{piece.group}"
+        return f"{channel_slice.site.name}/{channel_slice.group}"
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         bits = int(rate.index_bits)
-        return sum(GridWeight.storage_bits(p.shape, bits, self.scale_bits, self._size(p.shape[1])) for p in pieces)
+        return sum(GridWeight.storage_bits(p.shape, bits, self.scale_bits, self._size(p.shape[1])) for p in slices)
 
     def fit(
         self,
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        energy: Sequence[Tensor | None],
+        importance: Sequence[Tensor | None],
         flags: list[str],
     ) -> Sequence[FittedGrid]:
         """Raises ValueError for weights that are not finite or too large for fp16 scales."""

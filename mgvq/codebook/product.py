@@ -22,4 +22,4 @@ class Product(VectorCodebook):
         super().__post_init__()
 
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
-        return Layout(vector_length, num_centroids, turns=self.num_tables)
+        return Layout(vector_length, num_centroids, subspaces=self.num_tables)

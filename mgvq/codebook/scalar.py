@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgvq.errors import UserError
 from mgvq.formats.scalar import ScalarWeight
-from mgvq.types import Piece, Rate
+from mgvq.types import ChannelSlice, Rate
 
 _HALF_MAX = 65000.0
 _FACTORS = {"min_max": (1.0,), "mse": tuple(1 - i / 20 for i in range(16))}  # of the range, by `clip`
@@ -54,7 +54,7 @@ class Scalar:
     group_size: int | None
     clip: str  # min_max | mse
 
-    needs_energy: ClassVar[bool] = False
+    needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -66,19 +66,19 @@ class Scalar:
     def rates(self) -> Sequence[Rate]:
         return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
-    def unit(self, piece: Piece) -> str:
+    def table_group(self, channel_slice: ChannelSlice) -> str:
         """Every piece has grids of its own."""
-        return f"{piece.site.name}/{piece.group}"
+        return f"{channel_slice.site.name}/{channel_slice.group}"
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
-        return sum(ScalarWeight.storage_bits(p.shape, int(rate.index_bits), self._size(p.shape[1])) for p in pieces)
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
+        return sum(ScalarWeight.storage_bits(p.shape, int(rate.index_bits), self._size(p.shape[1])) for p in slices)
 
     def fit(
         self,
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        energy: Sequence[Float[Tensor, "_"] | None],
+        importance: Sequence[Float[Tensor, "_"] | None],
         flags: list[str],
     ) -> Sequence[FittedScalar]:
         """Raises ValueError for weights that are not finite or too large for fp16 scales."""

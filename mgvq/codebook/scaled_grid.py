@@ -11,7 +11,7 @@ from torch import Tensor
 from mgvq.codebook.grid import FittedGrid, Grid
 from mgvq.errors import UserError
 from mgvq.formats.grid import CHANNEL_BITS, channel_bits, pack_channels, stretch
-from mgvq.types import Piece, Rate
+from mgvq.types import ChannelSlice, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ScaledGrid(Grid):
 
     num_exponents: int
 
-    needs_energy: ClassVar[bool] = True
+    needs_importance: ClassVar[bool] = True
     needs_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -36,22 +36,22 @@ class ScaledGrid(Grid):
                 f"codebook.num_exponents must be a whole number >= 2, got {self.num_exponents!r}; for 1: codebook=grid"
             )
 
-    def unit(self, piece: Piece) -> str:
-        return f"{piece.site.reads}/{piece.group}"
+    def table_group(self, channel_slice: ChannelSlice) -> str:
+        return f"{channel_slice.site.reads}/{channel_slice.group}"
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
-        return super().storage_bits(pieces, rate) + channel_bits(pieces[0].shape[1])
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
+        return super().storage_bits(slices, rate) + channel_bits(slices[0].shape[1])
 
     def fit(
         self,
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        energy: Sequence[Tensor | None],
+        importance: Sequence[Tensor | None],
         flags: list[str],
     ) -> Sequence[FittedGrid]:
         """Flags `no_activation:<unit>`, whose channels are left alone. Raises UserError without energies."""
-        grams = [gram.to(w.device) for w, gram in zip(weights, energy, strict=True) if gram is not None]
+        grams = [gram.to(w.device) for w, gram in zip(weights, importance, strict=True) if gram is not None]
         if len(grams) < len(weights):
             raise UserError(
                 "codebook=scaled_grid looks at activations, but there are no statistics: choose a curvature and a calibration set"

@@ -14,7 +14,7 @@ from mgvq.codebook.nearest import Nearest
 from mgvq.errors import UserError
 from mgvq.formats.vector import TABLES, VectorWeight, centroids, codes_bits, index_width, store_table, table_bits, to_vectors
 from mgvq.rng import generator
-from mgvq.types import Piece, Rate
+from mgvq.types import ChannelSlice, Rate
 
 _MAX_CENTROIDS = 4096
 _MIN_BITS, _MAX_BITS = 0.5, 4.0  # index bits a weight
@@ -27,7 +27,7 @@ class Layout:
 
     vector_length: int
     num_centroids: int
-    turns: int = 1
+    subspaces: int = 1
     stages: int = 1
 
     @property
@@ -39,7 +39,7 @@ class Layout:
     def name(self) -> str:
         """`2x16`: vectors of 2, 16 centroids; `3x2x16`: three such tables by turns; `4x16+16`: two stages."""
         sizes = "+".join([str(self.num_centroids)] * self.stages)
-        return f"{self.turns}x{self.vector_length}x{sizes}" if self.turns > 1 else f"{self.vector_length}x{sizes}"
+        return f"{self.subspaces}x{self.vector_length}x{sizes}" if self.subspaces > 1 else f"{self.vector_length}x{sizes}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class FittedTables:
     step: Float[Tensor, "t"] | None
     stages: int
     scale: Float[Tensor, ""] | None
-    importance: Float[Tensor, "v d"] | None
+    channel_weight: Float[Tensor, "v d"] | None
     num_in: int
 
     @property
@@ -67,29 +67,29 @@ class FittedTables:
         """See `FittedCodebook`. Each stage takes the centroid nearest to what the stages before it leave over."""
         wide = None if root is None else root.double()
         metric = None if wide is None else wide.T @ wide
-        turns = len(self.table) // self.stages
-        if turns == 1 or targets.shape[1] == 1:  # the thousands of short calls of feedback rounding
-            codes, values = self._encode_turn(targets, first, metric)
+        subspaces = len(self.table) // self.stages
+        if subspaces == 1 or targets.shape[1] == 1:  # the thousands of short calls of feedback rounding
+            codes, values = self._encode_subspace(targets, first, metric)
         else:
             codes = torch.empty(*targets.shape[:2], self.stages, dtype=torch.int32, device=targets.device)
             values = torch.empty_like(targets)
-            for start in range(min(turns, targets.shape[1])):
-                part = slice(start, None, turns)
-                codes[:, part], values[:, part] = self._encode_turn(targets[:, part], first + start, metric)
+            for start in range(min(subspaces, targets.shape[1])):
+                part = slice(start, None, subspaces)
+                codes[:, part], values[:, part] = self._encode_subspace(targets[:, part], first + start, metric)
         return codes.squeeze(2) if self.stages == 1 else codes, values
 
-    def _encode_turn(
+    def _encode_subspace(
         self, targets: Float[Tensor, "out v d"], first: int, metric: Float[Tensor, "d d"] | None
     ) -> tuple[Int[Tensor, "out v stages"], Float[Tensor, "out v d"]]:
         """Vectors `first`, `first + turns`, ... of every row, which take the same tables."""
-        turns = len(self.table) // self.stages
+        subspaces = len(self.table) // self.stages
         scaled = targets if self.scale is None else targets / self.scale.float()
         rest = scaled.reshape(-1, self.vector_length)
         weight = None
-        if metric is None and self.importance is not None:
-            weight = self.importance[first::turns][: targets.shape[1]].repeat(len(targets), 1)
+        if metric is None and self.channel_weight is not None:
+            weight = self.channel_weight[first::subspaces][: targets.shape[1]].repeat(len(targets), 1)
         codes, values = [], torch.zeros((), device=targets.device)
-        for table, find in self._tables[first % turns * self.stages :][: self.stages]:
+        for table, find in self._tables[first % subspaces * self.stages :][: self.stages]:
             codes.append(find(rest if not codes else rest - values, weight, metric))
             values = values + table[codes[-1]]
         values = values.view_as(targets) if self.scale is None else values.view_as(targets) * self.scale.float()
@@ -146,7 +146,7 @@ class VectorCodebook(ABC):
             )
 
     @property
-    def needs_energy(self) -> bool:
+    def needs_importance(self) -> bool:
         return self.weight_power > 0
 
     @property
@@ -166,17 +166,17 @@ class VectorCodebook(ABC):
     def rates(self) -> Sequence[Rate]:
         return list(self.layouts())
 
-    def unit(self, piece: Piece) -> str:
-        site = piece.site
+    def table_group(self, channel_slice: ChannelSlice) -> str:
+        site = channel_slice.site
         shared = {"layer": site.name, "input": site.reads, "kind": f"{site.tower}.{site.kind}"}[self.share]
-        return f"{shared}/{piece.group}"
+        return f"{shared}/{channel_slice.group}"
 
-    def storage_bits(self, pieces: Sequence[Piece], rate: Rate) -> int:
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         layout = self.layouts()[rate]
         d, k = layout.vector_length, layout.num_centroids
-        codes = sum(codes_bits(p.shape, d, k, layout.stages) for p in pieces)
-        scales = 16 * len(pieces) if self.share != "layer" else 0
-        tables = _num_turns(layout, [p.shape[1] for p in pieces]) * layout.stages
+        codes = sum(codes_bits(p.shape, d, k, layout.stages) for p in slices)
+        scales = 16 * len(slices) if self.share != "layer" else 0
+        tables = _num_subspaces(layout, [p.shape[1] for p in slices]) * layout.stages
         return codes + scales + tables * table_bits(d, k, self.table)
 
     def fit(
@@ -184,7 +184,7 @@ class VectorCodebook(ABC):
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        energy: Sequence[Float[Tensor, "_"] | None],
+        importance: Sequence[Float[Tensor, "_"] | None],
         flags: list[str],
     ) -> Sequence[FittedTables]:
         """Flags `empty_cluster:<unit>:<number>` and `no_activation:<unit>`, whose channels then count alike.
@@ -192,14 +192,18 @@ class VectorCodebook(ABC):
         Raises ValueError for weights that are not finite, and UserError where energies are asked for and there are none.
         """
         layout = self.layouts()[rate]
-        sources = [self._source(w, self._importance(w, e), layout.vector_length) for w, e in zip(weights, energy, strict=True)]
-        if self.weight_power and any(e is not None and not e.max() > 0 for e in energy):
+        sources = [
+            self._source(w, self._channel_weight(w, e), layout.vector_length) for w, e in zip(weights, importance, strict=True)
+        ]
+        if self.weight_power and any(e is not None and not e.max() > 0 for e in importance):
             flags.append(f"no_activation:{name}")
         tables, steps, num_reseeded = [], [], 0
-        turns = _num_turns(layout, [w.shape[1] for w in weights])
-        for turn in range(turns):
-            draws = generator(self.seed, "kmeans", name, turn)
-            points, weight = _draw([s.turn(turn, turns) for s in sources], (self.sample or 0) * layout.num_centroids, draws)
+        subspaces = _num_subspaces(layout, [w.shape[1] for w in weights])
+        for subspace in range(subspaces):
+            draws = generator(self.seed, "kmeans", name, subspace)
+            points, weight = _draw(
+                [s.subspace(subspace, subspaces) for s in sources], (self.sample or 0) * layout.num_centroids, draws
+            )
             for stage in range(layout.stages):
                 if stage:
                     reached = centroids(tables[-1], steps[-1])
@@ -217,33 +221,33 @@ class VectorCodebook(ABC):
             "stages": layout.stages,
         }
         return [
-            FittedTables(**stored, scale=s.scale, importance=s.importance, num_in=w.shape[1])
+            FittedTables(**stored, scale=s.scale, channel_weight=s.channel_weight, num_in=w.shape[1])
             for s, w in zip(sources, weights, strict=True)
         ]
 
     def _lengths(self) -> list:
         return self.vector_length if isinstance(self.vector_length, list) else [self.vector_length]
 
-    def _source(self, weight: Float[Tensor, "out c"], importance: Float[Tensor, "c"], vector_length: int) -> "Source":
+    def _source(self, weight: Float[Tensor, "out c"], channel_weight: Float[Tensor, "c"], vector_length: int) -> "Source":
         scale = None
         if self.share != "layer":
             mean = exact_sum(weight.double().square()) / weight.numel()
             scale = torch.tensor(max(mean**0.5, _SMALLEST_SCALE), device=weight.device).half()
         vectors = to_vectors(weight, vector_length)
-        if weight.shape[1] % vector_length == 0 and (importance == importance[0]).all():
+        if weight.shape[1] % vector_length == 0 and (channel_weight == channel_weight[0]).all():
             return Source(vectors, scale, None)
-        return Source(vectors, scale, to_vectors(importance[None], vector_length)[0])
+        return Source(vectors, scale, to_vectors(channel_weight[None], vector_length)[0])
 
-    def _importance(self, weight: Float[Tensor, "out c"], energy: Float[Tensor, "c"] | None) -> Float[Tensor, "c"]:
+    def _channel_weight(self, weight: Float[Tensor, "out c"], importance: Float[Tensor, "c"] | None) -> Float[Tensor, "c"]:
         """How much each channel counts, 1 the most."""
-        if self.weight_power and energy is None:
+        if self.weight_power and importance is None:
             raise UserError(
                 f"codebook.weight_power={self.weight_power} weighs channels by their energy, but there are no statistics: "
                 "choose a curvature and a calibration set, or codebook.weight_power=0"
             )
-        if not self.weight_power or energy is None or not energy.max() > 0:
+        if not self.weight_power or importance is None or not importance.max() > 0:
             return torch.ones(weight.shape[1], device=weight.device)
-        return (energy.to(weight.device) / energy.max()).float() ** self.weight_power
+        return (importance.to(weight.device) / importance.max()).float() ** self.weight_power
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,13 +259,13 @@ class Source:
 
     vectors: Float[Tensor, "out v d"]
     scale: Float[Tensor, ""] | None
-    importance: Float[Tensor, "v d"] | None
+    channel_weight: Float[Tensor, "v d"] | None
     rows: Float[Tensor, "out"] | None = None
 
-    def turn(self, turn: int, turns: int) -> "Source":
+    def subspace(self, subspace: int, subspaces: int) -> "Source":
         """Every `turns`-th vector of a row."""
-        importance = None if self.importance is None else self.importance[turn::turns]
-        return Source(self.vectors[:, turn::turns], self.scale, importance, self.rows)
+        channel_weight = None if self.channel_weight is None else self.channel_weight[subspace::subspaces]
+        return Source(self.vectors[:, subspace::subspaces], self.scale, channel_weight, self.rows)
 
 
 def _draw(
@@ -278,12 +282,12 @@ def _draw(
         per_row = max(1, source.vectors.shape[1])
         found = source.vectors[own // per_row, own % per_row].float()
         points.append(found if source.scale is None else found / source.scale.float())
-        counts = torch.ones_like(found) if source.importance is None else source.importance[own % per_row]
+        counts = torch.ones_like(found) if source.channel_weight is None else source.channel_weight[own % per_row]
         weight.append(counts if source.rows is None else counts * source.rows[own // per_row, None])
-    plain = all(s.importance is None and s.rows is None for s in sources)
+    plain = all(s.channel_weight is None and s.rows is None for s in sources)
     return torch.cat(points), None if plain else torch.cat(weight)
 
 
-def _num_turns(layout: Layout, widths: Sequence[int]) -> int:
+def _num_subspaces(layout: Layout, widths: Sequence[int]) -> int:
     """Tables that are used and stored: pieces of few vectors do not come to the last ones."""
-    return min(layout.turns, max(-(-width // layout.vector_length) for width in widths))
+    return min(layout.subspaces, max(-(-width // layout.vector_length) for width in widths))

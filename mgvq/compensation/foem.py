@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
-from mgvq.compensation.feedback import feedback
+from mgvq.compensation.ldlq import ldlq
 from mgvq.errors import UserError
-from mgvq.protocols import FittedPiece
+from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
 
@@ -38,11 +38,11 @@ class Foem:
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
         assert metric is not None, "the pipeline checks needs_metric"
-        return feedback(
-            weight, metric, pieces, score, self.damping, flags, lambda encode, target, w: encode(target.lerp(w, self.beta))
+        return ldlq(
+            weight, metric, slices, score, self.damping, flags, lambda encode, target, w: encode(target.lerp(w, self.beta))
         )

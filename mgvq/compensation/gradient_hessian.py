@@ -12,7 +12,7 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
-from mgvq.protocols import FittedPiece
+from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
 SOURCES = ("kl", "block", "sft")
@@ -89,11 +89,11 @@ class GradientHessian:
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
-        return self._rounding.round(weight, metric, pieces, score, flags)
+        return self._rounding.round(weight, metric, slices, score, flags)
 
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
-from mgvq.compensation.feedback import feedback
-from mgvq.protocols import FittedPiece
+from mgvq.compensation.ldlq import ldlq
+from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
 
@@ -39,9 +39,9 @@ class Hessian:
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
         assert metric is not None, "the pipeline checks needs_metric"
-        return feedback(weight, metric, pieces, score, self.damping, flags, lambda encode, target, _: encode(target))
+        return ldlq(weight, metric, slices, score, self.damping, flags, lambda encode, target, _: encode(target))

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
-from mgvq.compensation.feedback import Coded, Encode, feedback
 from mgvq.compensation.ldl import block_ldl
+from mgvq.compensation.ldlq import Coded, Encode, ldlq
 from mgvq.errors import UserError
-from mgvq.protocols import FittedPiece
+from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
 
@@ -46,7 +46,7 @@ class HessianTwoSided:
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
@@ -58,12 +58,12 @@ class HessianTwoSided:
             )
         mix, damping = _row_feedback(metric.h_out.to(weight.device), self.output_damping)
         if damping > self.output_damping:
-            flags.append(f"output_damping:{pieces[0].piece.site.name}:{damping:g}")
+            flags.append(f"output_damping:{slices[0].channel_slice.site.name}:{damping:g}")
 
         def choose(encode: Encode, target: Float[Tensor, "out d"], _: Float[Tensor, "out d"]) -> Coded:
             return _settle(encode, target, mix)
 
-        return feedback(weight, metric, pieces, score, self.damping, flags, choose)
+        return ldlq(weight, metric, slices, score, self.damping, flags, choose)
 
 
 def _row_feedback(h_out: Float[Tensor, "out out"], damping: float) -> tuple[Float[Tensor, "out out"], float]:

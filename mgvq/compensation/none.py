@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.vectors import columns_of
-from mgvq.protocols import FittedPiece
+from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
 
@@ -24,8 +24,8 @@ class NoCompensation:
         self,
         weight: Float[Tensor, "out in"],
         metric: Metric | None,
-        pieces: Sequence[FittedPiece],
+        slices: Sequence[FittedSlice],
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
-        return [fitted.codebook.encode(columns_of(weight, fitted), 0, None)[0] for fitted in pieces]
+        return [fitted.codebook.encode(columns_of(weight, fitted), 0, None)[0] for fitted in slices]

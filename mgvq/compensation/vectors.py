@@ -4,10 +4,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.formats.vector import to_vectors
-from mgvq.protocols import FittedPiece
+from mgvq.protocols import FittedSlice
 
 
-def columns_of(weight: Float[Tensor, "out in"], fitted: FittedPiece) -> Float[Tensor, "out v d"]:
+def columns_of(weight: Float[Tensor, "out in"], fitted: FittedSlice) -> Float[Tensor, "out v d"]:
     """The columns of a piece, cut into vectors; the last one padded with zeros."""
-    columns = weight[:, fitted.piece.columns.to(weight.device).long()].float()
+    columns = weight[:, fitted.channel_slice.columns.to(weight.device).long()].float()
     return to_vectors(columns, fitted.codebook.vector_length)

@@ -16,31 +16,31 @@ _ROUNDS = 3
 class KroneckerFisher:
     """`h_out (x) h_in` in nats of the mean answer loss, `h_out` with a mean diagonal of 1. Labels are sampled from the model.
 
-    `wise=token` takes tokens as independent (method: K-FAC, Martens & Grosse 2015; YAQA sketch A, Tseng et al. 2025): F is the
-    sum over modalities of `fisher (x) gram / (num_tokens num_answers)`. `fusion` makes one product of that:
+    `granularity=token` takes tokens as independent (method: K-FAC, Martens & Grosse 2015; YAQA sketch A, Tseng et al. 2025): F
+    is the sum over modalities of `fisher (x) gram / (num_tokens num_answers)`. `fusion` makes one product of that:
 
         none        both modalities as one: their summed Fisher, their common second moment
         mbq_ratio   the same, image tokens weighted in the second moment (`fusion.mbq_weights`)
         kron        the nearest Kronecker product of the sum (`fusion.nearest`), `rounds` of a power iteration
         token       the nearest one of all tokens, each with its own gradient: `rounds` of it, each two more passes over the data
 
-    `wise=sequence` takes whole samples (YAQA sketch B; RSAVQ), without modalities: `fusion` has to be none.
+    `granularity=sequence` takes whole samples (YAQA sketch B; RSAVQ), without modalities: `fusion` has to be none.
     `rounds` null is 3; where nothing is iterated it has to be null.
     """
 
-    wise: str  # token | sequence
+    granularity: str  # token | sequence
     fusion: str  # none | mbq_ratio | kron | token
     rounds: int | None
 
     def __post_init__(self) -> None:
-        if self.wise not in ("token", "sequence"):
-            raise UserError(f"curvature.wise must be token or sequence, got {self.wise!r}")
+        if self.granularity not in ("token", "sequence"):
+            raise UserError(f"curvature.granularity must be token or sequence, got {self.granularity!r}")
         if self.fusion not in ("none", "mbq_ratio", "kron", "token"):
             raise UserError(f"curvature.fusion must be none, mbq_ratio, kron or token, got {self.fusion!r}")
-        if self.wise == "sequence" and self.fusion != "none":
+        if self.granularity == "sequence" and self.fusion != "none":
             raise UserError(
-                f"curvature.fusion={self.fusion} has no effect with curvature.wise=sequence, which takes a sample's tokens "
-                "of both modalities together: set curvature.fusion=none."
+                f"curvature.fusion={self.fusion} has no effect with curvature.granularity=sequence, which takes a sample's "
+                "tokens of both modalities together: set curvature.fusion=none."
             )
         if self.rounds is None:
             return
@@ -54,7 +54,7 @@ class KroneckerFisher:
 
     @property
     def needs(self) -> Needs:
-        if self.wise == "sequence":
+        if self.granularity == "sequence":
             return Needs(sequences=True)
         if self.fusion == "token":
             return Needs(power_rounds=self.rounds or _ROUNDS)
@@ -66,8 +66,8 @@ class KroneckerFisher:
         return {site: Metric((pair.h_in,), pair.h_out) for site, pair in factors.items()}
 
     def _factors(self, stats: SiteStats, weights: Weights) -> Kronecker:
-        if self.wise == "sequence" or self.fusion == "token":
-            pair = stats.sequence if self.wise == "sequence" else stats.token
+        if self.granularity == "sequence" or self.fusion == "token":
+            pair = stats.sequence if self.granularity == "sequence" else stats.token
             assert pair is not None
             return pair
         answers = max(1, stats.num_answers)

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.curvature.fusion import balanced
-from mgvq.curvature.passes import Forward, Rows, forward, right_labels, sampled_labels
 from mgvq.errors import UserError
+from mgvq.model.passes import Forward, Rows, forward, right_labels, sampled_labels
 from mgvq.progress import progress
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 

@@ -13,8 +13,8 @@ from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.vector import VectorWeight, index_width
 
-PieceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
-PIECES = {f.format: f for f in get_args(PieceWeight)}  # what a group can be stored as
+SliceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
+SLICE_FORMATS = {f.format: f for f in get_args(SliceWeight)}  # what a group can be stored as
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class GroupedWeight:
     Layers that read the same activations hold the same `groups` object, which is then stored once.
     """
 
-    pieces: tuple[PieceWeight, ...]
+    slices: tuple[SliceWeight, ...]
     groups: UInt8[Tensor, "bytes"]
     num_in: int
 
@@ -32,11 +32,11 @@ class GroupedWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.pieces[0].shape[0], self.num_in
+        return self.slices[0].shape[0], self.num_in
 
     def decode(self) -> Float[Tensor, "out in"]:
         """float32; exact for every device."""
-        parts = [piece.decode() for piece in self.pieces]
+        parts = [channel_slice.decode() for channel_slice in self.slices]
         group = unpack(self.groups, index_width(len(parts)), self.num_in).to(parts[0].device)
         weight = parts[0].new_empty(self.shape)
         for g, part in enumerate(parts):
@@ -44,11 +44,15 @@ class GroupedWeight:
         return weight
 
     def tensors(self) -> Mapping[str, Tensor]:
-        parts = {f"{g}.{role}": tensor for g, piece in enumerate(self.pieces) for role, tensor in piece.tensors().items()}
+        parts = {
+            f"{g}.{role}": tensor
+            for g, channel_slice in enumerate(self.slices)
+            for role, tensor in channel_slice.tensors().items()
+        }
         return {**parts, "groups": self.groups}
 
     def settings(self) -> Mapping[str, Any]:
-        return {"shape": list(self.shape), "pieces": [{"format": p.format, **p.settings()} for p in self.pieces]}
+        return {"shape": list(self.shape), "pieces": [{"format": p.format, **p.settings()} for p in self.slices]}
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], pieces: Sequence[Mapping[str, Any]]) -> "GroupedWeight":
@@ -56,7 +60,7 @@ class GroupedWeight:
         for g, entry in enumerate(pieces):
             own = {role.removeprefix(f"{g}."): tensor for role, tensor in tensors.items() if role.startswith(f"{g}.")}
             settings = {key: value for key, value in entry.items() if key != "format"}
-            loaded.append(PIECES[entry["format"]].load(own, **settings))
+            loaded.append(SLICE_FORMATS[entry["format"]].load(own, **settings))
         return cls(tuple(loaded), tensors["groups"], shape[1])
 
 

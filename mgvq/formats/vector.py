@@ -39,10 +39,10 @@ class VectorWeight:
         """float32; exact for every device."""
         _, num_vectors, stages = self.codes.shape
         tables = centroids(self.table, self.step)
-        turn = torch.arange(num_vectors, device=self.codes.device) % (len(tables) // stages)
+        subspace = torch.arange(num_vectors, device=self.codes.device) % (len(tables) // stages)
         vectors = torch.zeros((), device=tables.device)
         for i in range(stages):
-            vectors = vectors + tables[turn * stages + i, self.codes[:, :, i].long()]
+            vectors = vectors + tables[subspace * stages + i, self.codes[:, :, i].long()]
         weight = vectors.flatten(1)[:, : self.num_in]
         return weight if self.scale is None else weight * self.scale.float()
 

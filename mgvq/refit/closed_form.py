@@ -11,7 +11,7 @@ from mgvq.codebook.columns import Columns
 from mgvq.codebook.vector import FittedTables, VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.protocols import Codebook, CodedPiece
+from mgvq.protocols import Codebook, CodedSlice
 
 Tables = Float[Tensor, "t k d"]
 
@@ -38,10 +38,10 @@ class ClosedForm:
     def can_refit(self, codebook: Codebook) -> bool:
         return isinstance(codebook, VectorCodebook) and not isinstance(codebook, Columns)
 
-    def __call__(self, pieces: Sequence[CodedPiece]) -> Sequence[FittedTables]:
-        fitted = [_tables(piece) for piece in pieces]
+    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedTables]:
+        fitted = [_tables(channel_slice) for channel_slice in slices]
         old = fitted[0]
-        terms = [_Term(piece) for piece in pieces]
+        terms = [_Term(channel_slice) for channel_slice in slices]
         start = centroids(old.table, old.step).double()
 
         def total(parts: Sequence[Tables]) -> Tables:
@@ -57,8 +57,8 @@ class ClosedForm:
         return [replace(f, table=table, step=step) if change < 0 else f for f in fitted]
 
 
-def _tables(piece: CodedPiece) -> FittedTables:
-    codebook = piece.fitted.codebook
+def _tables(channel_slice: CodedSlice) -> FittedTables:
+    codebook = channel_slice.fitted.codebook
     assert isinstance(codebook, FittedTables), "can_refit says so"
     return codebook
 
@@ -66,19 +66,19 @@ def _tables(piece: CodedPiece) -> FittedTables:
 class _Term:
     """What one layer adds to the objective, as a function of all centroids."""
 
-    def __init__(self, piece: CodedPiece) -> None:
-        fitted = _tables(piece)
+    def __init__(self, channel_slice: CodedSlice) -> None:
+        fitted = _tables(channel_slice)
         num_tables, num_centroids, _ = fitted.table.shape
-        stages, device = fitted.stages, piece.codes.device
-        codes = piece.codes.long().view(*piece.codes.shape[:2], stages)
-        turn = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
-        table = turn[:, None] * stages + torch.arange(stages, device=device)
+        stages, device = fitted.stages, channel_slice.codes.device
+        codes = channel_slice.codes.long().view(*channel_slice.codes.shape[:2], stages)
+        subspace = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
+        table = subspace[:, None] * stages + torch.arange(stages, device=device)
         self.entries = (table * num_centroids + codes).flatten(0, 1)  # of every vector, in the tables laid end to end
         self.scale = 1.0 if fitted.scale is None else float(fitted.scale)
-        self.columns, self.target = piece.fitted.piece.columns.to(device).long(), piece.target.double()
-        h_out = piece.metric.h_out
+        self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
+        h_out = channel_slice.metric.h_out
         self.h_out = None if h_out is None else h_out.to(device).double()
-        self.h_in = [h.to(device).double()[:, self.columns] for h in piece.metric.h_in]
+        self.h_in = [h.to(device).double()[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
 
     def gradient(self, tables: Tables) -> Tables:
@@ -122,15 +122,15 @@ def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"],
 def _conjugate_gradients(product: Callable[[Tables], Tables], right: Tables) -> Tables:
     """Solves `product(x) = right` for a positive semidefinite product, from 0."""
     solution, residual, direction = torch.zeros_like(right), right, right
-    energy = float(residual.square().sum())
-    limit = _PRECISION**2 * energy
+    importance = float(residual.square().sum())
+    limit = _PRECISION**2 * importance
     for _ in range(_STEPS):
         image = product(direction)
         bend = float((direction * image).sum())
-        if energy <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
+        if importance <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
             break
-        solution = solution + energy / bend * direction
-        residual = residual - energy / bend * image
-        last, energy = energy, float(residual.square().sum())
-        direction = residual + energy / last * direction
+        solution = solution + importance / bend * direction
+        residual = residual - importance / bend * image
+        last, importance = importance, float(residual.square().sum())
+        direction = residual + importance / last * direction
     return solution

@@ -22,8 +22,11 @@ from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
 from mgvq.model.text import is_text_only
-from mgvq.pipeline import Method, QuantReport, quantize
 from mgvq.protocols import CalibrationSet, ReadsData
+from mgvq.quantization.blockwise import Samples
+from mgvq.quantization.method import Method
+from mgvq.quantization.pipeline import quantize
+from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
 from mgvq.runs.digests import file_digest
@@ -31,7 +34,6 @@ from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
-from mgvq.shifting import Samples
 from mgvq.types import Site, SiteStats
 
 SCHEMA_VERSION = 1

@@ -8,8 +8,8 @@ from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.errors import UserError
 from mgvq.grouping.modality import Modality
-from mgvq.pipeline import Method
 from mgvq.protocols import Compensation
+from mgvq.quantization.method import Method
 from mgvq.runs.build import STAGES, TEXT_ONLY, build, chosen
 
 
@@ -29,7 +29,7 @@ def _check_metric(method: Method) -> None:
     users = [
         name
         for name, uses in (
-            ("codebook", method.codebook.needs_energy),
+            ("codebook", method.codebook.needs_importance),
             ("compensation", method.compensation.needs_metric),
             ("refit", method.refit is not None),
         )

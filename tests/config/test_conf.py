@@ -38,7 +38,7 @@ NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
     "calibration": {"drawn", "examples", "rows"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
     "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
-    "compensation": {"damping", "feedback", "ldl", "vectors"}, "evaluation": {"documents", "forced", "harness"},
+    "compensation": {"damping", "ldl", "ldlq", "vectors"}, "evaluation": {"documents", "forced", "harness"},
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from mgvq.allocation.uniform import Uniform
 from mgvq.allocation.water_filling import WaterFilling
 from mgvq.errors import UserError
 from mgvq.protocols import Allocation
-from mgvq.types import Rate, RateTable, UnitInfo
+from mgvq.types import Rate, RateTable, TableGroupInfo
 
 OFF = dict(min_bits=None, min_bits_kv=None)
 BY_SCORE = {
@@ -38,21 +38,21 @@ any_table = settings(max_examples=15, derandomize=True, deadline=None, database=
 def make(sizes, scores, offered, table_bits, noise):
     """Units whose codes are padded to whole bytes and whose tables cost `table_bits` a rate, with losses of any shape."""
     kinds = [KINDS[u % 4] for u in range(len(sizes))]
-    units = [
-        UnitInfo(f"u{u}", "language", kinds[u], u // 4, 0.5, 0, n, s, (u + 0.5) / len(sizes))
+    table_groups = [
+        TableGroupInfo(f"u{u}", "language", kinds[u], u // 4, 0.5, 0, n, s, (u + 0.5) / len(sizes))
         for u, (n, s) in enumerate(zip(sizes, scores, strict=True))
     ]
     rates = [Rate(f"r{i}", b) for i, b in enumerate(sorted(offered))]
     bits = [[8 * -int(-n * r.index_bits // 8) + extra for r, extra in zip(rates, table_bits, strict=False)] for n in sizes]
     loss = [[s * 4**-r.index_bits * x for r, x in zip(rates, noise, strict=False)] for s in scores]
-    return RateTable(units, rates, torch.tensor(bits), torch.tensor(loss, dtype=torch.float64))
+    return RateTable(table_groups, rates, torch.tensor(bits), torch.tensor(loss, dtype=torch.float64))
 
 
 @st.composite
 def tables(draw):
     """Up to nine units of 1 to 5000 weights, up to six rates, some of equal index bits; scores may be 0."""
-    units = draw(st.integers(1, 9))
-    some = dict(min_size=units, max_size=units)
+    table_groups = draw(st.integers(1, 9))
+    some = dict(min_size=table_groups, max_size=table_groups)
     offered = draw(st.lists(st.sampled_from([0.75, 1.0, 4 / 3, 1.5, 2.0, 2.5, 3.0, 4.0]), min_size=1, max_size=6))
     return make(
         draw(st.lists(st.integers(1, 5000), **some)),
@@ -115,7 +115,7 @@ def test_the_budget_is_met_and_nothing_useful_fits_any_more(policies, table):
 @any_table
 @given(table=tables(), floor=st.sampled_from([0.5, 1.0, 1.5, 2.0]), floor_kv=st.sampled_from([None, 1.0, 2.0, 3.0]))
 def test_floors_are_kept_or_refused(policies, table, floor, floor_kv):
-    kv = [u.kind in ("k_proj", "v_proj") for u in table.units]
+    kv = [u.kind in ("k_proj", "v_proj") for u in table.table_groups]
     highest = table.rates[-1].index_bits
     least = [max(floor, (floor_kv or 0) if mine else 0) for mine in kv]
     cheapest = sum(
@@ -150,8 +150,8 @@ def test_a_budget_that_nothing_fits_is_named_with_the_smallest_choice(policy):
 @any_table
 @given(table=tables(), factor=st.sampled_from([1e-12, 7.0, 1e9]))
 def test_only_ratios_of_scores_count(policies, table, factor):
-    units = [dataclasses.replace(u, score=u.score * factor) for u in table.units]
-    scaled = dataclasses.replace(table, units=units)
+    table_groups = [dataclasses.replace(u, score=u.score * factor) for u in table.table_groups]
+    scaled = dataclasses.replace(table, table_groups=table_groups)
     budget = budgets(table)[1]
     for name in (*BY_SCORE, "transfer"):
         assert torch.equal(policies[name](scaled, budget), policies[name](table, budget)), name

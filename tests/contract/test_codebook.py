@@ -17,7 +17,7 @@ from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.codebook.scaled_grid import ScaledGrid
 from mgvq.protocols import Codebook, FittedCodebook, QuantizedWeight
-from mgvq.types import Piece, Site
+from mgvq.types import ChannelSlice, Site
 
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 CODEBOOKS = {
@@ -56,10 +56,10 @@ SITES = [
 ]
 
 
-def pieces(num_groups=1):
+def slices(num_groups=1):
     """Every layer cut into groups of channels by turns."""
     columns = {s: [torch.arange(g, s.in_features, num_groups) for g in range(min(num_groups, s.in_features))] for s in SITES}
-    return [Piece(s, g, c) for s, parts in columns.items() for g, c in enumerate(parts)]
+    return [ChannelSlice(s, g, c) for s, parts in columns.items() for g, c in enumerate(parts)]
 
 
 def weights_of(members):
@@ -70,20 +70,20 @@ def weights_of(members):
 
 
 def energies_of(members, codebook):
-    energies = [torch.linspace(0.1, 4, p.shape[1]) for p in members]
-    return [e.diag() + 0.05 for e in energies] if codebook.needs_gram else energies
+    importances = [torch.linspace(0.1, 4, p.shape[1]) for p in members]
+    return [e.diag() + 0.05 for e in importances] if codebook.needs_gram else importances
 
 
-def units(codebook, num_groups=1):
+def table_groups(codebook, num_groups=1):
     gathered = {}
-    for piece in pieces(num_groups):
-        gathered.setdefault(codebook.unit(piece), []).append(piece)
+    for channel_slice in slices(num_groups):
+        gathered.setdefault(codebook.table_group(channel_slice), []).append(channel_slice)
     return gathered
 
 
 def fit(codebook, name, members, rate, flags=None):
-    energies = energies_of(members, codebook) if codebook.needs_energy else [None] * len(members)
-    return codebook.fit(name, weights_of(members), rate, energies, [] if flags is None else flags)
+    importances = energies_of(members, codebook) if codebook.needs_importance else [None] * len(members)
+    return codebook.fit(name, weights_of(members), rate, importances, [] if flags is None else flags)
 
 
 def vectors_of(weight, length):
@@ -94,7 +94,7 @@ def quantize(codebook, step, num_groups=1):
     """Plain rounding of all units: (weight, stored) of every piece."""
     done = []
     rate = codebook.rates()[step]
-    for name, members in units(codebook, num_groups).items():
+    for name, members in table_groups(codebook, num_groups).items():
         for weight, fitted in zip(weights_of(members), fit(codebook, name, members, rate), strict=True):
             codes, _ = fitted.encode(vectors_of(weight, fitted.vector_length), 0, None)
             done.append((weight, fitted.weight(codes)))
@@ -108,7 +108,7 @@ def as_bytes(quantized):
 @each_codebook
 def test_it_meets_the_protocols(codebook):
     assert isinstance(codebook, Codebook)
-    name, members = next(iter(units(codebook).items()))
+    name, members = next(iter(table_groups(codebook).items()))
     fitted = fit(codebook, name, members, codebook.rates()[0])
     assert len(fitted) == len(members)
     assert all(isinstance(f, FittedCodebook) for f in fitted)
@@ -120,7 +120,7 @@ def test_it_meets_the_protocols(codebook):
 @pytest.mark.parametrize("step", [0, 3, -1])
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_the_predicted_bits_are_those_of_the_stored_tensors(codebook, step, num_groups):
-    for name, members in units(codebook, num_groups).items():
+    for name, members in table_groups(codebook, num_groups).items():
         rate = codebook.rates()[step]
         stored = []
         for weight, fitted in zip(weights_of(members), fit(codebook, name, members, rate), strict=True):
@@ -133,7 +133,7 @@ def test_the_predicted_bits_are_those_of_the_stored_tensors(codebook, step, num_
 @each_codebook
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_what_encode_promises_is_what_is_decoded(codebook, num_groups):
-    for name, members in units(codebook, num_groups).items():
+    for name, members in table_groups(codebook, num_groups).items():
         weights = weights_of(members)
         for weight, fitted in zip(weights, fit(codebook, name, members, codebook.rates()[2]), strict=True):
             codes, values = fitted.encode(vectors_of(weight, fitted.vector_length), 0, None)
@@ -146,7 +146,7 @@ def test_what_encode_promises_is_what_is_decoded(codebook, num_groups):
 @each_codebook
 @pytest.mark.parametrize("rooted", [False, True])
 def test_vectors_may_come_one_at_a_time_and_rows_in_runs(codebook, rooted):
-    for name, members in units(codebook, 3).items():
+    for name, members in table_groups(codebook, 3).items():
         for weight, fitted in zip(weights_of(members), fit(codebook, name, members, codebook.rates()[2]), strict=True):
             length = fitted.vector_length
             root = torch.eye(length) + torch.ones(length, length).tril(-1) if rooted else None
@@ -161,7 +161,7 @@ def test_vectors_may_come_one_at_a_time_and_rows_in_runs(codebook, rooted):
 
 @each_codebook
 def test_a_root_lowers_the_error_in_its_metric(codebook):
-    for name, members in units(codebook).items():
+    for name, members in table_groups(codebook).items():
         for weight, fitted in zip(weights_of(members), fit(codebook, name, members, codebook.rates()[1]), strict=True):
             length = fitted.vector_length
             root = torch.randn(length, length, generator=torch.Generator().manual_seed(length)).triu()
@@ -180,11 +180,11 @@ def test_the_same_seed_gives_the_same_bytes(codebook, num_groups):
 
 @each_codebook
 def test_weights_and_energies_are_left_alone(codebook):
-    for name, members in units(codebook).items():
-        weights, energies = weights_of(members), energies_of(members, codebook)
-        codebook.fit(name, weights, codebook.rates()[1], energies if codebook.needs_energy else [None] * len(members), [])
+    for name, members in table_groups(codebook).items():
+        weights, importances = weights_of(members), energies_of(members, codebook)
+        codebook.fit(name, weights, codebook.rates()[1], importances if codebook.needs_importance else [None] * len(members), [])
         assert all(torch.equal(a, b) for a, b in zip(weights, weights_of(members), strict=True))
-        assert all(torch.equal(a, b) for a, b in zip(energies, energies_of(members, codebook), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(importances, energies_of(members, codebook), strict=True))
 
 
 @each_codebook
@@ -199,7 +199,7 @@ def test_rates_have_their_own_names_and_rise(codebook):
     assert len({r.name for r in rates}) == len(rates)
     for lower, higher in itertools.pairwise(rates):
         assert lower.index_bits <= higher.index_bits
-    for members in units(codebook).values():
+    for members in table_groups(codebook).values():
         for lower, higher in itertools.pairwise(rates):
             if lower.name.split("x")[0] == higher.name.split("x")[0]:  # the same vector length
                 assert codebook.storage_bits(members, lower) < codebook.storage_bits(members, higher)
@@ -207,7 +207,7 @@ def test_rates_have_their_own_names_and_rise(codebook):
 
 @each_codebook
 def test_pieces_of_a_unit_are_one_group_and_units_are_of_one_tower(codebook):
-    for members in units(codebook, 3).values():
+    for members in table_groups(codebook, 3).values():
         assert len({(p.group, p.site.tower) for p in members}) == 1
 
 
@@ -232,12 +232,12 @@ def test_threads_and_processes_do_not_change_a_bit():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_gpu_gives_the_bytes_of_the_cpu(name):
     codebook = CODEBOOKS[name]
-    for unit, members in units(codebook).items():
+    for table_group, members in table_groups(codebook).items():
         stored = []
         for device in ("cpu", "cuda"):
             weights = [w.to(device) for w in weights_of(members)]
-            energies = [e.to(device) if codebook.needs_energy else None for e in energies_of(members, codebook)]
-            fitted = codebook.fit(unit, weights, codebook.rates()[2], energies, [])
+            importances = [e.to(device) if codebook.needs_importance else None for e in energies_of(members, codebook)]
+            fitted = codebook.fit(table_group, weights, codebook.rates()[2], importances, [])
             codes = [f.encode(vectors_of(w, f.vector_length), 0, None)[0] for f, w in zip(fitted, weights, strict=True)]
             quantized = [f.weight(c) for f, c in zip(fitted, codes, strict=True)]
             stored.append([t.cpu().numpy().tobytes() for q in quantized for t in q.tensors().values()])

@@ -15,10 +15,10 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.compensation.none import NoCompensation
-from mgvq.protocols import Compensation, FittedPiece, Shift
+from mgvq.protocols import Compensation, FittedSlice, TargetShift
 from mgvq.runs.build import build
 from mgvq.runs.places import conf_folder
-from mgvq.types import Metric, Piece, Site
+from mgvq.types import ChannelSlice, Metric, Site
 
 VARIANTS = sorted(f.stem for f in (ROOT / "conf" / "compensation").glob("*.yaml"))
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
@@ -57,18 +57,18 @@ def factor(size, seed=0):
 def problem(codebook, rates=(1, 1), shape=(8, 13)):
     """A layer in two groups: weight, metric, fitted pieces, score."""
     weight, metric = normal(*shape), Metric((factor(shape[1], 10),), factor(shape[0], 20))
-    site, pieces = Site("layer", "language", "layer", None, *shape), []
+    site, slices = Site("layer", "language", "layer", None, *shape), []
     for group, rate in enumerate(rates):
-        piece = Piece(site, group, torch.arange(group, shape[1], 2))
-        fitted = codebook.fit("unit", [weight[:, piece.columns]], codebook.rates()[rate], [None], [])
-        pieces.append(FittedPiece(piece, fitted[0]))
-    return weight, metric, pieces, normal(shape[1]).abs()
+        channel_slice = ChannelSlice(site, group, torch.arange(group, shape[1], 2))
+        fitted = codebook.fit("unit", [weight[:, channel_slice.columns]], codebook.rates()[rate], [None], [])
+        slices.append(FittedSlice(channel_slice, fitted[0]))
+    return weight, metric, slices, normal(shape[1]).abs()
 
 
-def decoded(pieces, codes, like):
+def decoded(slices, codes, like):
     weight = torch.empty_like(like)
-    for fitted, code in zip(pieces, codes, strict=True):
-        weight[:, fitted.piece.columns] = fitted.codebook.weight(code).decode()
+    for fitted, code in zip(slices, codes, strict=True):
+        weight[:, fitted.channel_slice.columns] = fitted.codebook.weight(code).decode()
     return weight
 
 
@@ -84,14 +84,14 @@ def test_it_meets_the_protocol(variant):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rates", RATES.values(), ids=RATES.keys())
 def test_the_codes_are_those_of_a_weight_near_the_layer(variant, codebook, rates, shape):
-    weight, metric, pieces, score = problem(codebook, rates, shape)
-    codes = built(variant).round(weight, metric, pieces, score, [])
-    values = decoded(pieces, codes, weight)
+    weight, metric, slices, score = problem(codebook, rates, shape)
+    codes = built(variant).round(weight, metric, slices, score, [])
+    values = decoded(slices, codes, weight)
     assert values.isfinite().all()
     assert (values - weight).norm() < 3 * weight.norm()
-    for fitted, code in zip(pieces, codes, strict=True):
+    for fitted, code in zip(slices, codes, strict=True):
         length = fitted.codebook.vector_length
-        plain, _ = fitted.codebook.encode(torch.zeros(shape[0], -(-len(fitted.piece.columns) // length), length), 0, None)
+        plain, _ = fitted.codebook.encode(torch.zeros(shape[0], -(-len(fitted.channel_slice.columns) // length), length), 0, None)
         assert code.shape == plain.shape
         assert code.dtype == plain.dtype
 
@@ -99,9 +99,9 @@ def test_the_codes_are_those_of_a_weight_near_the_layer(variant, codebook, rates
 @each_variant
 @each_codebook
 def test_the_same_again_and_nothing_is_written_to(variant, codebook):
-    weight, metric, pieces, score = problem(codebook)
+    weight, metric, slices, score = problem(codebook)
     before = copy.deepcopy((weight, metric, score))
-    first, again = (built(variant).round(weight, metric, pieces, score, []) for _ in range(2))
+    first, again = (built(variant).round(weight, metric, slices, score, []) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert torch.equal(weight, before[0])
     assert torch.equal(metric.h_in[0], before[1].h_in[0])
@@ -116,13 +116,13 @@ def test_it_uses_what_it_says_it_uses(variant):
     A shift that needs an output factor needs it for its target.
     """
     compensation = built(variant)
-    weight, metric, pieces, score = problem(CODEBOOKS["kmeans"])
+    weight, metric, slices, score = problem(CODEBOOKS["kmeans"])
 
     def codes_of(metric, score):
         aim = weight
-        if isinstance(compensation, Shift) and compensation.needs_output_metric:
+        if isinstance(compensation, TargetShift) and compensation.needs_output_metric:
             aim = compensation.target(weight, metric, normal(*weight.shape, seed=7), 1.0)
-        return torch.cat(compensation.round(aim, metric, pieces, score, []), 1)
+        return torch.cat(compensation.round(aim, metric, slices, score, []), 1)
 
     codes = codes_of(metric, score)
     changed = {
@@ -137,12 +137,12 @@ def test_it_uses_what_it_says_it_uses(variant):
 @each_variant
 def test_dead_and_singular_metrics_are_rounded_and_flagged(variant):
     compensation = built(variant)
-    weight, _, pieces, score = problem(CODEBOOKS["kmeans"])
+    weight, _, slices, score = problem(CODEBOOKS["kmeans"])
     token, gradient = normal(13), normal(8)
     token[[2, 5]] = 0
     for metric in (Metric((token.outer(token),), gradient.outer(gradient)), Metric((torch.zeros(13, 13),), torch.zeros(8, 8))):
         flags: list[str] = []
-        values = decoded(pieces, compensation.round(weight, metric, pieces, score, flags), weight)
+        values = decoded(slices, compensation.round(weight, metric, slices, score, flags), weight)
         assert values.isfinite().all()
         assert (values - weight).norm() < 3 * weight.norm()
         corrects = not isinstance(compensation, NoCompensation)  # plain rounding, of a moved target too, has no use for flags
@@ -151,7 +151,7 @@ def test_dead_and_singular_metrics_are_rounded_and_flagged(variant):
 
 @each_variant
 def test_weights_of_half_precision_are_rounded_as_what_they_are(variant):
-    weight, metric, pieces, score = problem(CODEBOOKS["kmeans"])
+    weight, metric, slices, score = problem(CODEBOOKS["kmeans"])
     half = weight.bfloat16()
-    one, other = (built(variant).round(w, metric, pieces, score, []) for w in (half, half.float()))
+    one, other = (built(variant).round(w, metric, slices, score, []) for w in (half, half.float()))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

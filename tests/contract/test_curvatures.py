@@ -9,9 +9,9 @@ from mgvq.curvature.fusion import mbq_weights
 from mgvq.curvature.guided import Guided
 from mgvq.curvature.input import Input
 from mgvq.curvature.kronecker import KroneckerFisher
-from mgvq.curvature.passes import Rows
 from mgvq.curvature.token_weighted import TokenWeighted
 from mgvq.errors import UserError
+from mgvq.model.passes import Rows
 from mgvq.protocols import Curvature
 from mgvq.rng import generator
 from mgvq.types import MODALITIES, Batch, Kronecker, Needs, Site, SiteStats
@@ -21,7 +21,7 @@ CURVATURES = {
     **{f"input-{f}": Input(fusion=f) for f in ("none", "mbq_ratio")},
     "token_weighted": TokenWeighted(),
     **{f"guided-{n}": Guided(num_groups=n) for n in (1, 4)},
-    **{f"kronecker-{w}-{f}": KroneckerFisher(wise=w, fusion=f, rounds=None) for w, f in KRONECKER},
+    **{f"kronecker-{w}-{f}": KroneckerFisher(granularity=w, fusion=f, rounds=None) for w, f in KRONECKER},
 }
 each_curvature = pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES.keys())
 VISION, LANGUAGE = Site("vision.0", "vision", "fc1", 0, 7, 4), Site("language.0", "language", "o_proj", 0, 5, 6)
@@ -31,14 +31,14 @@ def rows(num_tokens, size, *names):
     return torch.randn(num_tokens, size, generator=generator(0, *names))
 
 
-def stats(site, needs, *, image=9, text=9, energy=1.0):
+def stats(site, needs, *, image=9, text=9, importance=1.0):
     """What `needs` asks for, of random tokens; `energy` scales the gradients."""
     num_tokens = {"image": image, "text": 0 if site.tower == "vision" else text}
     x = {m: rows(n, site.in_features, site.name, m, "x") for m, n in num_tokens.items()}
-    g = {m: energy * rows(n, site.out_features, site.name, m, "g") for m, n in num_tokens.items()}
+    g = {m: importance * rows(n, site.out_features, site.name, m, "g") for m, n in num_tokens.items()}
     everything, gradients = torch.cat(list(x.values())), torch.cat(list(g.values()))
     runs = gradients.square().chunk(max(1, needs.channel_groups), 1)
-    pair = Kronecker(energy * everything.T @ everything, gradients.T @ gradients)
+    pair = Kronecker(importance * everything.T @ everything, gradients.T @ gradients)
     return SiteStats(
         num_tokens,
         {m: v.T @ v for m, v in x.items()} if needs.gram else {},
@@ -76,7 +76,7 @@ def test_metrics_have_the_shapes_of_their_layers(curvature) -> None:
 @pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"energy": 0.0}], ids=str)
 def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
     bank = {s: stats(s, curvature.needs, **missing) for s in (VISION, LANGUAGE)}
-    if isinstance(curvature, KroneckerFisher) and (curvature.wise, curvature.fusion) in (
+    if isinstance(curvature, KroneckerFisher) and (curvature.granularity, curvature.fusion) in (
         ("sequence", "none"),
         ("token", "token"),
     ):
@@ -93,7 +93,9 @@ def test_one_modality_is_not_touched_by_the_fusion() -> None:
     bank = {VISION: stats(VISION, needs)}
     gram = bank[VISION].gram["image"] / 9
     torch.testing.assert_close(Input(fusion="mbq_ratio").fuse(bank)[VISION].h_in[0], gram)
-    found = [KroneckerFisher(wise="token", fusion=f, rounds=None).fuse(bank)[VISION] for f in ("none", "mbq_ratio", "kron")]
+    found = [
+        KroneckerFisher(granularity="token", fusion=f, rounds=None).fuse(bank)[VISION] for f in ("none", "mbq_ratio", "kron")
+    ]
     for one, other in itertools.pairwise(found):
         torch.testing.assert_close(one.h_in[0], other.h_in[0])
         torch.testing.assert_close(one.h_out, other.h_out)
@@ -121,7 +123,7 @@ def test_mbq_weighs_the_image_tokens_of_a_gram() -> None:
 
 
 def kronecker(**settings):
-    return KroneckerFisher(**(dict(wise="token", fusion="kron", rounds=None) | settings))
+    return KroneckerFisher(**(dict(granularity="token", fusion="kron", rounds=None) | settings))
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,11 @@ def kronecker(**settings):
     [
         (lambda: Input(fusion="kron"), "curvature.fusion must be none or mbq_ratio"),
         (lambda: Guided(num_groups=0), "curvature.num_groups must be a whole number >= 1, got 0"),
-        (lambda: kronecker(wise="layer"), "curvature.wise must be token or sequence"),
+        (lambda: kronecker(granularity="layer"), "curvature.granularity must be token or sequence"),
         (lambda: kronecker(fusion="mean"), "curvature.fusion must be none, mbq_ratio, kron or token"),
-        (lambda: kronecker(wise="sequence"), "curvature.fusion=kron has no effect with curvature.wise=sequence"),
+        (lambda: kronecker(granularity="sequence"), "curvature.fusion=kron has no effect with curvature.granularity=sequence"),
         (lambda: kronecker(fusion="none", rounds=2), "curvature.rounds=2 has no effect with curvature.fusion=none"),
-        (lambda: kronecker(wise="sequence", fusion="none", rounds=2), "curvature.rounds=2 has no effect"),
+        (lambda: kronecker(granularity="sequence", fusion="none", rounds=2), "curvature.rounds=2 has no effect"),
         (lambda: kronecker(rounds=0), "curvature.rounds must be a whole number >= 1 or null, got 0"),
     ],
 )
@@ -153,5 +155,5 @@ def test_tiles_stay_with_their_sample() -> None:
     stacked = two_samples(torch.zeros(2, 2, 3, 8, 8), (3, 9))
     assert [len(v) for v in stacked.by_sample(VISION, torch.zeros(4, 5, 7))] == [10, 10]
     for unclear, tiles in ((stacked, 3), (two_samples(torch.zeros(3, 3, 8, 8), (3, 10)), 3)):
-        with pytest.raises(UserError, match=r"curvature\.wise=token"):
+        with pytest.raises(UserError, match=r"curvature\.granularity=token"):
             unclear.by_sample(VISION, torch.zeros(tiles, 5, 7))

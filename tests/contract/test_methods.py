@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 
 from mgvq.formats.grouped import pack_groups
 from mgvq.model.sites import list_sites
+from mgvq.quantization.codebooks import CodebookCache, rate_table
+from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
-from mgvq.units import Fits, cut_units, rate_table
 
 METHODS = sorted({f.stem for f in (ROOT / "conf" / "method").glob("*.yaml")} - {"full_precision"})
 BUDGET, OVER = 2.0, 0.01  # at most one percent above
@@ -24,10 +25,10 @@ def stored_bits(method, sites, budget_bits):
     scores = {s: torch.randn(s.in_features, generator=draws).exp() for s in sites}
     groups = method.grouping(scores, {})
     ids = {s.reads: 8 * pack_groups(g).nbytes for s, g in groups.items() if g.max() > 0}
-    units = cut_units(groups, scores, method.codebook)
-    table = rate_table(Fits(units, method.codebook, {}, {}), scores, method.allocation.distortion)
+    table_groups = cut_table_groups(groups, scores, method.codebook)
+    table = rate_table(CodebookCache(table_groups, method.codebook, {}, {}), scores, method.allocation.distortion)
     chosen = method.allocation(table, budget_bits - sum(ids.values()))
-    return sum(ids.values()) + int(table.bits[torch.arange(len(units)), chosen].sum())
+    return sum(ids.values()) + int(table.bits[torch.arange(len(table_groups)), chosen].sum())
 
 
 @pytest.mark.parametrize("method", METHODS)

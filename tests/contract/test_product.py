@@ -12,11 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgvq.curvature.statistics import collect
 from mgvq.model.sites import site_weights
-from mgvq.pipeline import Method, quantize
+from mgvq.quantization.blockwise import Samples
+from mgvq.quantization.method import Method
+from mgvq.quantization.pipeline import quantize
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.runs.build import build
 from mgvq.runs.places import conf_folder
-from mgvq.shifting import Samples
 from mgvq.types import Batch, Needs, Site
 
 BITS = 4.0

@@ -7,14 +7,15 @@ from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.data.tiny_vqa.dataset import draw_test
-from mgvq.drift import Drift
 from mgvq.errors import UserError
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import list_sites, site_weights
-from mgvq.rounding import Layers
-from mgvq.shifting import Samples, shifted_rounding
+from mgvq.quantization.blockwise import Samples, shifted_rounding
+from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.table_groups import cut_table_groups
+from mgvq.quantization.teacher import Teacher
 from mgvq.types import Metric, SiteStats
-from mgvq.units import Fits, cut_units
 
 GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
 
@@ -38,13 +39,13 @@ def loop(loaded):
     batches, heldout = (list(packed_batches(loaded.processor, e, 2)) for e in (drawn.examples, drawn.heldout_examples))
     codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=2, sample=None, seed=0)
     scores = {s: torch.arange(s.in_features).float() for s in sites}
-    units = cut_units({s: torch.zeros(s.in_features, dtype=torch.long) for s in sites}, scores, codebook)
+    table_groups = cut_table_groups({s: torch.zeros(s.in_features, dtype=torch.long) for s in sites}, scores, codebook)
     metrics = {s: Metric((torch.eye(s.in_features),), torch.eye(s.out_features)) for s in sites}
-    rates = [next(r for r in codebook.rates() if r.index_bits == 1.0)] * len(units)
+    rates = [next(r for r in codebook.rates() if r.index_bits == 1.0)] * len(table_groups)
 
     def run(bank=None, **settings):
         shift, flags = GradientHessian(**GRADIENT | settings), []
-        layers, fits = Layers(shift, None, weights, metrics, scores, {}), Fits(units, codebook, weights, {})
+        layers, fits = LayerRounder(shift, None, weights, metrics, scores, {}), CodebookCache(table_groups, codebook, weights, {})
         return *shifted_rounding(model, sites, bank or {}, shift, Samples(batches, heldout), fits, rates, layers, flags), flags
 
     run.sites, run.model = sites, model
@@ -93,13 +94,13 @@ def test_the_prediction_and_the_change_of_a_small_step_agree_in_sign(loop) -> No
 
 def test_with_a_refresh_of_two_every_second_block_is_passed_over(loop, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first one, though, before which nothing is quantised: what it has is nobody else's."""
-    passes, whole = [], Drift.gradient
+    passes, whole = [], Teacher.gradient
 
     def counted(self, sites):
         passes.append([site.block for site in sites])
         return whole(self, sites)
 
-    monkeypatch.setattr(Drift, "gradient", counted)
+    monkeypatch.setattr(Teacher, "gradient", counted)
     _, plain, _ = loop(sweeps=2)
     assert passes == 2 * [[1, 1], [2, 2]]
     passes.clear()

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, run_command
 from PIL import Image
 
-from mgvq.analysis.bits import bits_by_kind
+from mgvq.analysis.tables.bits import bits_by_kind
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
 
@@ -191,11 +191,11 @@ def test_mixed_precision_from_statistics_to_checkpoint(tmp_path: Path) -> None:
     assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.01)
     assert metrics["bits/quantized_layers"] <= 2.0
     assert metrics["rate"] == "mixed"
-    pieces = pd.read_parquet(run / "allocation.parquet")
-    assert pieces.groupby("site").group.nunique().eq(4).all()
-    assert pieces.index_bits.nunique() > 3
+    slices = pd.read_parquet(run / "allocation.parquet")
+    assert slices.groupby("site").group.nunique().eq(4).all()
+    assert slices.index_bits.nunique() > 3
     channels = pd.read_parquet(run / "channels.parquet")
-    assert set(channels.site) == set(pieces.site)
+    assert set(channels.site) == set(slices.site)
     groups = {site: tuple(part.group) for site, part in channels.groupby("site")}
     attention = [site for site in groups if ".layers.0.self_attn." in site and "o_proj" not in site]
     assert len(attention) == 3

@@ -12,7 +12,7 @@ from mgvq.curvature.statistics import collect
 from mgvq.evaluation.perplexity import Perplexity
 from mgvq.model.load import Loaded, load
 from mgvq.model.sites import linear, list_sites
-from mgvq.pipeline import quantize
+from mgvq.quantization.pipeline import quantize
 from mgvq.runs.build import build
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder

@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 from conftest import FAMILIES, ROOT
 
-from mgvq.analysis.layers import layers_path, read_layers
-from mgvq.analysis.paper_tables import write_paper
-from mgvq.analysis.records import metric_frame, read_records
+from mgvq.analysis.records.layers import layers_path, read_layers
+from mgvq.analysis.records.records import metric_frame, read_records
 from mgvq.analysis.report import FIGURES, figure_path, pages_with_tables, with_tables, write_figures, write_tables
+from mgvq.analysis.tables.paper_tables import write_paper
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.model.source import SHIPPED
 from mgvq.studies.plan import distinct, expand

@@ -16,7 +16,7 @@ from mgvq.allocation.threshold import Threshold
 from mgvq.allocation.transfer import Transfer
 from mgvq.allocation.uniform import Uniform
 from mgvq.allocation.water_filling import WaterFilling
-from mgvq.types import Rate, RateTable, UnitInfo
+from mgvq.types import Rate, RateTable, TableGroupInfo
 
 OFF = dict(min_bits=None, min_bits_kv=None)
 EXACT = Exact(distortion="measured", gap=0.0, time_limit=60.0, **OFF)
@@ -25,30 +25,32 @@ WATER = WaterFilling(**OFF)
 RATIO = Ratio(within="model", **OFF)
 
 
-def unit(u, num_weights, score, tower="language", kind="q_proj", block=0, depth=0.5, quantile=0.5):
-    return UnitInfo(f"u{u}", tower, kind, block, depth, 0, num_weights, score, quantile)
+def table_group(u, num_weights, score, tower="language", kind="q_proj", block=0, depth=0.5, quantile=0.5):
+    return TableGroupInfo(f"u{u}", tower, kind, block, depth, 0, num_weights, score, quantile)
 
 
-def modelled(units, offered, tables=None):
+def modelled(table_groups, offered, tables=None):
     """The Gaussian model at exactly `num_weights * index_bits` (rounded up) bits and, for each rate, a table."""
     rates = [Rate(f"r{b:g}", float(b)) for b in offered]
     tables = tables or [0] * len(rates)
-    bits = [[math.ceil(u.num_weights * r.index_bits) + t for r, t in zip(rates, tables, strict=True)] for u in units]
-    loss = [[u.score * 4**-r.index_bits for r in rates] for u in units]
-    return RateTable(units, rates, torch.tensor(bits), torch.tensor(loss, dtype=torch.float64))
+    bits = [[math.ceil(u.num_weights * r.index_bits) + t for r, t in zip(rates, tables, strict=True)] for u in table_groups]
+    loss = [[u.score * 4**-r.index_bits for r in rates] for u in table_groups]
+    return RateTable(table_groups, rates, torch.tensor(bits), torch.tensor(loss, dtype=torch.float64))
 
 
-def noisy(units, rates, seed, convex=False):
+def noisy(table_groups, rates, seed, convex=False):
     """Units of very unequal size; losses that need not fall with the rate, or (convex) the Gaussian model."""
     draws = torch.Generator().manual_seed(seed)
-    sizes = (10 ** (1 + 3 * torch.rand(units, generator=draws))).long().tolist()
-    scores = (torch.randn(units, generator=draws, dtype=torch.float64).exp() * torch.tensor(sizes)).tolist()
-    table = modelled([unit(u, n, s) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))], [0.75, 1, 1.5, 2, 3][:rates])
+    sizes = (10 ** (1 + 3 * torch.rand(table_groups, generator=draws))).long().tolist()
+    scores = (torch.randn(table_groups, generator=draws, dtype=torch.float64).exp() * torch.tensor(sizes)).tolist()
+    table = modelled(
+        [table_group(u, n, s) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))], [0.75, 1, 1.5, 2, 3][:rates]
+    )
     if convex:
         return table
     tables = torch.tensor([0, 32, 128, 512, 4096])[:rates]  # these cost a small unit more than its codes
-    noise = torch.rand(units, rates, generator=draws, dtype=torch.float64) + 0.5
-    return RateTable(table.units, table.rates, table.bits + tables, table.loss * noise)
+    noise = torch.rand(table_groups, rates, generator=draws, dtype=torch.float64) + 0.5
+    return RateTable(table.table_groups, table.rates, table.bits + tables, table.loss * noise)
 
 
 def everything(table):
@@ -68,9 +70,9 @@ def some_budgets(table, count):
     return [least + (most - least) * i // count for i in range(count)]
 
 
-@pytest.mark.parametrize(("units", "rates", "seed"), [(1, 5, 0), (5, 5, 1), (6, 4, 2), (7, 3, 3), (8, 5, 4)])
-def test_exact_is_the_best_of_all_choices(units, rates, seed):
-    table = noisy(units, rates, seed)
+@pytest.mark.parametrize(("table_groups", "rates", "seed"), [(1, 5, 0), (5, 5, 1), (6, 4, 2), (7, 3, 3), (8, 5, 4)])
+def test_exact_is_the_best_of_all_choices(table_groups, rates, seed):
+    table = noisy(table_groups, rates, seed)
     bits, loss = everything(table)
     for budget in some_budgets(table, 8):
         choice = EXACT(table, budget)
@@ -81,14 +83,14 @@ def test_exact_is_the_best_of_all_choices(units, rates, seed):
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_exact_does_not_depend_on_the_scale_of_the_losses(scale):
     table = noisy(8, 5, 5)
-    scaled = RateTable(table.units, table.rates, table.bits, table.loss * scale)
+    scaled = RateTable(table.table_groups, table.rates, table.bits, table.loss * scale)
     for budget in some_budgets(table, 5):
         assert torch.equal(EXACT(scaled, budget), EXACT(table, budget))
 
 
 def test_exact_at_the_size_of_a_large_model_keeps_the_budget_to_the_bit():
     small = noisy(60, 5, 6)
-    table = RateTable(small.units, small.rates, small.bits * 40961 + 1, small.loss)  # a shared divisor would be too easy
+    table = RateTable(small.table_groups, small.rates, small.bits * 40961 + 1, small.loss)  # a shared divisor would be too easy
     for budget in some_budgets(table, 4):
         choice = Exact(distortion="measured", gap=1e-4, time_limit=60.0, **OFF)(table, budget)
         assert total(table.bits, choice) <= budget
@@ -160,7 +162,7 @@ def test_greedy_on_noisy_tables_is_near_the_best_of_all_choices(seed):
 def hand_made(bits, loss):
     """One unit of 10 weights."""
     rates = [Rate(f"r{i}", 1.0 + i) for i in range(len(bits))]
-    return RateTable([unit(0, 10, 1.0)], rates, torch.tensor([bits]), torch.tensor([loss], dtype=torch.float64))
+    return RateTable([table_group(0, 10, 1.0)], rates, torch.tensor([bits]), torch.tensor([loss], dtype=torch.float64))
 
 
 def test_what_the_hull_leaves_out_is_taken_where_nothing_else_fits():
@@ -178,20 +180,20 @@ def log_normal(count, seed, spread=1.5, sizes=None):
     """Units of log-normal scores a weight, as in method 2.1's toy; 64 weights each, so that steps of 1/64 bit cost one bit."""
     scores = np.exp(spread * np.random.default_rng(seed).standard_normal(count))
     sizes = [64] * count if sizes is None else sizes
-    return [unit(u, n, float(n * s)) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))]
+    return [table_group(u, n, float(n * s)) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))]
 
 
 @pytest.mark.parametrize("bits_per_weight", [1.0, 3.0, 6.0])
 def test_water_filling_meets_the_conditions_of_the_continuous_optimum(bits_per_weight):
     """On a fine grid: marginal losses a bit are equal, smaller for units at the floor, larger for units at the ceiling."""
     draws = np.random.default_rng(0)
-    units = log_normal(60, 1, spread=3.0, sizes=(1024 * draws.integers(1, 50, 60)).tolist())
+    table_groups = log_normal(60, 1, spread=3.0, sizes=(1024 * draws.integers(1, 50, 60)).tolist())
     step = 1 / 32
-    table = modelled(units, np.arange(0.5, 7 + step, step))
-    weights = sum(u.num_weights for u in units)
+    table = modelled(table_groups, np.arange(0.5, 7 + step, step))
+    weights = sum(u.num_weights for u in table_groups)
     choice = WATER(table, int(bits_per_weight * weights))
     b = np.array([table.rates[r].index_bits for r in choice])
-    n, s = (np.array([getattr(u, field) for u in units]) for field in ("num_weights", "score"))
+    n, s = (np.array([getattr(u, field) for u in table_groups]) for field in ("num_weights", "score"))
     marginal = np.log2(s / n) - 2 * b  # log2 of what another bit for every weight saves, a bit
     free = (b > 0.5) & (b < 7)
     assert 10 < free.sum() < 60
@@ -218,31 +220,31 @@ def test_the_figures_of_the_toy():
 
 
 def test_water_filling_is_the_closed_form_where_nothing_is_clipped():
-    units = log_normal(200, 0)
-    table = modelled(units, np.arange(0, 12, 1 / 16))
+    table_groups = log_normal(200, 0)
+    table = modelled(table_groups, np.arange(0, 12, 1 / 16))
     loss = total(table.loss, WATER(table, 5 * 64 * 200))
-    geometric_mean = math.exp(np.mean([math.log(u.score) for u in units]))
+    geometric_mean = math.exp(np.mean([math.log(u.score) for u in table_groups]))
     assert loss == pytest.approx(200 * geometric_mean * 4**-5, rel=2e-3)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_with_real_rates_sizes_and_tables_water_filling_still_beats_both_rules(seed):
     draws = np.random.default_rng(seed)
-    units = log_normal(40, seed, sizes=(64 * draws.integers(20, 300, 40)).tolist())
+    table_groups = log_normal(40, seed, sizes=(64 * draws.integers(20, 300, 40)).tolist())
     offered = [0.75, 1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 3, 3.5, 4]
-    table = modelled(units, offered, tables=[int(32 * 4**b) for b in offered])
-    budget = 2 * sum(u.num_weights for u in units)
+    table = modelled(table_groups, offered, tables=[int(32 * 4**b) for b in offered])
+    budget = 2 * sum(u.num_weights for u in table_groups)
     losses = [total(table.loss, p(table, budget)) for p in (EXACT, GREEDY, WATER, RATIO, Uniform(tolerance=0.0, spread=False))]
     assert losses[0] <= losses[1] * (1 + 1e-9)
     assert losses == sorted(losses)
 
 
 def test_the_ratio_rule_is_its_formula_on_a_fine_grid():
-    units = log_normal(50, 3, sizes=[64 + 10 * i for i in range(50)])
+    table_groups = log_normal(50, 3, sizes=[64 + 10 * i for i in range(50)])
     step = 1 / 64
-    table = modelled(units, np.arange(0, 16, step))
-    n = np.array([u.num_weights for u in units])
-    importance = np.array([u.score for u in units]) / n
+    table = modelled(table_groups, np.arange(0, 16, step))
+    n = np.array([u.num_weights for u in table_groups])
+    importance = np.array([u.score for u in table_groups]) / n
     importance /= np.exp((n * np.log(importance)).sum() / n.sum())
     logs = np.log2(importance + 1)
     expected = 2 * n.sum() * logs / (n * logs).sum()
@@ -252,7 +254,7 @@ def test_the_ratio_rule_is_its_formula_on_a_fine_grid():
 
 def layers(scores):
     """Four groups of 640 weights a layer."""
-    return [unit(4 * i + g, 640, s, block=i) for i, groups in enumerate(scores) for g, s in enumerate(groups)]
+    return [table_group(4 * i + g, 640, s, block=i) for i, groups in enumerate(scores) for g, s in enumerate(groups)]
 
 
 def test_the_ratio_rule_within_layers_gives_every_layer_the_same_bits():
@@ -299,7 +301,7 @@ def model(kinds, blocks, seed, tower="language"):
         drawn.append((640 * (1 + kind), density, kinds[kind], block, depth))
     ranks = np.argsort(np.argsort([d[1] for d in drawn]))
     return [
-        unit(u, n, n * d, tower, kind, block, depth, (rank + 0.5) / len(drawn))
+        table_group(u, n, n * d, tower, kind, block, depth, (rank + 0.5) / len(drawn))
         for u, ((n, d, kind, block, depth), rank) in enumerate(zip(drawn, ranks, strict=True))
     ]
 
@@ -311,7 +313,7 @@ def write(file, table, choice):
     """As a run does, in two pieces for every unit."""
     rows = [
         (u.tower, u.kind, u.depth, u.quantile, u.num_weights // 2, table.rates[r].index_bits)
-        for u, r in zip(table.units, choice.tolist(), strict=True)
+        for u, r in zip(table.table_groups, choice.tolist(), strict=True)
         for _ in range(2)
     ]
     pd.DataFrame(rows, columns=["tower", "kind", "depth", "quantile", "num_weights", "index_bits"]).to_parquet(file)
@@ -324,7 +326,7 @@ def bits_of(table, choice):
 
 def test_transfer_finds_its_source_again(tmp_path):
     table = modelled(model(["q_proj", "up_proj", "down_proj"], 6, 0), OFFERED)
-    budget = 2 * sum(u.num_weights for u in table.units)
+    budget = 2 * sum(u.num_weights for u in table.table_groups)
     source = EXACT(table, budget)
     transferred = write(tmp_path / "allocation.parquet", table, source)(table, budget)
     assert np.abs(bits_of(table, transferred) - bits_of(table, source)).mean() < 0.2
@@ -334,12 +336,12 @@ def test_transfer_finds_its_source_again(tmp_path):
 
 def test_transfer_helps_another_model_of_other_kinds_and_depth_at_another_budget(tmp_path):
     source = modelled(model(["q_proj", "up_proj", "down_proj"], 6, 0), OFFERED)
-    rule = write(tmp_path / "allocation.parquet", source, EXACT(source, 2 * sum(u.num_weights for u in source.units)))
+    rule = write(tmp_path / "allocation.parquet", source, EXACT(source, 2 * sum(u.num_weights for u in source.table_groups)))
     for kinds, blocks, tower in ((["q_proj", "fc1"], 10, "language"), (["wqkv", "w1", "w2"], 3, "vision")):
         table = modelled(model(kinds, blocks, 1, tower), OFFERED)
-        budget = int(2.5 * sum(u.num_weights for u in table.units))
+        budget = int(2.5 * sum(u.num_weights for u in table.table_groups))
         choice = rule(table, budget)
-        assert budget - total(table.bits, choice) < max(u.num_weights for u in table.units)
+        assert budget - total(table.bits, choice) < max(u.num_weights for u in table.table_groups)
         assert total(table.loss, choice) < 0.8 * total(table.loss, Uniform(tolerance=0.0, spread=False)(table, budget))
 
 
@@ -359,8 +361,8 @@ def test_transfer_backs_off_from_the_narrowest_cell_to_the_whole_model(tmp_path)
         ("projector", "linear", 0.5, 0.2): 2.9,  # no such tower
         ("vision", "q_proj", 0.9, 1.0): 2.9,  # no such quantile anywhere: the mean
     }
-    units = [unit(u, 1000, 1.0, t, k, 0, d, q) for u, (t, k, d, q) in enumerate(expected)]
-    table = modelled(units, np.arange(0, 6, 0.05))
+    table_groups = [table_group(u, 1000, 1.0, t, k, 0, d, q) for u, (t, k, d, q) in enumerate(expected)]
+    table = modelled(table_groups, np.arange(0, 6, 0.05))
     rule = Transfer(source=str(tmp_path / "allocation.parquet"), depth_bins=3, quantile_bins=4, **OFF)
     got = bits_of(table, rule(table, int(1000 * sum(expected.values())) + 5))
     assert got == pytest.approx(np.array(list(expected.values())), abs=0.051)

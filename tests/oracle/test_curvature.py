@@ -14,10 +14,10 @@ import torch
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.fusion import nearest
 from mgvq.curvature.kronecker import KroneckerFisher
-from mgvq.curvature.passes import sampled_labels
 from mgvq.curvature.statistics import collect, sketch
 from mgvq.evaluation.documents import documents
 from mgvq.model.encode import batches, encode
+from mgvq.model.passes import sampled_labels
 from mgvq.model.sites import linear, list_sites
 from mgvq.rng import generator
 from mgvq.runs.cache import statistics
@@ -276,7 +276,7 @@ def test_independent_gradients_and_inputs_give_the_fisher_itself(fusion) -> None
     x, g = (torch.stack(part) for part in zip(*pairs, strict=True))
     fisher = sum(torch.kron(torch.outer(b, b), torch.outer(a, a)) for a, b in pairs) * 2 / 50
     bank = {site: stats_of({"image": (x, g), "text": (x, g)}, 50)}
-    metric = KroneckerFisher(wise="token", fusion=fusion, rounds=None).fuse(bank)[site]
+    metric = KroneckerFisher(granularity="token", fusion=fusion, rounds=None).fuse(bank)[site]
     close(torch.kron(metric.h_out, metric.h_in[0]), fisher, 1e-5)
 
 
@@ -320,11 +320,11 @@ def test_the_kronecker_metrics_are_in_nats_of_the_mean_answer_loss(site) -> None
             risen += (reference.exp() * (reference - logs())).sum(-1).mean().item()
             flat[at] -= step
     variants = {("sequence", "none"): 0.3, ("token", "none"): 0.6, **dict.fromkeys(TOKEN_WISE, 0.15)}
-    for (wise, fusion), tolerance in variants.items():
-        if wise == "sequence" or site.name == "two":
-            metric = KroneckerFisher(wise=wise, fusion=fusion, rounds=None).fuse(bank)[site]
+    for (granularity, fusion), tolerance in variants.items():
+        if granularity == "sequence" or site.name == "two":
+            metric = KroneckerFisher(granularity=granularity, fusion=fusion, rounds=None).fuse(bank)[site]
             predicted = step**2 / 2 * (metric.h_out.trace() * metric.h_in[0].trace()).item()
-            assert predicted == pytest.approx(risen, rel=tolerance), (wise, fusion)
+            assert predicted == pytest.approx(risen, rel=tolerance), (granularity, fusion)
 
 
 def full_bank(loaded):

@@ -15,12 +15,13 @@ from hydra import compose, initialize_config_dir
 from mgvq.allocation.uniform import Uniform
 from mgvq.curvature.statistics import sketch
 from mgvq.formats.vector import centroids
-from mgvq.pipeline import Method
-from mgvq.rounding import Layers
+from mgvq.quantization.codebooks import CodebookCache, rate_table
+from mgvq.quantization.method import Method
+from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
 from mgvq.types import MODALITIES, Site, SiteStats
-from mgvq.units import Fits, cut_units, rate_table
 
 NUM_OUT, NUM_IN, SAMPLES, TOKENS = 8, 12, 6, 16  # half of a sample's tokens are of its image
 DAMPING = 0.01
@@ -99,17 +100,24 @@ def quantized(method, *layers, bits=2.0):
     )
     metrics = method.curvature.fuse(bank) if method.curvature else {}
     scores = method.sensitivity(weights, bank)
-    units = cut_units(method.grouping(scores, bank), scores, method.codebook)
+    table_groups = cut_table_groups(method.grouping(scores, bank), scores, method.codebook)
     whole = method.codebook.needs_gram
-    fits = Fits(units, method.codebook, weights, {s: m.mean_gram() if whole else m.channel_energy() for s, m in metrics.items()})
+    cache = CodebookCache(
+        table_groups,
+        method.codebook,
+        weights,
+        {s: m.mean_gram() if whole else m.channel_importance() for s, m in metrics.items()},
+    )
     rate = next(r for r in method.codebook.rates() if r.index_bits == bits)
     if shift := method.shift:
-        fits = fits.moved({s: shift.target(w, metrics[s], bank[s].gradient, shift.steps[-1]) for s, w in weights.items()})
+        cache = cache.with_weights(
+            {s: shift.target(w, metrics[s], bank[s].gradient, shift.steps[-1]) for s, w in weights.items()}
+        )
     ids = {} if method.grouping.num_groups == 1 else {"qkv": group_ids(method, scores, bank, sites[0])}
     # Without a refit: that of GPTVQ has its own oracle (test_refit.py).
-    layers = Layers(method.compensation, None, weights, metrics, scores, ids)
-    stored = layers.round(fits, [rate] * len(units), sites, []).stored
-    return [stored[s].decode().double() for s in sites], [fits(u, rate)[0][0] for u in range(len(units))]
+    layers = LayerRounder(method.compensation, None, weights, metrics, scores, ids)
+    stored = layers.round(cache, [rate] * len(table_groups), sites, []).stored
+    return [stored[s].decode().double() for s in sites], [cache(u, rate)[0][0] for u in range(len(table_groups))]
 
 
 def group_ids(method, scores, bank, site):
@@ -513,9 +521,11 @@ def test_rsavq_mixed_bits_lose_less_than_uniform_ones_at_equal_bytes():
     sites = [Site(f"l{i}", "language", "up_proj", i, 128, 64) for i in range(6)]
     weights = {s: torch.randn(128, 64, generator=generator) for s in sites}
     scores = {s: (2.5 * torch.randn(64, generator=generator)).exp() for s in sites}
-    units = cut_units(method.grouping(scores, {}), scores, method.codebook)
-    table = rate_table(Fits(units, replace(method.codebook, iterations=4, sample=32), weights, {}), scores, "measured")
-    budget, index = int(2.6 * 6 * 128 * 64), torch.arange(len(units))
+    table_groups = cut_table_groups(method.grouping(scores, {}), scores, method.codebook)
+    table = rate_table(
+        CodebookCache(table_groups, replace(method.codebook, iterations=4, sample=32), weights, {}), scores, "measured"
+    )
+    budget, index = int(2.6 * 6 * 128 * 64), torch.arange(len(table_groups))
     mixed, uniform = (rule(table, budget) for rule in (method.allocation, Uniform(tolerance=0.0, spread=True)))
     assert table.bits[index, mixed].sum() <= budget
     assert table.loss[index, mixed].sum() < 0.8 * table.loss[index, uniform].sum()

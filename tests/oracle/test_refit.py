@@ -11,9 +11,9 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
-from mgvq.protocols import CodedPiece, FittedPiece
+from mgvq.protocols import CodedSlice, FittedSlice
 from mgvq.refit.closed_form import ClosedForm
-from mgvq.types import Metric, Piece, Site
+from mgvq.types import ChannelSlice, Metric, Site
 
 LAYER = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 KIND = LAYER | dict(share="kind")
@@ -34,20 +34,20 @@ refit = ClosedForm(rounds=1)
 
 
 def a_piece(tables, codes, columns, target, metric):
-    piece = Piece(Site("layer", "language", "layer", None, *target.shape), 0, columns)
-    return CodedPiece(fitted=FittedPiece(piece, tables), codes=codes, target=target, metric=metric)
+    channel_slice = ChannelSlice(Site("layer", "language", "layer", None, *target.shape), 0, columns)
+    return CodedSlice(fitted=FittedSlice(channel_slice, tables), codes=codes, target=target, metric=metric)
 
 
-def columns_of(piece):
-    return piece.fitted.piece.columns
+def columns_of(channel_slice):
+    return channel_slice.fitted.channel_slice.columns
 
 
-def tables_of(piece):
-    return piece.fitted.codebook
+def tables_of(channel_slice):
+    return channel_slice.fitted.codebook
 
 
-def with_tables(piece, tables):
-    return replace(piece, fitted=replace(piece.fitted, codebook=tables))
+def with_tables(channel_slice, tables):
+    return replace(channel_slice, fitted=replace(channel_slice.fitted, codebook=tables))
 
 
 def normal(*shape, seed=0):
@@ -69,13 +69,13 @@ def coded(codebook, weights, columns, metrics, step=1):
     """A unit of one piece a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
     parts = [w[:, columns] for w in weights]
     fitted = codebook.fit("unit", parts, codebook.rates()[step], [None] * len(parts), [])
-    pieces = []
+    slices = []
     for tables, weight, part, metric in zip(fitted, weights, parts, metrics, strict=True):
         codes, _ = tables.encode(to_vectors(part, tables.vector_length), 0, None)
         target = 0.1 * weight
         target[:, columns] = part
-        pieces.append(a_piece(tables, codes, columns, target, metric))
-    return pieces
+        slices.append(a_piece(tables, codes, columns, target, metric))
+    return slices
 
 
 def unit_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
@@ -92,58 +92,61 @@ def quadratic_form(metric, num_out):
     return torch.block_diag(*(h for h in metric.h_in for _ in range(rows))).double()
 
 
-def dense_error(piece, values):
-    error = -piece.target.double()
-    error[:, columns_of(piece)] += values.double()
+def dense_error(channel_slice, values):
+    error = -channel_slice.target.double()
+    error[:, columns_of(channel_slice)] += values.double()
     return error.flatten()
 
 
-def objective(pieces, fitted):
+def objective(slices, fitted):
     total = 0.0
-    for piece, tables in zip(pieces, fitted, strict=True):
-        error = dense_error(piece, tables.weight(piece.codes).decode())
-        total += 0.5 * float(error @ quadratic_form(piece.metric, len(piece.target)) @ error)
+    for channel_slice, tables in zip(slices, fitted, strict=True):
+        error = dense_error(channel_slice, tables.weight(channel_slice.codes).decode())
+        total += 0.5 * float(error @ quadratic_form(channel_slice.metric, len(channel_slice.target)) @ error)
     return total
 
 
-def solved(pieces):
+def solved(slices):
     """What the pieces stand for at the optimum, from the normal equations of all centroids."""
-    table, stages = tables_of(pieces[0]).table, tables_of(pieces[0]).stages
+    table, stages = tables_of(slices[0]).table, tables_of(slices[0]).stages
     normal_matrix, right, designs = 0.0, 0.0, []
-    for piece in pieces:
-        codes = piece.codes.view(*piece.codes.shape[:2], stages)
-        units = torch.eye(table.numel()).view(-1, *table.shape)
+    for channel_slice in slices:
+        codes = channel_slice.codes.view(*channel_slice.codes.shape[:2], stages)
+        tables = torch.eye(table.numel()).view(-1, *table.shape)
+        num_in, scale = len(columns_of(channel_slice)), tables_of(channel_slice).scale
         design = torch.stack([
-            VectorWeight(codes, unit, len(columns_of(piece)), None, tables_of(piece).scale).decode().flatten() for unit in units
+            VectorWeight(codes, one, num_in, None, scale).decode().flatten() for one in tables
         ], 1).double()  # fmt: skip
         designs.append(design)
-        inside = torch.zeros(piece.target.shape, dtype=torch.bool)
-        inside[:, columns_of(piece)] = True
-        form = quadratic_form(piece.metric, len(piece.target))[inside.flatten()]
+        inside = torch.zeros(channel_slice.target.shape, dtype=torch.bool)
+        inside[:, columns_of(channel_slice)] = True
+        form = quadratic_form(channel_slice.metric, len(channel_slice.target))[inside.flatten()]
         normal_matrix = normal_matrix + design.T @ form[:, inside.flatten()] @ design
-        right = right + design.T @ form @ piece.target.double().flatten()
+        right = right + design.T @ form @ channel_slice.target.double().flatten()
     centroids = torch.linalg.lstsq(normal_matrix, right, driver="gelsd").solution
-    return [(design @ centroids).view(len(piece.target), -1) for design, piece in zip(designs, pieces, strict=True)]
+    return [
+        (design @ centroids).view(len(channel_slice.target), -1) for design, channel_slice in zip(designs, slices, strict=True)
+    ]
 
 
 @each_codebook
 @pytest.mark.parametrize("kind", ["kronecker", "input", "runs"])
 def test_it_is_the_solution_of_the_normal_equations(codebook, kind):
     """Up to the fp16 that the tables are stored in. Padding, errors in other columns and scales included."""
-    pieces = unit_of(codebook, kind)
-    for piece, fitted, values in zip(pieces, refit(pieces), solved(pieces), strict=True):
-        torch.testing.assert_close(fitted.weight(piece.codes).decode().double(), values, rtol=2e-3, atol=2e-3)
+    slices = unit_of(codebook, kind)
+    for channel_slice, fitted, values in zip(slices, refit(slices), solved(slices), strict=True):
+        torch.testing.assert_close(fitted.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["kmeans-scaled", "product-scaled", "residual-scaled"])
 def test_layers_that_share_tables_are_fitted_together(name):
-    pieces = unit_of(CODEBOOKS[name], num_layers=3)
-    fitted = refit(pieces)
-    for piece, tables, values in zip(pieces, fitted, solved(pieces), strict=True):
-        torch.testing.assert_close(tables.weight(piece.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
+    slices = unit_of(CODEBOOKS[name], num_layers=3)
+    fitted = refit(slices)
+    for channel_slice, tables, values in zip(slices, fitted, solved(slices), strict=True):
+        torch.testing.assert_close(tables.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
         assert tables.table is fitted[0].table, "stored once"
-        assert tables.scale is tables_of(piece).scale
-    assert objective(pieces, fitted) < objective(pieces, [tables_of(p) for p in pieces])
+        assert tables.scale is tables_of(channel_slice).scale
+    assert objective(slices, fitted) < objective(slices, [tables_of(p) for p in slices])
 
 
 @pytest.mark.parametrize("name", CODEBOOKS)
@@ -151,33 +154,35 @@ def test_layers_that_share_tables_are_fitted_together(name):
 def test_the_objective_never_rises_as_stored(name, table):
     codebook = (CODEBOOKS if table == "fp16" else INT8)[name]
     for seed in range(5):
-        pieces = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
-        before = objective(pieces, [tables_of(p) for p in pieces])
-        once = refit(pieces)
-        reached = objective(pieces, once)
+        slices = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
+        before = objective(slices, [tables_of(p) for p in slices])
+        once = refit(slices)
+        reached = objective(slices, once)
         assert reached < before
-        assert once[0].table.dtype == tables_of(pieces[0]).table.dtype
-        again = [with_tables(p, f) for f, p in zip(once, pieces, strict=True)]
+        assert once[0].table.dtype == tables_of(slices[0]).table.dtype
+        again = [with_tables(p, f) for f, p in zip(once, slices, strict=True)]
         assert objective(again, refit(again)) <= reached
 
 
 def test_tables_that_storing_would_worsen_are_kept():
     """The best table differs in its largest centroid alone, whose new step would round all others to other values."""
     for seed in range(5):
-        piece = unit_of(INT8["kmeans"], seed=seed)[0]
-        largest = tables_of(piece).table[0].abs().amax(1).argmax()
-        grown = torch.where(piece.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[:, : len(columns_of(piece))]
-        target = torch.zeros_like(piece.target)
-        target[:, columns_of(piece)] = grown * tables_of(piece).weight(piece.codes).decode()
-        assert refit([replace(piece, target=target)])[0] is tables_of(piece)
+        channel_slice = unit_of(INT8["kmeans"], seed=seed)[0]
+        largest = tables_of(channel_slice).table[0].abs().amax(1).argmax()
+        grown = torch.where(channel_slice.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[
+            :, : len(columns_of(channel_slice))
+        ]
+        target = torch.zeros_like(channel_slice.target)
+        target[:, columns_of(channel_slice)] = grown * tables_of(channel_slice).weight(channel_slice.codes).decode()
+        assert refit([replace(channel_slice, target=target)])[0] is tables_of(channel_slice)
 
 
 def test_a_centroid_that_no_code_names_stays():
-    piece = unit_of(CODEBOOKS["kmeans"])[0]
-    codes = torch.where(piece.codes == 1, 0, piece.codes)
-    table = refit([replace(piece, codes=codes)])[0].table[0]
-    assert torch.equal(table[1], tables_of(piece).table[0, 1])
-    assert not torch.equal(table[0], tables_of(piece).table[0, 0])
+    channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+    codes = torch.where(channel_slice.codes == 1, 0, channel_slice.codes)
+    table = refit([replace(channel_slice, codes=codes)])[0].table[0]
+    assert torch.equal(table[1], tables_of(channel_slice).table[0, 1])
+    assert not torch.equal(table[0], tables_of(channel_slice).table[0, 0])
 
 
 def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
@@ -208,10 +213,10 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
 def test_a_metric_of_low_rank_or_none_does_no_harm():
     token = normal(1, 14)
     for h_in in (token.T @ token, torch.zeros(14, 14)):
-        piece = unit_of(CODEBOOKS["kmeans"])[0]
-        flat = replace(piece, metric=Metric((h_in,)))
+        channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+        flat = replace(channel_slice, metric=Metric((h_in,)))
         fitted = refit([flat])
-        assert objective([flat], fitted) <= objective([flat], [tables_of(piece)])
+        assert objective([flat], fitted) <= objective([flat], [tables_of(channel_slice)])
         assert fitted[0].table.abs().max() < 10
 
 

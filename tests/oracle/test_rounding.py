@@ -7,10 +7,11 @@ from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import pack_groups
+from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.refit.closed_form import ClosedForm
-from mgvq.rounding import Layers
 from mgvq.types import Metric, Site
-from mgvq.units import Fits, cut_units
 
 SIZES = {"a": (12, 14), "b": (12, 14), "c": (8, 14)}
 
@@ -33,13 +34,13 @@ def problem(share="layer", seed=0):
     metrics = {s: Metric((factor(14, seed + 10 * i),), factor(s.out_features, seed + 10 * i + 5)) for i, s in enumerate(sites)}
     codebook = KMeans(vector_length=2, share=share, table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
     scores = {s: normal(14, seed=seed).abs() for s in sites}
-    units = cut_units({s: torch.arange(14) % 2 for s in sites}, scores, codebook)
-    return sites, metrics, scores, Fits(units, codebook, weights, {}), [codebook.rates()[1]] * len(units)
+    table_groups = cut_table_groups({s: torch.arange(14) % 2 for s in sites}, scores, codebook)
+    return sites, metrics, scores, CodebookCache(table_groups, codebook, weights, {}), [codebook.rates()[1]] * len(table_groups)
 
 
 def rounded(parts, compensation, refit):
-    sites, metrics, scores, fits, rates = parts
-    return Layers(compensation, refit, fits.weights, metrics, scores, ids_of(sites)).round(fits, rates, sites, [])
+    sites, metrics, scores, cache, rates = parts
+    return LayerRounder(compensation, refit, cache.weights, metrics, scores, ids_of(sites)).round(cache, rates, sites, [])
 
 
 def ids_of(sites):
@@ -109,8 +110,8 @@ def test_proxy_errors_are_of_each_part() -> None:
 
 
 def test_units_that_others_have_a_part_in_keep_their_tables_when_a_target_moves() -> None:
-    sites, _, _, fits, rates = problem("kind")
-    moved = fits.moved({sites[0]: 2 * fits.weights[sites[0]], sites[2]: 2 * fits.weights[sites[2]]})
-    for u, unit in enumerate(fits.units):
-        kept = fits(u, rates[u])[0][0] is moved(u, rates[u])[0][0]
-        assert kept == any(piece.site == sites[1] for piece in unit.pieces)
+    sites, _, _, cache, rates = problem("kind")
+    moved = cache.with_weights({sites[0]: 2 * cache.weights[sites[0]], sites[2]: 2 * cache.weights[sites[2]]})
+    for u, table_group in enumerate(cache.table_groups):
+        kept = cache(u, rates[u])[0][0] is moved(u, rates[u])[0][0]
+        assert kept == any(channel_slice.site == sites[1] for channel_slice in table_group.slices)

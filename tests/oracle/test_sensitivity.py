@@ -161,8 +161,8 @@ def test_riemann_is_the_damped_natural_gradient_energy(weight, stats, gradient, 
 def test_obs_is_the_error_after_the_best_compensation(weight, stats, modality) -> None:
     """Remove a channel, fit all others by least squares, look at what is left of the output error."""
     inputs, damping = inputs_of(modality), 0.05
-    energy = inputs.square().sum() / len(inputs) / IN
-    rows = torch.cat([inputs / len(inputs) ** 0.5, (damping * energy).sqrt() * torch.eye(IN, dtype=DOUBLE)])
+    importance = inputs.square().sum() / len(inputs) / IN
+    rows = torch.cat([inputs / len(inputs) ** 0.5, (damping * importance).sqrt() * torch.eye(IN, dtype=DOUBLE)])
     expected = []
     for c in range(IN):
         others = [i for i in range(IN) if i != c]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mgvq.analysis.significance import (
+from mgvq.analysis.statistics.significance import (
     Components,
     crossed_bootstrap,
     holm,

@@ -17,14 +17,14 @@ from mgvq.calibration.hub import Hub
 from mgvq.calibration.image_text import ImageText
 from mgvq.calibration.sharegpt4v import ShareGPT4V
 from mgvq.calibration.tiny_vqa import TinyVQA
-from mgvq.curvature.passes import Rows
 from mgvq.curvature.statistics import collect
-from mgvq.drift import Drift
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
 from mgvq.model.chat import Chat, Turn
 from mgvq.model.encode import Example, encode
+from mgvq.model.passes import Rows
 from mgvq.model.sites import linear, list_sites
+from mgvq.quantization.teacher import Teacher
 from mgvq.types import Batch, Needs, Site
 
 DATA = ROOT / "tests/data/calibration"
@@ -333,7 +333,7 @@ def test_texts_between_images_only_thin_the_gradient_of_the_vision_tower(source:
     block = [site for site in sites if site.tower == "vision" and site.block == 1]
     found = []
     for part in (batches, [*texts, *batches]):
-        drift = Drift(loaded.model, sites, part, heldout, source)
+        drift = Teacher(loaded.model, sites, part, heldout, source)
         weight = linear(loaded.model, block[0]).weight
         kept = weight.detach().clone()
         weight.data.mul_(0.5)

@@ -11,7 +11,7 @@ from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.errors import UserError
 from mgvq.formats.vector import to_vectors
-from mgvq.types import Piece, Site
+from mgvq.types import ChannelSlice, Site
 
 FP16 = 2.0**-11  # relative rounding error of fp16 outside its subnormals
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
@@ -40,14 +40,14 @@ def rate(codebook, name):
     return {r.name: r for r in codebook.rates()}[name]
 
 
-def fit(codebook, weights, name, energy=None, unit="unit", flags=None):
-    energy = [None] * len(weights) if energy is None else energy
-    return codebook.fit(unit, weights, rate(codebook, name), energy, [] if flags is None else flags)
+def fit(codebook, weights, name, importance=None, table_group="unit", flags=None):
+    importance = [None] * len(weights) if importance is None else importance
+    return codebook.fit(table_group, weights, rate(codebook, name), importance, [] if flags is None else flags)
 
 
-def rounded(codebook, weights, name, energy=None, unit="unit", flags=None):
+def rounded(codebook, weights, name, importance=None, table_group="unit", flags=None):
     """Plain rounding: the stored weights."""
-    fitted = fit(codebook, weights, name, energy, unit, flags)
+    fitted = fit(codebook, weights, name, importance, table_group, flags)
     return [f.weight(f.encode(to_vectors(w, f.vector_length), 0, None)[0]) for f, w in zip(fitted, weights, strict=True)]
 
 
@@ -55,8 +55,8 @@ def grid(weight, bits, group_size, clip="min_max"):
     return rounded(Scalar(group_size=group_size, clip=clip), [weight], f"int{bits}")[0]
 
 
-def error(weight, stored, energy=1.0):
-    return (energy * (stored.decode() - weight) ** 2).sum().item()
+def error(weight, stored, importance=1.0):
+    return (importance * (stored.decode() - weight) ** 2).sum().item()
 
 
 def as_bytes(stored):
@@ -184,21 +184,21 @@ def test_another_seed_gives_other_codes_and_another_unit_too(make, sample):
     first, again, other = (as_bytes(rounded(make(sample=sample, seed=seed), weights, name)) for seed in (0, 0, 1))
     assert first == again
     assert first != other
-    assert first != as_bytes(rounded(codebook, weights, name, unit="another"))
+    assert first != as_bytes(rounded(codebook, weights, name, table_group="another"))
 
 
-def piece(name, group=0, tower="language", reads=""):
-    return Piece(Site(name, tower, name.rsplit(".", 1)[-1], None, 8, 6, reads), group, torch.arange(6))
+def channel_slice(name, group=0, tower="language", reads=""):
+    return ChannelSlice(Site(name, tower, name.rsplit(".", 1)[-1], None, 8, 6, reads), group, torch.arange(6))
 
 
 def test_units_are_as_wide_as_the_share():
-    members = [piece(f"l.{i}.{kind}", g, reads=f"l.{i}.qkv") for i in (0, 1) for kind in ("q", "k") for g in (0, 1)]
-    members.append(piece("v.0.q", 0, "vision"))
-    number = {s: len({k_means(share=s).unit(p) for p in members}) for s in ("layer", "input", "kind")}
+    members = [channel_slice(f"l.{i}.{kind}", g, reads=f"l.{i}.qkv") for i in (0, 1) for kind in ("q", "k") for g in (0, 1)]
+    members.append(channel_slice("v.0.q", 0, "vision"))
+    number = {s: len({k_means(share=s).table_group(p) for p in members}) for s in ("layer", "input", "kind")}
     assert number == {"layer": 9, "input": 5, "kind": 5}
-    assert k_means(share="input").unit(members[0]) == k_means(share="input").unit(members[2])
-    assert k_means(share="kind").unit(members[0]) == k_means(share="kind").unit(members[4])
-    assert k_means(share="kind").unit(members[0]) != k_means(share="kind").unit(members[-1])
+    assert k_means(share="input").table_group(members[0]) == k_means(share="input").table_group(members[2])
+    assert k_means(share="kind").table_group(members[0]) == k_means(share="kind").table_group(members[4])
+    assert k_means(share="kind").table_group(members[0]) != k_means(share="kind").table_group(members[-1])
 
 
 @each_share
@@ -239,12 +239,12 @@ def test_an_int8_table_is_stored_as_one_and_costs_little():
 def brute(fitted, vectors, root):
     """The least distance in the metric over all entries of each table, in double precision, stage after stage."""
     rest = (vectors if fitted.scale is None else vectors / fitted.scale.float()).double()
-    turns = len(fitted.table) // fitted.stages
+    subspaces = len(fitted.table) // fitted.stages
     tables = fitted.table.double() if fitted.step is None else fitted.table.double() * fitted.step.double()[:, None, None]
     codes = torch.empty(*vectors.shape[:2], fitted.stages, dtype=torch.long)
     for v in range(vectors.shape[1]):
         for stage in range(fitted.stages):
-            table = tables[v % turns * fitted.stages + stage]
+            table = tables[v % subspaces * fitted.stages + stage]
             codes[:, v, stage] = ((rest[:, v, None] - table) @ root.double().T).square().sum(2).argmin(1)
             rest[:, v] -= table[codes[:, v, stage]]
     return codes if fitted.stages > 1 else codes[:, :, 0]
@@ -303,8 +303,8 @@ def test_the_second_stage_takes_most_of_what_the_first_leaves():
 def test_empty_clusters_are_flagged_by_unit(monkeypatch):
     monkeypatch.setattr(vector_module, "kmeans", lambda x, k, *_: Clusters(x[:k].clone(), 3))
     flags = []
-    rounded(k_means(), [normal(24, 13)], "2x4", unit="first", flags=flags)
-    rounded(product(), [normal(24, 13)], "2x2x4", unit="second", flags=flags)
+    rounded(k_means(), [normal(24, 13)], "2x4", table_group="first", flags=flags)
+    rounded(product(), [normal(24, 13)], "2x2x4", table_group="second", flags=flags)
     assert flags == ["empty_cluster:first:3", "empty_cluster:second:6"]
 
 
@@ -312,10 +312,10 @@ def test_empty_clusters_are_flagged_by_unit(monkeypatch):
 @pytest.mark.parametrize("vector_length", [2, 3, 4])
 def test_weighting_lowers_the_weighted_error_and_raises_the_plain_one(share, vector_length):
     weights = [normal(48, 12), 2 * normal(48, 12, seed=1)]
-    energies = [10.0 ** torch.linspace(-2, 2, 12).roll(5 * i) for i in range(2)]
+    importances = [10.0 ** torch.linspace(-2, 2, 12).roll(5 * i) for i in range(2)]
     codebooks = [k_means(share=share, vector_length=vector_length, weight_power=power) for power in (0.0, 1.0)]
-    plain, weighted = (rounded(c, weights, c.rates()[3].name, energies) for c in codebooks)
-    for w, e, p, q in zip(weights, energies, plain, weighted, strict=True):
+    plain, weighted = (rounded(c, weights, c.rates()[3].name, importances) for c in codebooks)
+    for w, e, p, q in zip(weights, importances, plain, weighted, strict=True):
         assert error(w, q, e) < error(w, p, e)
     assert sum(map(error, weights, weighted)) > sum(map(error, weights, plain))
 
@@ -323,15 +323,15 @@ def test_weighting_lowers_the_weighted_error_and_raises_the_plain_one(share, vec
 @pytest.mark.parametrize("in_features", [12, 13])
 def test_equal_energies_weigh_nothing(in_features):
     """Also where the last vector is padded: its zeros, which nobody decodes, must not take part in the fit either way."""
-    weight, energy = normal(48, in_features), torch.full((in_features,), 7.0)
-    plain, weighted = (as_bytes(rounded(k_means(weight_power=p), [weight], "2x8", [energy])) for p in (0.0, 1.0))
+    weight, importance = normal(48, in_features), torch.full((in_features,), 7.0)
+    plain, weighted = (as_bytes(rounded(k_means(weight_power=p), [weight], "2x8", [importance])) for p in (0.0, 1.0))
     assert plain == weighted
 
 
 def test_only_weighting_needs_energies():
-    assert not any(c.needs_energy for c in (k_means(), product(), residual(), Scalar(group_size=None, clip="mse")))
+    assert not any(c.needs_importance for c in (k_means(), product(), residual(), Scalar(group_size=None, clip="mse")))
     codebook = k_means(weight_power=0.5)
-    assert codebook.needs_energy
+    assert codebook.needs_importance
     with pytest.raises(UserError, match=r"codebook\.weight_power=0\.5"):
         rounded(codebook, [normal(8, 4)], "2x4")
 
@@ -339,7 +339,7 @@ def test_only_weighting_needs_energies():
 def test_a_layer_that_saw_no_activation_is_not_destroyed():
     """All its importances are 0; without a fallback every vector would get code 0."""
     weight, flags = normal(32, 8), []
-    (stored,) = rounded(k_means(weight_power=1.0), [weight], "2x16", [torch.zeros(8)], unit="dead", flags=flags)
+    (stored,) = rounded(k_means(weight_power=1.0), [weight], "2x16", [torch.zeros(8)], table_group="dead", flags=flags)
     assert error(weight, stored) < 0.5 * weight.square().sum().item()
     assert flags == ["no_activation:dead"]
 

@@ -6,7 +6,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from mgvq.analysis.drawing import panels, save, style
+from mgvq.analysis.figures.drawing import panels, save, style
 
 
 def drawn(nudge: float) -> Figure:

@@ -5,7 +5,7 @@ import torch
 
 from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, channel_bits, pack_channels, scale_levels
-from mgvq.formats.grouped import PIECES, GroupedWeight, group_bits, pack_groups
+from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, group_bits, pack_groups
 from mgvq.formats.packing import unpack
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.vector import VectorWeight, centroids, codes_bits, index_width, store_table, table_bits, to_vectors
@@ -27,7 +27,7 @@ def bits_of(tensors):
 
 def reloaded(weight):
     """What a reader makes of the stored tensors and settings, and nothing else."""
-    return {**PIECES, "grouped": GroupedWeight}[weight.format].load(weight.tensors(), **weight.settings())
+    return {**SLICE_FORMATS, "grouped": GroupedWeight}[weight.format].load(weight.tensors(), **weight.settings())
 
 
 def scalar_weight(shape, bits, group_size):
@@ -36,9 +36,9 @@ def scalar_weight(shape, bits, group_size):
     return ScalarWeight(integers(2**bits, *shape), integers(2**bits, shape[0], groups, seed=2), scales, bits, group_size)
 
 
-def vector_weight(shape, length, num_centroids, kind="fp16", turns=1, stages=1, scale=None):
+def vector_weight(shape, length, num_centroids, kind="fp16", subspaces=1, stages=1, scale=None):
     codes = integers(num_centroids, shape[0], -(-shape[1] // length), stages)
-    stored = [store_table(normal(num_centroids, length, seed=t), kind) for t in range(turns * stages)]
+    stored = [store_table(normal(num_centroids, length, seed=t), kind) for t in range(subspaces * stages)]
     step = torch.stack([s for _, s in stored]) if kind == "int8" else None
     return VectorWeight(codes, torch.stack([t for t, _ in stored]), shape[1], step, scale)
 
@@ -126,14 +126,14 @@ def test_column_vectors_decode_by_hand():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("length", "num_centroids"), [(1, 1), (3, 3), (4, 256)])
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
-@pytest.mark.parametrize(("turns", "stages"), [(1, 1), (3, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("subspaces", "stages"), [(1, 1), (3, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_vector_round_trip_and_bits(shape, length, num_centroids, kind, turns, stages, scaled):
-    weight = vector_weight(shape, length, num_centroids, kind, turns, stages, torch.tensor(0.37).half() if scaled else None)
+def test_vector_round_trip_and_bits(shape, length, num_centroids, kind, subspaces, stages, scaled):
+    weight = vector_weight(shape, length, num_centroids, kind, subspaces, stages, torch.tensor(0.37).half() if scaled else None)
     loaded = reloaded(weight)
     assert loaded.shape == weight.shape == shape
     assert torch.equal(loaded.decode(), weight.decode())
-    predicted = codes_bits(shape, length, num_centroids, stages) + turns * stages * table_bits(length, num_centroids, kind)
+    predicted = codes_bits(shape, length, num_centroids, stages) + subspaces * stages * table_bits(length, num_centroids, kind)
     assert bits_of(weight.tensors()) == predicted + 16 * scaled
 
 
@@ -201,21 +201,21 @@ def test_a_table_of_zeros_stays_one_and_one_beyond_fp16_is_refused(kind):
 def grouped(num_groups, num_in=23, num_out=5):
     """Groups of different sizes, every third of them on a scalar grid."""
     group = torch.cat([torch.arange(num_groups), integers(num_groups, num_in - num_groups) // 2]).to(torch.int32)
-    pieces = []
+    slices = []
     for g in range(num_groups):
         shape = num_out, int((group == g).sum())
-        pieces.append(
+        slices.append(
             scalar_weight(shape, 3, 4) if g % 3 == 2 else vector_weight(shape, 2, 8, scale=torch.tensor(g + 0.5).half())
         )
-    return GroupedWeight(tuple(pieces), pack_groups(group), num_in), group
+    return GroupedWeight(tuple(slices), pack_groups(group), num_in), group
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 4, 5, 16])
 def test_every_piece_fills_the_channels_of_its_group(num_groups):
     weight, group = grouped(num_groups)
     decoded = weight.decode()
-    for g, piece in enumerate(weight.pieces):
-        assert torch.equal(decoded[:, group == g], piece.decode())
+    for g, channel_slice in enumerate(weight.slices):
+        assert torch.equal(decoded[:, group == g], channel_slice.decode())
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 4, 5, 16])
@@ -225,7 +225,7 @@ def test_grouped_round_trip_and_bits(num_groups):
     assert loaded.shape == weight.shape == (5, 23)
     assert torch.equal(loaded.decode(), weight.decode())
     assert unpack(weight.groups, index_width(num_groups), 23).tolist() == group.tolist()
-    assert bits_of(weight.tensors()) == sum(bits_of(p.tensors()) for p in weight.pieces) + group_bits(23, num_groups)
+    assert bits_of(weight.tensors()) == sum(bits_of(p.tensors()) for p in weight.slices) + group_bits(23, num_groups)
 
 
 def test_group_bits_by_hand():
@@ -246,8 +246,8 @@ def test_a_checkpoint_stores_what_layers_share_once_and_loads_as_it_was(loaded, 
     weights = {down: scalar_weight((down.out_features, down.in_features), 2, 64)}
     for site in (q, k):
         codes = [integers(16, site.out_features, -(-size // 4), 1) for size in sizes]
-        pieces = (VectorWeight(c, tables, size) for c, size in zip(codes, sizes, strict=True))
-        weights[site] = GroupedWeight(tuple(pieces), ids, site.in_features)
+        slices = (VectorWeight(c, tables, size) for c, size in zip(codes, sizes, strict=True))
+        weights[site] = GroupedWeight(tuple(slices), ids, site.in_features)
     ledger = save(tmp_path / "checkpoint", loaded, sites, weights)
 
     stored = [e for e in ledger.entries if e.tensor.startswith((f"{q.name}.", f"{k.name}.")) and not e.tensor.endswith("bias")]

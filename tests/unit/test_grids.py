@@ -7,7 +7,7 @@ from mgvq.codebook.columns import Columns
 from mgvq.codebook.grid import Grid
 from mgvq.codebook.scaled_grid import ScaledGrid
 from mgvq.errors import UserError
-from mgvq.types import Metric, Piece, Site
+from mgvq.types import ChannelSlice, Metric, Site
 
 VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
 AWQ = ScaledGrid(group_size=None, scale_bits=2, num_exponents=4)
@@ -17,9 +17,9 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def fit(codebook, weight, bits=2.0, energy=None, flags=None):
+def fit(codebook, weight, bits=2.0, importance=None, flags=None):
     rate = next(r for r in codebook.rates() if r.index_bits == bits)
-    return codebook.fit("unit", [weight], rate, [energy], [] if flags is None else flags)[0]
+    return codebook.fit("unit", [weight], rate, [importance], [] if flags is None else flags)[0]
 
 
 def rounded(fitted, weight):
@@ -70,26 +70,26 @@ def test_awq_without_loud_channels_is_never_worse_than_its_grid() -> None:
     for seed in range(5):
         weight, x = normal(8, 12, seed=seed), normal(64, 12, seed=seed + 10)
         gram = x.T @ x
-        errors = [rounded(f, weight) - weight for f in (fit(AWQ, weight, energy=gram), fit(plain, weight))]
+        errors = [rounded(f, weight) - weight for f in (fit(AWQ, weight, importance=gram), fit(plain, weight))]
         awq, grid = (float((e @ gram * e).sum()) for e in errors)
         assert awq <= grid * (1 + 1e-6)
 
 
 def test_awq_stretches_by_activation_and_stores_that_once() -> None:
     site = Site("q", "language", "q", 0, 4, 6, reads="qkv")
-    pieces = [Piece(s, 0, torch.arange(6)) for s in (site, Site("k", "language", "k", 0, 2, 6, reads="qkv"))]
+    slices = [ChannelSlice(s, 0, torch.arange(6)) for s in (site, Site("k", "language", "k", 0, 2, 6, reads="qkv"))]
     gram = torch.diag(torch.tensor([1.0, 1, 1, 1, 1, 1000]))
     rate = AWQ.rates()[1]
-    fitted = AWQ.fit(AWQ.unit(pieces[0]), [normal(*p.shape) for p in pieces], rate, [gram, gram], [])
-    stored = [f.weight(f.encode(normal(*p.shape)[:, :, None], 0, None)[0]) for f, p in zip(fitted, pieces, strict=True)]
+    fitted = AWQ.fit(AWQ.table_group(slices[0]), [normal(*p.shape) for p in slices], rate, [gram, gram], [])
+    stored = [f.weight(f.encode(normal(*p.shape)[:, :, None], 0, None)[0]) for f, p in zip(fitted, slices, strict=True)]
     assert stored[0].channels is stored[1].channels
     tensors = [t for s in stored for t in s.tensors().values()]
-    assert AWQ.storage_bits(pieces, rate) == 8 * sum({id(t): t.nbytes for t in tensors}.values())
+    assert AWQ.storage_bits(slices, rate) == 8 * sum({id(t): t.nbytes for t in tensors}.values())
 
 
 def test_awq_says_that_it_has_no_activations() -> None:
     weight, flags = normal(4, 6), []
-    values = rounded(fit(AWQ, weight, energy=torch.zeros(6, 6), flags=flags), weight)
+    values = rounded(fit(AWQ, weight, importance=torch.zeros(6, 6), flags=flags), weight)
     torch.testing.assert_close(values, rounded(fit(Grid(group_size=None, scale_bits=2), weight), weight))
     assert flags == ["no_activation:unit"]
     with pytest.raises(UserError, match="choose a curvature"):
@@ -105,7 +105,7 @@ def test_rows_with_a_metric_of_their_own_must_not_cut_a_vector() -> None:
 
 def test_the_mean_gram_has_the_channel_energies_on_its_diagonal() -> None:
     metric = Metric(tuple(normal(3, 5, 5).square()))
-    assert torch.equal(metric.mean_gram().diagonal(), metric.channel_energy())
+    assert torch.equal(metric.mean_gram().diagonal(), metric.channel_importance())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from mgvq.errors import UserError
 from mgvq.grouping.modality import Modality, image_share
 from mgvq.grouping.one import One
 from mgvq.grouping.score import Score
+from mgvq.quantization.codebooks import CodebookCache, rate_table
+from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import Site, SiteStats
-from mgvq.units import Fits, cut_units, rate_table
 
 Q, K = (Site(f"b.0.{kind}", "language", kind, 0, rows, 10, "b.0.qkv") for kind, rows in (("q_proj", 8), ("k_proj", 4)))
 DOWN = Site("b.1.down_proj", "language", "down_proj", 1, 8, 7)
@@ -73,15 +74,15 @@ def test_a_number_that_makes_no_groups_is_named(number) -> None:
 
 def test_units_gather_pieces_that_share_a_table() -> None:
     groups = Score(num_groups=2)(SCORES, {})
-    own, shared = cut_units(groups, SCORES, k_means()), cut_units(groups, SCORES, k_means(share="input"))
-    assert [len(u.pieces) for u in own] == [1] * 6
-    assert [len(u.pieces) for u in shared] == [2, 2, 1, 1]
-    for units in (own, shared):
-        assert sum(u.info.num_weights for u in units) == sum(s.num_weights for s in SCORES)
-        assert sum(u.info.score for u in units) == pytest.approx(sum(float(s.sum()) for s in SCORES.values()))
-        assert all(torch.equal(p.columns, p.columns.sort().values) for u in units for p in u.pieces)
-        assert {u.info.depth for u in units} == {0.0, 1.0}
-        assert sorted({u.info.quantile for u in units})[0] == 0.0
+    own, shared = cut_table_groups(groups, SCORES, k_means()), cut_table_groups(groups, SCORES, k_means(share="input"))
+    assert [len(u.slices) for u in own] == [1] * 6
+    assert [len(u.slices) for u in shared] == [2, 2, 1, 1]
+    for table_groups in (own, shared):
+        assert sum(u.info.num_weights for u in table_groups) == sum(s.num_weights for s in SCORES)
+        assert sum(u.info.score for u in table_groups) == pytest.approx(sum(float(s.sum()) for s in SCORES.values()))
+        assert all(torch.equal(p.columns, p.columns.sort().values) for u in table_groups for p in u.slices)
+        assert {u.info.depth for u in table_groups} == {0.0, 1.0}
+        assert sorted({u.info.quantile for u in table_groups})[0] == 0.0
     lower, upper = shared[:2]
     assert lower.info.quantile < upper.info.quantile, "group 1 holds the more sensitive channels"
 
@@ -92,24 +93,24 @@ def test_measured_losses_are_the_weighted_errors_of_the_fits() -> None:
     weights = {s: torch.randn(s.out_features, s.in_features, generator=draws) for s in SCORES}
     weights[DOWN][:, 3] = 0
     codebook = k_means()
-    fits = Fits(cut_units(groups, SCORES, codebook), codebook, weights, {})
+    fits = CodebookCache(cut_table_groups(groups, SCORES, codebook), codebook, weights, {})
     table = rate_table(fits, SCORES, "measured")
     assert table.bits.shape == table.loss.shape == (6, len(codebook.rates()))
     assert [r.index_bits for r in table.rates] == sorted(r.index_bits for r in table.rates)
-    for u, unit in enumerate(fits.units):
+    for u, table_group in enumerate(fits.table_groups):
         for r in (0, 2):
-            (piece,), (fitted,) = unit.pieces, fits(u, table.rates[r])[0]
-            weight = weights[piece.site][:, piece.columns]
+            (channel_slice,), (fitted,) = table_group.slices, fits(u, table.rates[r])[0]
+            weight = weights[channel_slice.site][:, channel_slice.columns]
             padded = torch.nn.functional.pad(weight, (0, weight.shape[1] % 2))
             stored = fitted.weight(fitted.encode(padded.unflatten(1, (-1, 2)), 0, None)[0]).decode()
             relative = (stored - weight).square().sum(0) / weight.square().sum(0).clamp(min=1e-30)
             relative[weight.square().sum(0) == 0] = 0
-            expected = float((SCORES[piece.site][piece.columns] * relative).sum())
+            expected = float((SCORES[channel_slice.site][channel_slice.columns] * relative).sum())
             assert float(table.loss[u, r]) == pytest.approx(expected, rel=1e-4, abs=1e-6)
             stored_bytes = sum(
                 t.nbytes for t in fitted.weight(fitted.encode(padded.unflatten(1, (-1, 2)), 0, None)[0]).tensors().values()
             )
             assert int(table.bits[u, r]) == 8 * stored_bytes
     modelled = rate_table(fits, SCORES, "gaussian")
-    assert float(modelled.loss[0, 0]) == pytest.approx(fits.units[0].info.score * 4.0 ** -table.rates[0].index_bits)
+    assert float(modelled.loss[0, 0]) == pytest.approx(fits.table_groups[0].info.score * 4.0 ** -table.rates[0].index_bits)
     assert not rate_table(fits, SCORES, None).loss.any()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mgvq.analysis.paper import Claim, Number, judge, mismatch, read_works
+from mgvq.analysis.tables.paper import Claim, Number, judge, mismatch, read_works
 from mgvq.errors import UserError
 
 

@@ -12,17 +12,17 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from mgvq.analysis import layers as layers_module
-from mgvq.analysis.drawing import style
 from mgvq.analysis.examples import examples
+from mgvq.analysis.figures.drawing import style
+from mgvq.analysis.figures.layer_figures import has_stages, heat_map, proxy_figure, varies
+from mgvq.analysis.figures.study_figures import arms_figure, has_bit_widths
 from mgvq.analysis.html import write_html
-from mgvq.analysis.layer_figures import has_stages, heat_map, proxy_figure, varies
-from mgvq.analysis.layers import _evenness, collect_layers, read_layers, write_layers
-from mgvq.analysis.records import collect
+from mgvq.analysis.records import layers as layers_module
+from mgvq.analysis.records.layers import _evenness, collect_layers, read_layers, write_layers
+from mgvq.analysis.records.records import collect
 from mgvq.analysis.report import write_figures
-from mgvq.analysis.study_figures import arms_figure, has_bit_widths
-from mgvq.analysis.table import rows
-from mgvq.analysis.verdict import verdict
+from mgvq.analysis.statistics.verdict import verdict
+from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
 from mgvq.runs.store import RunFolder

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mgvq.analysis.spread import plain, printable, spreads
+from mgvq.analysis.statistics.spread import plain, printable, spreads
 from mgvq.errors import UserError
 from mgvq.studies.spec import Study
 

@@ -12,13 +12,13 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from mgvq.analysis.compare import compare
-from mgvq.analysis.forecast import detectable, predicted_seconds
-from mgvq.analysis.records import collect, questions, read_records, write_records
-from mgvq.analysis.render import latex, markdown, plain, printable
+from mgvq.analysis.records.records import collect, questions, read_records, write_records
 from mgvq.analysis.report import write_tables
-from mgvq.analysis.significance import holm
-from mgvq.analysis.table import rows
+from mgvq.analysis.statistics.compare import compare
+from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
+from mgvq.analysis.statistics.significance import holm
+from mgvq.analysis.tables.render import latex, markdown, plain, printable
+from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import PICTURES

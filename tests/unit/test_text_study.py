@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from mgvq.analysis.compare import compare, differences
-from mgvq.analysis.forecast import detectable
 from mgvq.analysis.html import write_html
-from mgvq.analysis.layers import collect_layers
-from mgvq.analysis.records import collect, questions, write_records
-from mgvq.analysis.render import markdown, plain, printable
+from mgvq.analysis.records.layers import collect_layers
+from mgvq.analysis.records.records import collect, questions, write_records
 from mgvq.analysis.report import write_figures
-from mgvq.analysis.significance import paired_difference
-from mgvq.analysis.table import rows
-from mgvq.analysis.verdict import verdict
+from mgvq.analysis.statistics.compare import compare, differences
+from mgvq.analysis.statistics.forecast import detectable
+from mgvq.analysis.statistics.significance import paired_difference
+from mgvq.analysis.statistics.verdict import verdict
+from mgvq.analysis.tables.render import markdown, plain, printable
+from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import TEXT

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from mgvq.analysis.trainings import note, plain, printable, split, splits
-from mgvq.analysis.verdict import verdict
+from mgvq.analysis.statistics.trainings import note, plain, printable, split, splits
+from mgvq.analysis.statistics.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.studies.spec import Study
 

@@ -5,12 +5,12 @@ import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.compensation.gradient_hessian import GradientHessian
-from mgvq.drift import Drift, block_name, by_block
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
 from mgvq.model.encode import batches
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import linear, list_sites
+from mgvq.quantization.teacher import Teacher, block_name, by_block
 from mgvq.types import Metric
 
 
@@ -31,7 +31,7 @@ def drift_of(loaded, source):
     examples = draw()
     batched = packed_batches if can_pack(loaded.model) else batches
     parts = (batched(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
-    return Drift(loaded.model, list_sites(loaded.model, "language"), *parts, source)
+    return Teacher(loaded.model, list_sites(loaded.model, "language"), *parts, source)
 
 
 @pytest.fixture(params=["kl"])
@@ -88,8 +88,8 @@ def test_the_gradient_of_a_block_is_a_finite_difference_of_its_drift(loaded, dri
     for batch in drift.batches:
         expected, logits = output(batch, retain=True)
         labels = batch.inputs["input_ids"][batch.loss_mask]
-        (energy,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), expected)
-        taught.append((expected.detach(), energy.square().sum(-1), len(labels)))
+        (importance,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), expected)
+        taught.append((expected.detach(), importance.square().sum(-1), len(labels)))
     parameter.requires_grad_(False)
     disturbed.weight.data.copy_(noisy)
 
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_block_is_a_finite_difference_of_its_drift(loaded, dri
 def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
     examples = draw()
     parts = (batches(loaded.processor, part, 5) for part in (examples.examples, examples.heldout_examples))
-    single = Drift(loaded.model, list_sites(loaded.model, "language"), *parts, "sft")
+    single = Teacher(loaded.model, list_sites(loaded.model, "language"), *parts, "sft")
     block = later_block(loaded.model)
     one, other = drift.gradient(block), single.gradient(block)
     for site in block:
@@ -141,9 +141,9 @@ def test_the_divergence_of_an_undisturbed_model_is_zero(loaded) -> None:
 def test_gradient_and_heldout_samples_are_apart(loaded) -> None:
     examples = draw()
     with pytest.raises(AssertionError, match="held out"):
-        Drift(loaded.model, [], *(packed_batches(loaded.processor, examples.examples, 2) for _ in range(2)), "kl")
+        Teacher(loaded.model, [], *(packed_batches(loaded.processor, examples.examples, 2) for _ in range(2)), "kl")
     with pytest.raises(UserError, match="heldout_images"):
-        Drift(loaded.model, [], packed_batches(loaded.processor, examples.examples, 2), [], "kl")
+        Teacher(loaded.model, [], packed_batches(loaded.processor, examples.examples, 2), [], "kl")
 
 
 def test_the_target_completes_the_square() -> None:
@@ -185,7 +185,7 @@ def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
 def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: str) -> None:
     examples, sites = draw(), list_sites(loaded.model, scope)
     parts = (list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
-    made, plain = (Drift(loaded.model, sites, *p, "kl") for p in zip(*(2 * [part] for part in parts), strict=True))
+    made, plain = (Teacher(loaded.model, sites, *p, "kl") for p in zip(*(2 * [part] for part in parts), strict=True))
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in sites}
     try:
         for _ in range(2):

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.compensation.ldl import BlockLDL, block_ldl
-from mgvq.protocols import FittedCodebook, FittedPiece
+from mgvq.protocols import FittedCodebook, FittedSlice
 from mgvq.types import Metric
 
 BATCH = 128  # columns whose feedback is kept local before it reaches all others in one product
@@ -18,10 +18,10 @@ Encode = Callable[[Float[Tensor, "rows d"]], Coded]
 Choose = Callable[[Encode, Float[Tensor, "rows d"], Float[Tensor, "rows d"]], Coded]
 
 
-def feedback(
+def ldlq(
     weight: Float[Tensor, "out in"],
     metric: Metric,
-    pieces: Sequence[FittedPiece],
+    slices: Sequence[FittedSlice],
     score: Float[Tensor, "in"],
     damping: float,
     flags: list[str],
@@ -33,26 +33,26 @@ def feedback(
     `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j has the target `W_j + sum_{i>j} Delta_i L_ij` and
     the metric `D_j` (method 2.0). `choose(encode, target, W_j)` makes its codes, `encode` finding the nearest in that metric.
     """
-    name = pieces[0].piece.site.name
-    if dead := int((metric.channel_energy() <= 0).sum()):
+    name = slices[0].channel_slice.site.name
+    if dead := int((metric.channel_importance() <= 0).sum()):
         flags.append(f"dead_channels:{name}:{dead}")
-    order = _order(pieces, score)
-    length = max(fitted.codebook.vector_length for fitted in pieces)
-    slots = torch.stack([_slots(pieces[p], v, length) for p, v in order]).to(weight.device)
+    order = _order(slices, score)
+    length = max(fitted.codebook.vector_length for fitted in slices)
+    slots = torch.stack([_slots(slices[p], v, length) for p, v in order]).to(weight.device)
     factors = [block_ldl(h.to(weight.device), slots, damping) for h in metric.h_in]
     if (most := max(f.damping for f in factors)) > damping:
         flags.append(f"damping:{name}:{most:g}")
     ordered = weight.float()[:, slots.flatten().clamp(min=0)] * (slots.flatten() >= 0)
     runs = _runs(weight.shape[0], len(factors))
-    codes = [_round(ordered[run], _restricted(pieces, run), order, f, choose) for run, f in zip(runs, factors, strict=True)]
+    codes = [_round(ordered[run], _restricted(slices, run), order, f, choose) for run, f in zip(runs, factors, strict=True)]
     return [
         torch.stack([torch.cat([part[p, v] for part in codes]) for v in range(_num_vectors(fitted))], 1)
-        for p, fitted in enumerate(pieces)
+        for p, fitted in enumerate(slices)
     ]
 
 
-def _num_vectors(fitted: FittedPiece) -> int:
-    return -(-len(fitted.piece.columns) // fitted.codebook.vector_length)
+def _num_vectors(fitted: FittedSlice) -> int:
+    return -(-len(fitted.channel_slice.columns) // fitted.codebook.vector_length)
 
 
 def _runs(num_rows: int, number: int) -> list[slice]:
@@ -61,15 +61,15 @@ def _runs(num_rows: int, number: int) -> list[slice]:
     return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
 
 
-def _restricted(pieces: Sequence[FittedPiece], rows: slice) -> list[FittedCodebook]:
-    return [fitted.codebook.rows(rows) for fitted in pieces]
+def _restricted(slices: Sequence[FittedSlice], rows: slice) -> list[FittedCodebook]:
+    return [fitted.codebook.rows(rows) for fitted in slices]
 
 
-def _order(pieces: Sequence[FittedPiece], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
+def _order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
     """(piece, vector) from the one that is rounded last to the one that is rounded first."""
     places, sensitivity = [], []
-    for p, fitted in enumerate(pieces):
-        own = score.cpu().double()[fitted.piece.columns.cpu().long()]
+    for p, fitted in enumerate(slices):
+        own = score.cpu().double()[fitted.channel_slice.columns.cpu().long()]
         for v, part in enumerate(own.split(fitted.codebook.vector_length)):
             places.append((p, v))
             sensitivity.append(part.mean())
@@ -77,10 +77,10 @@ def _order(pieces: Sequence[FittedPiece], score: Float[Tensor, "in"]) -> list[tu
     return [places[i] for i in reversed(descending.tolist())]
 
 
-def _slots(fitted: FittedPiece, vector: int, length: int) -> Int[Tensor, "d"]:
+def _slots(fitted: FittedSlice, vector: int, length: int) -> Int[Tensor, "d"]:
     """The channels of a vector, -1 behind them up to `length`."""
     own = fitted.codebook.vector_length
-    channels = fitted.piece.columns[vector * own : (vector + 1) * own].long().cpu()
+    channels = fitted.channel_slice.columns[vector * own : (vector + 1) * own].long().cpu()
     return torch.nn.functional.pad(channels, (0, length - len(channels)), value=-1)
 
 

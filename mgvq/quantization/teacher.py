@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.curvature.passes import forward, right_labels
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits, answer_states, logits
 from mgvq.model.pack import PackedBatch
+from mgvq.model.passes import forward, right_labels
 from mgvq.model.replay import Replay
 from mgvq.types import Batch, Site
 
@@ -20,7 +20,7 @@ AnyBatch = Batch | PackedBatch
 
 
 @dataclass
-class _Teacher:
+class _TeacherBatch:
     """Of one batch at full precision: what the head reads for the answers, and outputs of blocks by name with tokens' weights.
 
     The head is no site and stays as it is, and its output would be larger by the vocabulary over the width.
@@ -30,7 +30,7 @@ class _Teacher:
     blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
-class Drift:
+class Teacher:
     """Keeps what the model as it is when this is made says: the teacher.
 
     `source` of the gradients, all in nats an answer token: `kl`, the divergence of the answers from the teacher's; `sft`, the
@@ -58,14 +58,14 @@ class Drift:
         if both := {i for b in self.batches for i in b.sample_ids} & {i for b in self.heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         with torch.inference_mode():
-            with _called_before(model, sites) as still:
+            with _called_before(model, sites) as static_modules:
                 self._logs(self.heldout[-1])  # the one with the most images: the first may have none
             self._teacher, self._heldout_teacher = (
-                [_Teacher(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
+                [_TeacherBatch(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
             )
         names = [block_name(block[0]) for block in by_block(sites)]
-        self._replay = Replay(model, [*([name] for name in still), *_rows(sites)])
-        for name in still:
+        self._replay = Replay(model, [*([name] for name in static_modules), *_rows(sites)])
+        for name in static_modules:
             self._replay.settle(name)
         if source == "block":
             for batch, teacher in zip(self.batches, self._teacher, strict=True):
@@ -115,7 +115,7 @@ class Drift:
     def _logs(self, batch: AnyBatch) -> Float[Tensor, "answers vocabulary"]:
         return answer_logits(self.model, batch).log_softmax(-1)
 
-    def _loss(self, logs: Tensor, batch: AnyBatch, teacher: _Teacher) -> Float[Tensor, "answers"]:
+    def _loss(self, logs: Tensor, batch: AnyBatch, teacher: _TeacherBatch) -> Float[Tensor, "answers"]:
         if self.source == "sft":
             return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
         with torch.no_grad():

@@ -11,13 +11,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from mgvq.analysis.compare import headline_weights
-from mgvq.analysis.drawing import COLOURS, QUIET, panels, save, style
-from mgvq.analysis.paper import EVIDENCE, Beside, TwoBits, Work, judge, mismatch, read_works
-from mgvq.analysis.records import against, questions, read_records, values_by_seed
-from mgvq.analysis.render import tex_cell
-from mgvq.analysis.significance import Effect, paired_difference, reweighted
-from mgvq.analysis.table import COLUMNS, Row, rows
+from mgvq.analysis.figures.drawing import COLOURS, QUIET, panels, save, style
+from mgvq.analysis.records.records import against, questions, read_records, values_by_seed
+from mgvq.analysis.statistics.compare import headline_weights
+from mgvq.analysis.statistics.significance import Effect, paired_difference, reweighted
+from mgvq.analysis.tables.paper import EVIDENCE, Beside, TwoBits, Work, judge, mismatch, read_works
+from mgvq.analysis.tables.render import tex_cell
+from mgvq.analysis.tables.table import COLUMNS, Row, rows
 from mgvq.errors import UserError
 
 BENCHMARK = COLUMNS["accuracy %"].metric.split("/")[0]

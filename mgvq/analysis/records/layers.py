@@ -41,12 +41,12 @@ def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
 def _tables(run: Path) -> Iterator[pd.DataFrame]:
     if not (run / "allocation.parquet").is_file():
         return
-    pieces = pd.read_parquet(run / "allocation.parquet")
-    groups = pieces[["site", "tower", "kind", "block", "group"]]
-    score = pieces.score / pieces.num_channels
+    slices = pd.read_parquet(run / "allocation.parquet")
+    groups = slices[["site", "tower", "kind", "block", "group"]]
+    score = slices.score / slices.num_channels
     used = codebook_usage(run / "checkpoint")
-    usage = pd.Series([used.get(key) for key in zip(pieces.site, pieces.group, strict=True)], pieces.index, dtype=float)
-    found = {"bits": pieces.index_bits, "sensitivity": score, "usage": usage, "weights": pieces.num_weights}
+    usage = pd.Series([used.get(key) for key in zip(slices.site, slices.group, strict=True)], slices.index, dtype=float)
+    found = {"bits": slices.index_bits, "sensitivity": score, "usage": usage, "weights": slices.num_weights}
     for quantity, value in found.items():
         yield groups.assign(quantity=quantity, value=value).dropna(subset="value")
     layers = pd.read_parquet(run / "layers.parquet")
@@ -68,9 +68,9 @@ def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
     usage = {}
     for layer in read(checkpoint)[0]:
         stored = FORMATS[layer.format].load(layer.tensors, **layer.settings)
-        for group, piece in enumerate(getattr(stored, "pieces", (stored,))):
-            if piece.format == "vector":
-                usage[layer.name, group] = _evenness(piece.codes.numpy(), *piece.table.shape[:2])
+        for group, channel_slice in enumerate(getattr(stored, "slices", (stored,))):
+            if channel_slice.format == "vector":
+                usage[layer.name, group] = _evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])
     return usage
 
 

@@ -1,6 +1,6 @@
 """Pictures by layer: where bits, sensitivity and codebook use lie, and what each stage of rounding does to a layer's error.
 
-They are drawn from the table that `mgvq.analysis.layers` describes.
+They are drawn from the table that `mgvq.analysis.records.layers` describes.
 """
 
 import json
@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from mgvq.analysis.drawing import COLOURS, MARKERS, QUIET, panels
-from mgvq.analysis.layers import PROXY
+from mgvq.analysis.figures.drawing import COLOURS, MARKERS, QUIET, panels
+from mgvq.analysis.records.layers import PROXY
 
 _LEGEND = {
     "bits": "index bits a weight",

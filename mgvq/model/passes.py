@@ -143,6 +143,6 @@ class Rows:
         if not fits:
             raise UserError(
                 "the samples of a batch have different numbers of image tiles, and whose tile is whose cannot be told: "
-                "take scope=language, or curvature.wise=token instead of sequence."
+                "take scope=language, or curvature.granularity=token instead of sequence."
             )
         return (tokens * rows // tokens.sum()).tolist()

@@ -13,10 +13,10 @@ def bits_by_kind(run: Path) -> pd.DataFrame:
     """
     if not (run / "allocation.parquet").is_file():
         return pd.DataFrame()
-    pieces, ledger = pd.read_parquet(run / "allocation.parquet"), pd.read_parquet(run / "ledger.parquet")
+    allocated, ledger = pd.read_parquet(run / "allocation.parquet"), pd.read_parquet(run / "ledger.parquet")
     quantized = ledger[ledger.quantized]
     rows = []
-    for (tower, kind), part in pieces.groupby(["tower", "kind"], sort=False):  # type: ignore[misc]
+    for (tower, kind), part in allocated.groupby(["tower", "kind"], sort=False):  # type: ignore[misc]
         weights = part.num_weights.sum()
         mine = quantized.tensor.str.startswith(tuple(f"{site}." for site in part.site.unique()))
         index_bits = (part.index_bits * part.num_weights).sum() / weights

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.compare import Comparison, compare, kind_of
+from mgvq.analysis.statistics.compare import Comparison, compare, kind_of
 from mgvq.model.source import FLAG
 from mgvq.studies.kinds import BENCHMARKS
 

@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from mgvq.analysis.drawing import COLOURS, QUIET, look, panels
-from mgvq.analysis.table import Row
+from mgvq.analysis.figures.drawing import COLOURS, QUIET, look, panels
+from mgvq.analysis.tables.table import Row
 
 MEASURES = {"accuracy %": "accuracy, %", "loss": "answer loss, nats a token"}  # of these, what the study has
 BITS = "bits, layers"

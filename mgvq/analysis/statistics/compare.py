@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.significance import Effect, holm, paired_difference, reweighted
+from mgvq.analysis.records.records import questions, values_by_seed
+from mgvq.analysis.statistics.significance import Effect, holm, paired_difference, reweighted
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.studies.kinds import Kind, kind_of_metrics
 

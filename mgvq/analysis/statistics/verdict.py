@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from mgvq.analysis.compare import TESTED_AS, Comparison
-from mgvq.analysis.records import against
-from mgvq.analysis.table import COLUMNS, Row, rows
-from mgvq.analysis.trainings import splits
+from mgvq.analysis.records.records import against
+from mgvq.analysis.statistics.compare import TESTED_AS, Comparison
+from mgvq.analysis.statistics.trainings import splits
+from mgvq.analysis.tables.table import COLUMNS, Row, rows
 
 ALPHA = 0.05
 _WORDS = {"accuracy": ("accuracy", "points"), "loss": ("answer loss", "nats a token"), "perplexity": ("perplexity", "")}

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import pandas as pd
 from tabulate import tabulate
 
-from mgvq.analysis.compare import Comparison, kind_of
-from mgvq.analysis.records import questions
-from mgvq.analysis.table import Row, columns_of, rows, shown_p
+from mgvq.analysis.records.records import questions
+from mgvq.analysis.statistics.compare import Comparison, kind_of
+from mgvq.analysis.tables.table import Row, columns_of, rows, shown_p
 from mgvq.studies.kinds import BENCHMARKS, TEXT
 
 GAP = "loss gap closed %"
@@ -187,6 +187,6 @@ _TEX = {
 def tex_cell(cell: str) -> str:
     """A cell of `printable` in LaTeX."""
     text, bold = re.subn(r"^\*\*(.*)\*\*$", r"\1", cell)
-    pieces = re.split(r"(\+-|(?<!\w)-(?=\d)|[_%&#$\\<])", text)  # a hyphen before a number is a minus
-    text = "".join(_TEX.get(piece, piece) for piece in pieces)
+    parts = re.split(r"(\+-|(?<!\w)-(?=\d)|[_%&#$\\<])", text)  # a hyphen before a number is a minus
+    text = "".join(_TEX.get(part, part) for part in parts)
     return rf"\textbf{{{text}}}" if bold else text

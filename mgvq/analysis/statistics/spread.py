@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from mgvq.analysis.compare import MEASURES, kind_of
-from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.significance import reweighted, variance_components
-from mgvq.analysis.table import columns_of
+from mgvq.analysis.records.records import questions, values_by_seed
+from mgvq.analysis.statistics.compare import MEASURES, kind_of
+from mgvq.analysis.statistics.significance import reweighted, variance_components
+from mgvq.analysis.tables.table import columns_of
 from mgvq.errors import UserError
 
 HEADER = ("sd of runs", "95 % interval", "% of variance", "sd, any question", "sd of questions")

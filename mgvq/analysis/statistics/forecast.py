@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mgvq.analysis.compare import differences, kind_of
-from mgvq.analysis.records import questions, read_records
-from mgvq.analysis.significance import Components, smallest_difference, variance_components
+from mgvq.analysis.records.records import questions, read_records
+from mgvq.analysis.statistics.compare import differences, kind_of
+from mgvq.analysis.statistics.significance import Components, smallest_difference, variance_components
 from mgvq.studies.kinds import PICTURES, Kind
 from mgvq.studies.plan import PlannedRun, distinct
 from mgvq.studies.spec import Study

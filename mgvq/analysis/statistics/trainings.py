@@ -14,9 +14,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from mgvq.analysis.compare import MEASURES, kind_of
-from mgvq.analysis.records import questions, values_by_seed
-from mgvq.analysis.table import Column, columns_of, is_full_precision, shown_p
+from mgvq.analysis.records.records import questions, values_by_seed
+from mgvq.analysis.statistics.compare import MEASURES, kind_of
+from mgvq.analysis.tables.table import Column, columns_of, is_full_precision, shown_p
 
 HEADER = ("figure", "arm", "mean", "95 % interval", "each training", "sd of trainings", "sd of seeds", "% trainings", "p")
 

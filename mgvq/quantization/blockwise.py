@@ -9,14 +9,14 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.drift import AnyBatch, Drift, by_block
 from mgvq.errors import UserError
 from mgvq.model.sites import linear
 from mgvq.progress import progress
-from mgvq.protocols import Shift
-from mgvq.rounding import Layers, Rounded
+from mgvq.protocols import TargetShift
+from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.rounding import LayerRounder, Rounded
+from mgvq.quantization.teacher import AnyBatch, Teacher, by_block
 from mgvq.types import Rate, Site, StatsBank
-from mgvq.units import Fits
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ def shifted_rounding(
     model: PreTrainedModel,
     sites: Sequence[Site],
     bank: StatsBank,
-    shift: Shift,
+    shift: TargetShift,
     samples: Samples,
-    fits: Fits,
+    cache: CodebookCache,
     rates: Sequence[Rate],
-    layers: Layers,
+    layers: LayerRounder,
     flags: list[str],
 ) -> tuple[Rounded, pd.DataFrame]:
     """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
@@ -54,15 +54,15 @@ def shifted_rounding(
     that is zero.
     """
     blocks = list(by_block(sites))
-    drift = Drift(model, sites, samples.batches, samples.heldout, shift.source)
+    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
     with _restored(model, sites) as weights:
         # Fits to a copy: the model's own weights change as blocks are quantised.
-        loop = _Loop(model, bank, shift, drift, fits.moved(weights), rates, layers, dict(weights))
+        loop = _Loop(model, bank, shift, teacher, cache.with_weights(weights), rates, layers, dict(weights))
         for sweep in range(shift.sweeps):
-            drift.unsettle()
+            teacher.unsettle()
             for number, block in enumerate(progress(blocks, f"blocks, sweep {sweep + 1}")):
                 loop.visit(sweep, blocks[number:])
-                drift.settle(block)
+                teacher.settle(block)
     rounded = Rounded()
     for trial in loop.chosen.values():
         rounded |= trial.rounded
@@ -91,11 +91,11 @@ class _Loop:
 
     model: PreTrainedModel
     bank: StatsBank
-    shift: Shift
-    drift: Drift
-    fits: Fits
+    shift: TargetShift
+    teacher: Teacher
+    cache: CodebookCache
     rates: Sequence[Rate]
-    layers: Layers
+    layers: LayerRounder
     targets: dict[Site, Tensor]
     gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
     chosen: dict[str, _Trial] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class _Loop:
                 "compensation=hessian does without."
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
-        before = self.drift.heldout_loss() if sweep else float("nan")
+        before = self.teacher.heldout_loss() if sweep else float("nan")
         present = {site: linear(self.model, site).weight.detach().clone() for site in block}
         trials = list(self._trials(block, gradient, present, steps, before))
         best = min(trials, key=lambda trial: trial.loss)
@@ -136,7 +136,7 @@ class _Loop:
             return _static(self.bank, blocks[0])
         if blocks[0][0] not in self.gradients:
             together = blocks[: int(self.shift.refresh)]
-            self.gradients |= self.drift.gradient([site for block in together for site in block])
+            self.gradients |= self.teacher.gradient([site for block in together for site in block])
         return {site: self.gradients.pop(site) for site in blocks[0]}
 
     def _trials(
@@ -150,15 +150,15 @@ class _Loop:
         """Step after step, until one is worse than the one before it: larger ones would be worse still."""
         last = before
         for step in steps:
-            moved = {s: self.shift.target(self.targets[s], self.layers.metrics[s], gradient[s].to(w.device), step)
+            with_weights = {s: self.shift.target(self.targets[s], self.layers.metrics[s], gradient[s].to(w.device), step)
                      for s, w in present.items()}  # fmt: skip
             flags: list[str] = []
-            fits, part = (self.fits.moved(moved), "shifted") if step else (self.fits, "feedback")
-            rounded = self.layers.round(fits, self.rates, block, flags, part)
+            cache, part = (self.cache.with_weights(with_weights), "shifted") if step else (self.cache, "feedback")
+            rounded = self.layers.round(cache, self.rates, block, flags, part)
             _install(self.model, rounded.decoded)
             first_order = sum(float((gradient[s] * (rounded.decoded[s] - w.float()).cpu()).sum()) for s, w in present.items())
-            loss = self.drift.heldout_loss()
-            yield _Trial(step, moved, rounded, flags, loss, first_order)
+            loss = self.teacher.heldout_loss()
+            yield _Trial(step, with_weights, rounded, flags, loss, first_order)
             if loss > last:
                 return
             last = loss

@@ -1,0 +1,1 @@
+"""Records: what finished runs left, gathered into one table a study."""

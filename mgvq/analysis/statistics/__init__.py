@@ -1,0 +1,1 @@
+"""Statistics: tests of significance, intervals, variance components, power."""

@@ -1,0 +1,1 @@
+"""Tables: markdown, csv and TeX from records."""

@@ -1,0 +1,1 @@
+"""The algorithm: a method quantises a model, block by block, from statistics to stored weights."""
