@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mgvq.compiled import get_num_threads, njit, prange
 
 LANES = 32
-JOIN_MEMORY = 6  # constraint lengths on each side of the join; past that survivors have merged, and more changes nothing
+JOIN_MEMORY = 8  # constraint lengths on each side of the join; past that survivors have merged, and more changes nothing
 
 
 def tail_biting(targets: NDArray[np.float32], values: NDArray[np.float32], step_bits: int) -> NDArray[np.uint8]:
@@ -32,36 +32,39 @@ def tail_biting(targets: NDArray[np.float32], values: NDArray[np.float32], step_
 
 @njit(parallel=True)
 def _encode(targets, values, reach, workers, codes):
+    for worker in prange(workers):
+        _encode_part(targets, values, reach, worker, workers, codes)
+
+
+@njit
+def _encode_part(targets, values, reach, worker, workers, codes):
+    """Every `workers`-th group of sequences."""
     num_sequences, num_steps, num_values = targets.shape
-    num_groups = -(-num_sequences // LANES)
-    for worker in prange(workers):  # each with memory of its own
-        origins, num_branches = values.shape[1:]
-        cost = np.empty(origins * num_branches * LANES, np.float32)
-        best = np.empty(origins * LANES, np.float32)
-        back = np.empty((num_steps, origins * LANES), np.uint8)
-        lanes_first = np.empty((num_steps, num_values, LANES), np.float32)
-        state = np.empty((num_steps, LANES), np.int64)
-        overlap = np.empty(LANES, np.int64)
-        for group in range(worker, num_groups, workers):
-            first = group * LANES
-            lanes = min(LANES, num_sequences - first)
+    _, num_origins, num_branches = values.shape
+    cost = np.empty(num_origins * num_branches * LANES, np.float32)
+    best = np.empty(num_origins * LANES, np.float32)
+    back = np.empty((num_steps, num_origins * LANES), np.uint8)
+    side_by_side = np.empty((num_steps, num_values, LANES), np.float32)
+    state = np.empty((num_steps, LANES), np.int64)
+    overlap = np.empty(LANES, np.int64)
+    for first in range(worker * LANES, num_sequences, workers * LANES):
+        lanes = min(LANES, num_sequences - first)
+        for start, count in ((-reach, 2 * reach), (0, num_steps)):
             for lane in range(LANES):
-                overlap[lane] = -1
-                source = targets[first + min(lane, lanes - 1)]  # lanes beyond the last sequence repeat it
-                for t in range(2 * reach):
-                    for i in range(num_values):
-                        lanes_first[t, i, lane] = source[(t - reach) % num_steps, i]
-            _search(lanes_first[: 2 * reach], values, overlap, cost, best, back, state)
-            for lane in range(LANES):
-                overlap[lane] = state[reach, lane] // num_branches
-                source = targets[first + min(lane, lanes - 1)]
-                for t in range(num_steps):
-                    for i in range(num_values):
-                        lanes_first[t, i, lane] = source[t, i]
-            _search(lanes_first, values, overlap, cost, best, back, state)
-            for lane in range(lanes):
-                for t in range(num_steps):
-                    codes[first + lane, t] = state[t, lane] % num_branches
+                overlap[lane] = -1 if start else state[reach, lane] // num_branches
+                _load(targets, first + min(lane, lanes - 1), start, count, side_by_side, lane)  # the last repeats
+            _search(side_by_side[:count], values, overlap, cost, best, back, state)
+        for lane in range(lanes):
+            for t in range(num_steps):
+                codes[first + lane, t] = state[t, lane] % num_branches
+
+
+@njit
+def _load(targets, sequence, start, count, side_by_side, lane):
+    """`count` steps of a sequence from `start` on, around its end where that is passed."""
+    for t in range(count):
+        for i in range(targets.shape[2]):
+            side_by_side[t, i, lane] = targets[sequence, (start + t) % targets.shape[1], i]
 
 
 @njit
