@@ -1,0 +1,32 @@
+"""numba with its cache of compiled loops in the user's own folder: never in site-packages, never in the repository.
+
+Modules take `njit` from here, so that the folder is chosen before numba is imported.
+"""
+
+import os
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+# A folder that the user names wins. Where nothing can be written every process compiles for itself: seconds, not an error.
+FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq", appauthor=False) / "numba")))
+CACHED = writable(FOLDER)
+
+import numba  # noqa: E402  (reads NUMBA_CACHE_DIR when it is imported)
+
+numba.config.CACHE_DIR = str(FOLDER)  # had another package imported it before
+njit = partial(numba.njit, nogil=True, cache=CACHED, error_model="numpy")  # no fastmath: every machine has the same codes
+prange, get_num_threads = numba.prange, numba.get_num_threads
