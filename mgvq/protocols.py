@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, StatsBank
+from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, SiteStats, StatsBank
 
 
 @runtime_checkable
@@ -82,6 +82,33 @@ class Codebook(Protocol):
         importance: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
         flags: list[str],
     ) -> Sequence[FittedCodebook]: ...
+
+
+@runtime_checkable
+class LayerTransform(Protocol):
+    """An equivalent problem for one layer: the metric of an error is the same before and after."""
+
+    def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]: ...
+    def weight_back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]: ...
+    def input_factor(self, factor: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]: ...
+    def statistics(self, stats: SiteStats) -> SiteStats: ...
+    def stored(self) -> Sequence[Tensor]: ...
+    def wrap(self, weight: QuantizedWeight) -> QuantizedWeight: ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Gives every layer an equivalent problem; the stages behind it work on that and do not know.
+
+    `within=layer`: before sensitivity and grouping, which see the layers as they then are. `within=group`: after grouping, by
+    the `groups` of the layers' own channels; the scores are then computed anew.
+    """
+
+    within: Literal["layer", "group"]
+
+    def __call__(
+        self, sites: Sequence[Site], groups: Mapping[Site, Int[Tensor, "_"]] | None
+    ) -> Mapping[Site, LayerTransform]: ...
 
 
 @runtime_checkable

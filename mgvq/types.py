@@ -177,6 +177,7 @@ class LayerProblem:
     metric: Metric | None  # None: all errors count alike
     score: Float[Tensor, "in"]  # sensitivity of the input channels, on the CPU
     groups: Int[Tensor, "in"]  # the channel group of each input channel
+    transform: Any = None  # the `LayerTransform` that turned all of the above; None: they are in the layer's own basis
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.errors import UserError
-from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight
+from mgvq.formats.rotated import INNER_FORMATS, RotatedWeight
 from mgvq.model.load import model_class
 
-FORMATS = {**SLICE_FORMATS, GroupedWeight.format: GroupedWeight}
+FORMATS = {**INNER_FORMATS, RotatedWeight.format: RotatedWeight}
 
 
 def load(

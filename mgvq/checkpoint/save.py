@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgvq.checkpoint.ledger import Entry, Ledger
 from mgvq.formats.grouped import GroupedWeight
+from mgvq.formats.rotated import RotatedWeight
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
@@ -65,6 +66,8 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
 
 def _num_weights(weight: QuantizedWeight) -> Mapping[str, int]:
     """How many weights the codes of each role stand for."""
+    if isinstance(weight, RotatedWeight):
+        return _num_weights(weight.inner)
     if isinstance(weight, GroupedWeight):
         return {f"{g}.codes": math.prod(channel_slice.shape) for g, channel_slice in enumerate(weight.slices)}
     return {"codes": math.prod(weight.shape)}

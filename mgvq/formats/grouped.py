@@ -11,9 +11,10 @@ from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.grid import GridWeight
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.formats.scalar import ScalarWeight
+from mgvq.formats.trellis import TrellisWeight
 from mgvq.formats.vector import VectorWeight, index_width
 
-SliceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
+SliceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight | TrellisWeight
 SLICE_FORMATS = {f.format: f for f in get_args(SliceWeight)}  # what a group can be stored as
 
 
@@ -34,10 +35,14 @@ class GroupedWeight:
     def shape(self) -> tuple[int, int]:
         return self.slices[0].shape[0], self.num_in
 
+    def channel_groups(self) -> Int[Tensor, "in"]:
+        """The group of every input channel."""
+        return unpack(self.groups, index_width(len(self.slices)), self.num_in)
+
     def decode(self) -> Float[Tensor, "out in"]:
         """float32; exact for every device."""
         parts = [channel_slice.decode() for channel_slice in self.slices]
-        group = unpack(self.groups, index_width(len(parts)), self.num_in).to(parts[0].device)
+        group = self.channel_groups().to(parts[0].device)
         weight = parts[0].new_empty(self.shape)
         for g, part in enumerate(parts):
             weight[:, group == g] = part

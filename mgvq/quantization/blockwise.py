@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.model.blocks import Block, by_block, install, restored
-from mgvq.model.sites import linear
+from mgvq.model.sites import linear, site_weights
 from mgvq.model.walk import AnyBatch
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
@@ -56,7 +56,7 @@ def blockwise_rounding(
     """
     blocks = list(by_block(sites))
     teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
-    with restored(model, {site: cache.problems[site].weight for site in sites}):
+    with restored(model, {site: weight.clone() for site, weight in site_weights(model, sites).items()}):
         loop = _Loop(model, bank, shift, teacher, cache, rates, rounder)
         for sweep in range(shift.sweeps):
             teacher.unsettle()
@@ -166,4 +166,5 @@ class _Loop:
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
         target = self.targets.get(site, problem.target)
-        return self.shift.target(target, problem.metric, gradient.to(target.device), step)
+        turned = problem.transform.weight(gradient) if problem.transform else gradient
+        return self.shift.target(target, problem.metric, turned.to(target.device), step)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mgvq.protocols import Allocation, Codebook, Compensation, Curvature, Grouping, Refit, Sensitivity, TargetShift
+from mgvq.protocols import Allocation, Codebook, Compensation, Curvature, Grouping, Refit, Sensitivity, TargetShift, Transform
 from mgvq.types import Needs
 
 
@@ -17,6 +17,7 @@ class Method:
     codebook: Codebook
     compensation: Compensation
     refit: Refit | None = None
+    transform: Transform | None = None
 
     @property
     def shift(self) -> TargetShift | None:

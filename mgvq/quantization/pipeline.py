@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from mgvq.errors import UserError
 from mgvq.formats.grouped import pack_groups
 from mgvq.model.sites import site_weights
+from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
@@ -41,8 +42,9 @@ def quantize(
     cache = CodebookCache(table_groups, method.codebook, problems)
     table = rate_table(cache, method.allocation.distortion)
     ids = {site.reads: pack_groups(p.groups) for site, p in problems.items() if p.groups.max() > 0}
-    id_bits = sum(8 * packed.nbytes for packed in ids.values())
-    budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - id_bits
+    shared = [*ids.values(), *(tensor for p in problems.values() if p.transform for tensor in p.transform.stored())]
+    shared_bits = sum(8 * nbytes for nbytes in {id(tensor): tensor.nbytes for tensor in shared}.values())
+    budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - shared_bits
     chosen = method.allocation(table, budget_bits).tolist()
     rates = [table.rates[r] for r in chosen]
 
@@ -54,7 +56,7 @@ def quantize(
         rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
-        stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
+        stored_bits=shared_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
         layers=layers_table(problems, rounded),
         proxy=proxy_table(problems, rounded),
         allocation=allocation_table(table_groups, table, chosen),
@@ -73,13 +75,44 @@ def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Meth
     """
     if bad := [s.name for s, w in weights.items() if not torch.isfinite(w).all()]:
         raise UserError(f"{len(bad)} layers have weights that are not finite, the first {bad[0]}: the model's files are damaged.")
+    transform, transforms = method.transform, {}
+    weights = {site: weight.clone() for site, weight in weights.items()}
+    if transform and transform.within == "layer":
+        transforms = transform(list(weights), None)
+        weights, bank = _transformed(weights, bank, transforms)
+    scores = _scores(method, weights, bank)
+    groups = method.grouping(scores, bank)
+    if transform and transform.within == "group":
+        transforms = transform(list(weights), groups)
+        weights, bank = _transformed(weights, bank, transforms)
+        scores = _scores(method, weights, bank)
     metrics = method.curvature.fuse(bank) if method.curvature else {}
+    return {
+        site: LayerProblem(
+            site=site,
+            weight=weight,
+            target=weight,
+            metric=metrics.get(site),
+            score=scores[site],
+            groups=groups[site],
+            transform=transforms.get(site),
+        )
+        for site, weight in weights.items()
+    }
+
+
+def _scores(method: Method, weights: Mapping[Site, Tensor], bank: StatsBank) -> dict[Site, Tensor]:
     scores = {site: score.cpu() for site, score in method.sensitivity(weights, bank).items()}
     if bad := [s.name for s, score in scores.items() if not (torch.isfinite(score).all() and (score >= 0).all())]:
         raise UserError(f"sensitivity: {len(bad)} layers have scores that are negative or not finite, the first {bad[0]}.")
-    groups = method.grouping(scores, bank)
-    copies = {site: weight.clone() for site, weight in weights.items()}
-    return {
-        site: LayerProblem(site=site, weight=copy, target=copy, metric=metrics.get(site), score=scores[site], groups=groups[site])
-        for site, copy in copies.items()
-    }
+    return scores
+
+
+def _transformed(
+    weights: Mapping[Site, Tensor], bank: StatsBank, transforms: Mapping[Site, LayerTransform]
+) -> tuple[dict[Site, Tensor], StatsBank]:
+    """The weights and the statistics in the turned bases."""
+    return (
+        {site: transforms[site].weight(weight) for site, weight in weights.items()},
+        {site: transforms[site].statistics(stats) for site, stats in bank.items()},
+    )

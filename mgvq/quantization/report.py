@@ -30,7 +30,7 @@ def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.
     """The relative squared error of each layer's weight, and its proxy error in the end (NaN without a metric)."""
     rows = []
     for site, problem in problems.items():
-        weight = problem.weight.float()
+        weight = problem.transform.weight_back(problem.weight) if problem.transform else problem.weight.float()
         relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
         rows.append({**_place(site), "num_weights": site.num_weights, "relative_error": relative.item(), "proxy_error": proxy})

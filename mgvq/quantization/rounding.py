@@ -20,7 +20,7 @@ class Rounded:
     """Layers after rounding, by site."""
 
     stored: dict[Site, QuantizedWeight] = field(default_factory=dict)
-    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what the stored weights stand for
+    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what they stand for, in the model's own basis
     proxy: dict[Site, dict[str, float]] = field(default_factory=dict)  # the proxy error after each step of `LayerRounder.round`
 
     def __or__(self, later: "Rounded") -> "Rounded":
@@ -63,8 +63,10 @@ class LayerRounder:
         for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
             coded, errors = self._round(cache, rates, together, flags, step)
             for site, own in coded.items():
-                rounded.decoded[site] = own.decode(cache.problems[site].target)
-                rounded.stored[site] = self._store(site, own)
+                transform, values = cache.problems[site].transform, own.decode(cache.problems[site].target)
+                stored = self._store(site, own)
+                rounded.decoded[site] = transform.weight_back(values) if transform else values
+                rounded.stored[site] = transform.wrap(stored) if transform else stored
             rounded.proxy.update(errors)
         return rounded
 

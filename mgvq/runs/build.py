@@ -11,7 +11,16 @@ from mgvq.errors import UserError
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
-STAGES = ("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit")  # what a method is made of
+STAGES = (
+    "curvature",
+    "sensitivity",
+    "grouping",
+    "allocation",
+    "codebook",
+    "compensation",
+    "refit",
+    "transform",
+)  # what a method is made of
 GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
 SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics", "dry"}
 TEXT_ONLY = ("mgvq.calibration.text.Text", "mgvq.evaluation.perplexity.Perplexity")  # they show no pictures

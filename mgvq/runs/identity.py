@@ -44,8 +44,9 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     for (group, key), value in LATER.items():
         if settings[group].get(key) == value:
             del settings[group][key]
-    if settings["refit"]["_target_"] is None:  # a stage that came later
-        del settings["refit"]
+    for stage in ("refit", "transform"):  # stages that came later
+        if settings[stage]["_target_"] is None:
+            del settings[stage]
     return _canonical(settings)
 
 
