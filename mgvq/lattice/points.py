@@ -1,4 +1,4 @@
-"""The points of the lattice codes, by their numbers (QuIP#, Tseng et al. 2024, section 4.2), at the lattice's own scale.
+"""The points of the lattice codes, by their numbers (QuIP#, Tseng et al. 2024), at the lattice's own scale.
 
 E8P: 16 bits for 8 weights. Bits 8 to 15 name one of 256 vectors of absolute values, bits 1 to 7 the signs of the first seven
 weights (1: negative), bit 0 a shift of all weights by +1/4 or -1/4 (1). The sign of the eighth weight makes the sum before the
