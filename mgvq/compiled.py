@@ -29,8 +29,9 @@ FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq
 CACHED = writable(FOLDER)
 
 import numba  # noqa: E402  (reads NUMBA_CACHE_DIR when it is imported)
+from numba.core import config  # noqa: E402
 
-numba.config.CACHE_DIR = str(FOLDER)  # had another package imported it before
+config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]  (had another package imported numba before)
 prange, get_num_threads = numba.prange, numba.get_num_threads
 
 

@@ -1,7 +1,8 @@
-"""The mean squared error of every code on a Gaussian of variance 1: `python experiments/distortion/measure.py`, minutes on one core.
+"""The mean squared error of every code on a Gaussian of variance 1.
 
-Writes mgvq/codebook/distortion.json: for every code and rate the best scales of its points (found on one sample) and the
-distortion with its standard error (measured on another). Fixed seeds: a second run writes the same file.
+`python experiments/distortion/measure.py`, minutes on one core, writes mgvq/codebook/distortion.json: for every code and rate the
+best scales of its points (found on one sample) and the distortion with its standard error (measured on another). Fixed seeds: a
+second run writes the same file.
 """
 
 import json
@@ -87,7 +88,7 @@ def kmeans_rates(length: int) -> dict[str, object]:
 
 
 def lloyd_max(levels: int) -> float:
-    """The least squared error of a scalar code of a Gaussian: levels in the middle of their cells, cells between levels (exact)."""
+    """The least squared error of a scalar code: levels at the means of their cells, edges halfway between levels."""
     points = ndtri((np.arange(levels) + 0.5) / levels)
     while True:
         edges = np.concatenate([[-np.inf], (points[1:] + points[:-1]) / 2, [np.inf]])

@@ -42,7 +42,7 @@ def absolute_values() -> NDArray[np.float32]:
     whole = [v for v in product((1, 3, 5), repeat=DIMENSION) if sum(x * x for x in v) <= 40]  # doubled
     filling = [tuple(3 if i in chosen else 1 for i in range(DIMENSION)) for chosen in combinations(range(DIMENSION), 5)]
     ordered = sorted(whole, key=lambda v: (sum(x * x for x in v), v)) + sorted(filling)
-    return np.array(ordered[:256], np.float32) / 2
+    return (np.array(ordered[:256]) / 2).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -105,14 +105,14 @@ def test_mixed_codes_of_a_layer_lie_above_and_nearer_than_one_rate_for_all():
     assert limit < damage(3.0, 1.0) < damage(2.0, 2.0) < damage(1.0, 3.0)
 
 
-def test_a_large_layer_takes_no_time():
-    """Water level of 4 M products by columns and rows alone: a sort of all takes a hundred times longer."""
-    inputs, outputs = torch.rand(4096, dtype=torch.float64) ** 6, torch.rand(1024, dtype=torch.float64) ** 3
-    start = time.perf_counter()
-    found = least_damage(inputs, outputs, 2.0)
-    assert time.perf_counter() - start < 1
-    level_by_sort = bisection(inputs[::16] * outputs[::16, None], 2)
-    assert found / (4096 * 1024) == pytest.approx(level_by_sort / (256 * 64), rel=0.5)
+def test_a_large_layer_is_exact_and_takes_no_time():
+    """Milliseconds for 4 M products, from columns and rows alone; sorting all would take a hundred times longer."""
+    inputs, outputs = torch.rand(4096, generator=stream()).double() ** 6, torch.rand(1024, generator=stream(1)).double() ** 3
+    some = inputs[::8], outputs[::8]
+    assert least_damage(*some, 2.0) == pytest.approx(bisection(some[0] * some[1][:, None], 2.0), rel=1e-9)
+    start = time.process_time()
+    least_damage(inputs, outputs, 2.0)
+    assert time.process_time() - start < 0.2
 
 
 @pytest.mark.parametrize(

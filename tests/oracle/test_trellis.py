@@ -239,10 +239,10 @@ def test_what_cannot_be_coded_is_refused():
             encode(torch.zeros(1, length), code)
     with pytest.raises(ValueError, match="take 3 bytes, found 4"):
         decode(torch.zeros(1, 4, dtype=torch.uint8), code, 16)
-    with pytest.raises(ValueError, match="not 2.5"):
+    with pytest.raises(ValueError, match=r"not 2\.5"):
         trellis_code(2.5, 8)
     for wrong in ({"state_bits": 3}, {"state_bits": 17}, {"step_bits": 5}, {"step_weights": 3}):
-        with pytest.raises(ValueError, match="must|has"):
+        with pytest.raises(ValueError, match=r"must|has"):
             replace(code, **wrong)
 
 
