@@ -3,10 +3,13 @@
 Modules take `njit` from here, so that the folder is chosen before numba is imported.
 """
 
+import inspect
 import os
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from platformdirs import user_cache_path
 
@@ -26,7 +29,15 @@ FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq
 CACHED = writable(FOLDER)
 
 import numba  # noqa: E402  (reads NUMBA_CACHE_DIR when it is imported)
+from numba.core import config  # noqa: E402
 
-numba.config.CACHE_DIR = str(FOLDER)  # had another package imported it before
-njit = partial(numba.njit, nogil=True, cache=CACHED, error_model="numpy")  # no fastmath: every machine has the same codes
+config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]  (had another package imported numba before)
 prange, get_num_threads = numba.prange, numba.get_num_threads
+
+
+def njit(function: Callable | None = None, *, parallel: bool = False) -> Any:
+    """Compile a function, or the decorator that does. Without fastmath: every machine computes the same codes."""
+    if function is None:
+        return partial(njit, parallel=parallel)
+    plain = inspect.unwrap(function)  # as it was written: tests wrap the package's functions to check shapes
+    return numba.njit(plain, nogil=True, parallel=parallel, cache=CACHED, error_model="numpy")

@@ -29,7 +29,10 @@ def layer_limit(
 
 
 def eigenvalues(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
-    """Ascending, float64 on the CPU, those below 0 by rounding set to 0. Raises ValueError for negative ones and non-finite factors."""
+    """Ascending, float64 on the CPU, those below 0 by rounding set to 0.
+
+    Raises ValueError for negative ones and non-finite factors.
+    """
     if not torch.isfinite(factor).all():
         raise ValueError("a factor of the metric must be finite")
     values = torch.linalg.eigvalsh(factor.double()).cpu()

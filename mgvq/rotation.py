@@ -1,7 +1,7 @@
 """Orthogonal transforms `H_n S` that make weights Gaussian, and a layer's problem under them.
 
-`S` has random signs on its diagonal, `H_n = Sylvester(2^k) (x) C_m` with n = 2^k m, m odd, and C_m the orthonormal DCT-II: of every
-size, in closed form, nothing to store but the signs (QuIP#, Tseng et al. 2024, section 3, with another odd factor). The metric
+`S` has random signs on its diagonal, `H_n = Sylvester(2^k) (x) C_m` with n = 2^k m, m odd, and C_m the orthonormal DCT-II: of
+every size, in closed form, nothing to store but the signs (QuIP#, Tseng et al. 2024, with another odd factor). The metric
 `tr(H_O D H_I D^T)` of an error D is the same before and after where all of a layer's problem is turned.
 """
 

@@ -1,4 +1,4 @@
-"""Vectors of eight weights to lattice codes of 2, 3 or 4 bits a weight and back, the second stage coding what the first leaves."""
+"""Vectors of eight weights to lattice codes of 2, 3 or 4 bits a weight and back; a second stage codes what the first leaves."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from mgvq.lattice.points import e8_points, e8p_points
 
 _SEARCH = {16: nearest_e8p, 8: nearest_e8}
 _POINTS = {16: e8p_points, 8: e8_points}
-STAGES = {2: (16,), 3: (16, 8), 4: (16, 16)}  # bits a weight: of each stage's code of eight (QuIP# section 4.3)
+STAGES = {2: (16,), 3: (16, 8), 4: (16, 16)}  # bits a weight: of each stage's code of eight (QuIP#, Tseng et al. 2024)
 
 
 def encode(vectors: Float[Tensor, "n 8"], bits: int, scales: Sequence[float]) -> Int[Tensor, "n stages"]:

@@ -15,8 +15,9 @@ _CHUNK = 1 << 15
 def nearest_e8p(vectors: Float[Tensor, "n 8"]) -> Int[Tensor, "n"]:
     """The code, int32, of the nearest of the 65,536 points; of equals one, the same on every machine.
 
-    On the CPU, with numba's threads. In each half of the code (either shift) and for each vector of absolute values the best signs
-    are the target's own; where their parity is wrong, the one that costs least is turned. Raises ValueError for non-finite vectors.
+    On the CPU, with numba's threads. In each half of the code (either shift) and for each vector of absolute values the best
+    signs are the target's own; where their parity is wrong, the one that costs least is turned. Raises ValueError for non-finite
+    vectors.
     """
     source = _checked(vectors).cpu().contiguous().numpy()
     magnitudes = absolute_values()

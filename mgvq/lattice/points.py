@@ -1,4 +1,4 @@
-"""The points of the lattice codes, by their numbers (QuIP#, Tseng et al. 2024, section 4.2), at the lattice's own scale.
+"""The points of the lattice codes, by their numbers (QuIP#, Tseng et al. 2024), at the lattice's own scale.
 
 E8P: 16 bits for 8 weights. Bits 8 to 15 name one of 256 vectors of absolute values, bits 1 to 7 the signs of the first seven
 weights (1: negative), bit 0 a shift of all weights by +1/4 or -1/4 (1). The sign of the eighth weight makes the sum before the
@@ -42,7 +42,7 @@ def absolute_values() -> NDArray[np.float32]:
     whole = [v for v in product((1, 3, 5), repeat=DIMENSION) if sum(x * x for x in v) <= 40]  # doubled
     filling = [tuple(3 if i in chosen else 1 for i in range(DIMENSION)) for chosen in combinations(range(DIMENSION), 5)]
     ordered = sorted(whole, key=lambda v: (sum(x * x for x in v), v)) + sorted(filling)
-    return np.array(ordered[:256], np.float32) / 2
+    return (np.array(ordered[:256]) / 2).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ MAX_STATE_BITS = 16
 class TrellisCode:
     """A state of `state_bits` (L) bits; every step shifts in `step_bits` (B) and stands for `step_weights` (V) weights.
 
-    `s' = ((s << B) | new) mod 2^L`, B / V bits a weight (QTIP, Tseng et al. 2024, section 3.1). `values`: how a state's number
+    `s' = ((s << B) | new) mod 2^L`, B / V bits a weight (QTIP, Tseng et al. 2024). `values`: how a state's number
     gives its weights (`mgvq.trellis.values`). Raises ValueError for sizes outside L <= 16, B of 1 to 4, V of 1 or 2, B < L.
     """
 
@@ -35,7 +35,7 @@ class TrellisCode:
         return self.step_bits / self.step_weights
 
     def num_steps(self, length: int) -> int:
-        """Steps of a sequence of `length` weights. Raises ValueError where it is no whole number, or they have less than L bits."""
+        """Steps of a sequence of `length` weights. Raises ValueError for no whole number, or one with less than L bits in all."""
         steps, rest = divmod(length, self.step_weights)
         if rest or steps * self.step_bits < self.state_bits:
             least = -(-self.state_bits // self.step_bits) * self.step_weights

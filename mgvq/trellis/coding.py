@@ -14,8 +14,8 @@ def encode(targets: Float[Tensor, "n t"], code: TrellisCode) -> UInt8[Tensor, "n
     """The bits of every sequence: those that step 0 shifts in first, lowest first; the last byte filled up with zeros.
 
     On the CPU, with numba's threads (`numba.set_num_threads`), whose number changes nothing. Targets are in units of the values
-    (variance 1): the caller scales. Errors are summed in float32, so a target far beyond them (a thousand) blurs the others of its
-    sequence. Raises ValueError for non-finite targets and lengths that the code has not (`TrellisCode.num_steps`).
+    (variance 1): the caller scales. Errors are summed in float32, so a target far beyond them (a thousand) blurs the others of
+    its sequence. Raises ValueError for non-finite targets and lengths that the code has not (`TrellisCode.num_steps`).
     """
     num_steps = code.num_steps(targets.shape[1])
     if not torch.isfinite(targets).all():
@@ -23,7 +23,7 @@ def encode(targets: Float[Tensor, "n t"], code: TrellisCode) -> UInt8[Tensor, "n
     steps = targets.detach().float().cpu().reshape(len(targets), num_steps, code.step_weights).contiguous().numpy()
     new = tail_biting(steps, state_values(code).numpy(), code.step_bits)
     bits = new[:, :, None] >> np.arange(code.step_bits, dtype=np.uint8) & 1
-    packed = np.packbits(bits.reshape(len(new), -1), axis=1, bitorder="little")
+    packed = np.packbits(bits.reshape(len(new), num_steps * code.step_bits), axis=1, bitorder="little")
     return torch.from_numpy(packed).to(targets.device)
 
 

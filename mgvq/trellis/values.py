@@ -32,10 +32,10 @@ def _state_values(code: TrellisCode) -> NDArray[np.float32]:
 
 
 def computed(code: TrellisCode, weight: int) -> NDArray[np.float64]:
-    """The sum of the four bytes of `a s + b mod 2^32`: nearly Gaussian (QTIP section 3.1.1, "1MAD"), here less its mean."""
+    """The sum of the four bytes of `a s + b mod 2^32`: nearly Gaussian (QTIP, "1MAD"), here less its mean."""
     factor, shift = _CONGRUENCES[weight]
     word = np.arange(1 << code.state_bits, dtype=np.uint64) * np.uint64(factor) + np.uint64(shift)
-    total = sum((word >> np.uint64(8 * i) & np.uint64(255)).astype(np.int64) for i in range(4))
+    total = np.stack([word >> np.uint64(8 * i) & np.uint64(255) for i in range(4)]).astype(np.int64).sum(0)
     count = len(total)
     square = count * int((total**2).sum()) - int(total.sum()) ** 2  # whole numbers: the same on every machine
     return (count * total - int(total.sum())) / np.sqrt(float(square))
@@ -44,10 +44,11 @@ def computed(code: TrellisCode, weight: int) -> NDArray[np.float64]:
 def hybrid(code: TrellisCode, weight: int) -> NDArray[np.float64]:
     """One of 2^L Gaussian quantiles a state, from a table of at most 1,024.
 
-    A random order wastes distortion where the walk has few branches to choose from. So the 2^B branches that leave a state lie a
-    2^B-th of all quantiles apart, and by the exclusive or with the state's oldest bits those that meet do too, as in Ungerboeck's
-    set partition; which of such sets a state has follows the low-discrepancy sequence R_V (Roberts 2018: multiples of the inverse
-    powers of the root of x^(V+1) = x + 1, for V = 1 the golden ratio). At 2 bits 256 states do what 1,024 random ones do.
+    A random order wastes distortion where a walk has few branches to choose from. So the 2^B branches that leave a state take
+    one quantile in each 2^B-th of all, equally far apart, as in Ungerboeck's set partition. Which of these sets a state has
+    follows the low-discrepancy sequence R_V (Roberts 2018: multiples of the inverse powers of the root of x^(V+1) = x + 1, for
+    V = 1 the golden ratio); the exclusive or with a state's oldest bits spreads those that meet. 256 such states do what 1,024
+    random ones do.
     """
     state = np.arange(1 << code.state_bits)
     branches, origins = 1 << code.step_bits, 1 << (code.state_bits - code.step_bits)

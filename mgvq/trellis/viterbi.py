@@ -17,7 +17,7 @@ JOIN_MEMORY = 8  # constraint lengths on each side of the join; past that surviv
 def tail_biting(targets: NDArray[np.float32], values: NDArray[np.float32], step_bits: int) -> NDArray[np.uint8]:
     """The bits shifted in at every step, "n steps", of targets "n steps v", states' values "states v".
 
-    Two searches (QTIP, Tseng et al. 2024, algorithm 4): a free one around the join of the sequence's end and beginning, whose
+    Two searches (QTIP, Tseng et al. 2024): a free one around the join of the sequence's end and beginning, whose
     state there gives the overlap, the L - B bits that first and last state share; then one of the whole sequence under this
     constraint. The walk is the best of those with that overlap. Needs L > B and at least L / B steps; finite targets.
     """
