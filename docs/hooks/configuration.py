@@ -2,8 +2,10 @@
 
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +127,21 @@ def _cell(text: str) -> str:
 
 
 def docstring(root: Path, target: str) -> str:
-    """That of the class a yaml names, read without importing it; empty where it has none or lies elsewhere."""
+    """That of the class a yaml names, and the texts under its fields, read without importing it; empty where it lies elsewhere."""
     module, _, name = target.rpartition(".")
     file = root / (module.replace(".", "/") + ".py")
     if not file.is_file():
         return ""
-    found = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef) and node.name == name)
-    return next((ast.get_docstring(node) or "" for node in found), "")
+    nodes = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef) and node.name == name)
+    node = next(nodes, None)
+    return "" if node is None else "\n\n".join([ast.get_docstring(node) or "", "\n".join(_fields(node))]).strip()
+
+
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    for field_, text in pairwise(node.body):
+        literal = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
+        if literal and isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name):
+            yield f"* `{field_.target.id}`: {' '.join(text.value.value.split())}"
 
 
 def read(file: Path) -> Variant:
