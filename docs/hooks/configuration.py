@@ -156,7 +156,8 @@ def read(file: Path) -> Variant:
             overrides += [f"{key.split('/')[-1]}={value}" for key, value in entry.items()]
         elif entry != "_self_":
             starts_from.append(entry)
-    settings = [s for s in _settings(lines[top:]) if s.name.split(".")[-1] != "_target_" and s.name.split(".")[0] != "defaults"]
+    settings = [s for s in _settings(lines[top:]) if not any(part.startswith("_") for part in s.name.split("."))]
+    settings = [s for s in settings if s.name.split(".")[0] != "defaults"]
     return Variant(file.stem, headline, starts_from, overrides, content.get("_target_"), settings)
 
 

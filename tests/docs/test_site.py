@@ -125,9 +125,17 @@ def test_every_variant_and_setting_has_its_place(pages: dict[Path, Html], site: 
         assert file.stem in pages[page].anchors
         text = page.read_text()
         for name, value in yaml.safe_load(file.read_text()).items():
-            if name not in ("_target_", "defaults", "shape") and not isinstance(value, dict):
+            if not name.startswith("_") and name not in ("defaults", "shape") and not isinstance(value, dict):
                 assert f"<code>{name}</code>" in text, f"{file.name}: {name}"
     assert all((site / "studies" / f"{f.parent.name}.html").is_file() for f in (ROOT / "experiments").glob("*/study.yaml"))
+
+
+def test_the_design_names_every_room() -> None:
+    tree = (ROOT / "docs" / "design.md").read_text().split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"[\w.]+(?=/|\s)", tree))
+    rooms = {f.name for f in (ROOT / "mgvq").iterdir() if f.is_dir() or f.suffix == ".py"} - {"__init__.py", "__pycache__"}
+    rooms |= {f.name for f in (ROOT / "tests").iterdir() if f.is_dir()} - {"__pycache__", "data"}
+    assert not {room for room in rooms if room not in named and room.removesuffix(".py") not in named}
 
 
 def test_every_yaml_has_a_headline() -> None:
