@@ -81,7 +81,9 @@ def _index(root: Path, groups: list[str]) -> Page:
         "and the command line wins over all. `mgvq-run method=kmeans --cfg job --resolve` prints a run's settings and runs "
         "nothing. A setting that has no effect is an error.\n\n"
     )
-    return Page("configuration/index.md", "Configuration", text + "\n".join(rows) + "\n\n## Settings of every run\n\n" + _table(settings))
+    return Page(
+        "configuration/index.md", "Configuration", text + "\n".join(rows) + "\n\n## Settings of every run\n\n" + _table(settings)
+    )
 
 
 def _group(root: Path, group: str) -> str:
@@ -104,7 +106,9 @@ def _variant(root: Path, group: str, variant: Variant) -> str:
     if variant.starts_from:
         parts.append("Starts from " + ", ".join(f"[`{name}`](#{name})" for name in variant.starts_from) + ".")
     if variant.overrides:
-        parts.append("Chooses " + ", ".join(f"[`{g}={v}`]({g}.md#{v})" for g, v in (o.split("=") for o in variant.overrides)) + ".")
+        parts.append(
+            "Chooses " + ", ".join(f"[`{g}={v}`]({g}.md#{v})" for g, v in (o.split("=") for o in variant.overrides)) + "."
+        )
     if variant.settings:
         parts.append(_table(variant.settings))
     if variant.target and (doc := docstring(root, variant.target)):
@@ -127,7 +131,10 @@ def _cell(text: str) -> str:
 
 
 def docstring(root: Path, target: str) -> str:
-    """That of the class a yaml names, and the texts under its fields, read without importing it; empty where it lies elsewhere."""
+    """The docstring of the class that a yaml names, and the texts under its fields, read without importing it.
+
+    Empty for a class of another package.
+    """
     module, _, name = target.rpartition(".")
     file = root / (module.replace(".", "/") + ".py")
     if not file.is_file():

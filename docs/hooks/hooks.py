@@ -1,4 +1,4 @@
-"""What mkdocs does not do by itself: mathematics, pages from conf/ and experiments/, tables of results/, and no outside address."""
+"""What mkdocs does not do by itself: mathematics, pages from conf/ and experiments/, tables of results/, no outside address."""
 
 import ast
 import re
@@ -63,7 +63,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
 
 
 def _linked(markdown: str, method: str) -> str:
-    """What stands in code or is a link already stays as it is; an equation of the page itself is meant where it has that label."""
+    """Every `eq. (name)` outside of code as a link, to the page's own equation where it has that label, else to the method."""
     own = set(re.findall(r"\\label\{([\w-]+)\}", markdown))
 
     def link(match: re.Match[str]) -> str:

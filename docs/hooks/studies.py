@@ -42,18 +42,18 @@ def _index(root: Path, files: list[Path]) -> Page:
 
 def _page(root: Path, file: Path) -> Page:
     study, name = yaml.safe_load(file.read_text()), file.parent.name
-    frozen = f"*Frozen: run at commit `{study['frozen']}` and reported from its record alone.*\n\n" if "frozen" in study else ""
+    frozen = f"*Frozen: run at commit `{study['frozen']}` and reported from its record alone.*" if "frozen" in study else ""
     # Only the first line of a README is taken for the title: it is the study's name.
     body = (file.parent / "README.md").read_text().split("\n", 1)[1]
-    text = f"# {name}\n\n{frozen}{_body(body)}\n\n## What is run\n\n{_design(study)}\n{_figures(root, name)}{_tables(root, name, body)}"
-    return Page(f"studies/{name}.md", name, text)
+    parts = [f"# {name}", frozen, _body(body), "## What is run", _design(study), _figures(root, name), _tables(root, name, body)]
+    return Page(f"studies/{name}.md", name, "\n\n".join(parts))
 
 
 def _body(text: str) -> str:
     """The README of a study as a part of its page: markers of tables out, links to other READMEs turned into links to pages."""
     text = re.sub(r"^<!-- (?:table \w+|end) -->$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\]\(\.\./(\w+)/README\.md\)", r"](\1.md)", text)
-    text = re.sub(r"\]\(\.\./\.\./README\.md#real-models\)", "](../tutorials/own_model_and_data.md)", text)
+    text = re.sub(r"\]\(\.\./\.\./docs/", "](../", text)
     return re.sub(r"!\[[^]]*\]\(\.\./\.\./results/figures/[^)]*\)", "", text)  # figures come below
 
 
