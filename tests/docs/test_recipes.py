@@ -42,7 +42,8 @@ def copy_of_the_repository(place: Path) -> Path:
 
     for name in COPIED:
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"), copy_function=link)
-    shutil.copy(ROOT / "pyproject.toml", place)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, place)
     return place
 
 
