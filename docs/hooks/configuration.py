@@ -145,10 +145,10 @@ def docstring(root: Path, target: str) -> str:
 
 
 def _fields(node: ast.ClassDef) -> Iterator[str]:
-    for field_, text in pairwise(node.body):
-        literal = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-        if literal and isinstance(field_, ast.AnnAssign) and isinstance(field_.target, ast.Name):
-            yield f"* `{field_.target.id}`: {' '.join(text.value.value.split())}"
+    for pair in pairwise(node.body):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield f"* `{name}`: {' '.join(text.split())}"
 
 
 def read(file: Path) -> Variant:
