@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from conftest import ROOT
+from conftest import ROOT, documented_columns
 
 HOW_TO = ROOT / "docs" / "how_to"
 RECIPES = sorted(page for page in HOW_TO.glob("*.md") if page.stem != "index")
@@ -78,6 +79,8 @@ def test_a_recipe_works_as_it_is_written(page: Path, tmp_path: Path) -> None:
         elif block.language == "bash":
             for line in block.text.splitlines():
                 run(command(shlex.split(line)))
+    for table in place.glob("results/runs/*/*.parquet"):
+        assert list(pd.read_parquet(table).columns) == documented_columns(table.name), f"docs/run_folder.md: {table.name}"
 
 
 def test_every_recipe_does_something() -> None:
