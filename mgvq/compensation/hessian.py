@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.ldlq import ldlq
+from mgvq.compensation.shifts import Regression
+from mgvq.errors import UserError
 from mgvq.protocols import FittedSlice
 from mgvq.types import Metric
 
@@ -28,12 +30,20 @@ class Hessian:
     """
 
     damping: float  # share of the mean diagonal that is added to it
+    prefix: Literal["full_precision", "quantized"] = "full_precision"  # whose inputs of the layer the metric is made of
+    shifts: Sequence[Regression] = ()  # of the target, by what the quantised prefix has lost; each for the layers it is made for
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)
+        if self.prefix not in ("full_precision", "quantized"):
+            raise UserError(f"compensation.prefix must be full_precision or quantized, got {self.prefix!r}")
+        if self.shifts and self.prefix != "quantized":
+            raise UserError(
+                "compensation.shifts make up for what a quantised prefix has lost: set compensation.prefix=quantized."
+            )
 
     def round(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name, install, modules_before, restored, rows_of_blocks
-from mgvq.model.hooks import before_forward
+from mgvq.model.hooks import before_forward, outputs_of
 from mgvq.model.pack import PackedBatch
 from mgvq.model.sites import linear
 from mgvq.types import Batch, Site
@@ -165,16 +165,30 @@ class Visit:
         `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
         output.
         """
+        yield from self._run(prefix, self.calls[prefix], watch, graph)
+
+    def first(self, prefix: Prefix, watch: Sequence[str] = ()) -> Iterator[BlockPass]:
+        """The pass of the first call alone; nothing where there is no call."""
+        return self._run(prefix, self.calls[prefix][:1], watch, False)
+
+    def outputs(self, prefix: Prefix, names: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of modules inside the block in the pass of its first call."""
+        with outputs_of(self.module, names) as seen:
+            list(self.first(prefix))
+        return seen
+
+    def _run(self, prefix: Prefix, calls: Sequence[Call], watch: Sequence[str], graph: bool) -> Iterator[BlockPass]:
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[name] = args[0] if args else kwargs["hidden_states"]
+                if args or "hidden_states" in kwargs:
+                    seen[name] = args[0] if args else kwargs["hidden_states"]
 
             return hook
 
         with before_forward(self.module, {name: note(name) for name in watch}), self._weights_of(prefix):
-            for call in self.calls[prefix]:
+            for call in calls:
                 seen.clear()
                 with torch.enable_grad() if graph else torch.inference_mode():
                     returned = self.module(*call.args, **call.kwargs)

@@ -35,14 +35,17 @@ class CodebookCache:
         return self._fitted[number, rate.name]
 
     def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]]) -> "CodebookCache":
-        """The same layers with other targets for some of them; codebooks are fitted to these.
+        """The same layers with other targets for some of them; see `with_problems`."""
+        return self.with_problems({s: replace(self.problems[s], target=target) for s, target in targets.items()})
+
+    def with_problems(self, problems: Mapping[Site, LayerProblem]) -> "CodebookCache":
+        """Other problems for some of the layers; codebooks are fitted to their targets.
 
         A table group in which other layers have slices too keeps the codebooks that it has here.
         """
-        problems = {s: replace(self.problems[s], target=target) for s, target in targets.items()}
         moved = CodebookCache(self.table_groups, self.codebook, {**self.problems, **problems})
         for number, table_group in enumerate(self.table_groups):
-            if any(channel_slice.site not in targets for channel_slice in table_group.slices):
+            if any(channel_slice.site not in problems for channel_slice in table_group.slices):
                 moved._borrowed[number] = self._borrowed.get(number, self)
         return moved
 

@@ -17,6 +17,7 @@ from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.sequential import PrefixSamples, sequential_rounding
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import LayerProblem, Site, StatsBank
 
@@ -27,7 +28,7 @@ def quantize(
     bank: StatsBank,
     method: Method,
     bits_per_weight: float,
-    samples: Samples | None,
+    samples: Samples | PrefixSamples | None,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
@@ -49,7 +50,11 @@ def quantize(
     rates = [table.rates[r] for r in chosen]
 
     rounder = LayerRounder(method.compensation, method.refit, ids)
-    if method.shift is None:
+    if getattr(method.compensation, "prefix", None) == "quantized":
+        assert samples is not None, "runs/method.py asks for a calibration set"
+        shifts = method.compensation.shifts
+        rounded, blocks = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags), pd.DataFrame()
+    elif method.shift is None:
         rounded, blocks = rounder.round(cache, rates, sites, flags), pd.DataFrame()
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"

@@ -27,6 +27,7 @@ from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.report import QuantReport
+from mgvq.quantization.sequential import PrefixSamples
 from mgvq.runs.build import TEXT_ONLY, build, chosen
 from mgvq.runs.cache import statistics
 from mgvq.runs.digests import file_digest
@@ -70,6 +71,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             samples = _samples(loaded, drawn) if drawn and method.shift else None
+            if drawn and getattr(method.compensation, "prefix", None) == "quantized":
+                samples = PrefixSamples(list(drawn.batches(loaded.processor)), list(drawn.heldout(loaded.processor)))
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
