@@ -67,6 +67,10 @@ def main() -> None:
     try:
         launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
+        if study.frozen and arguments.dry:
+            record = results_folder() / "records" / f"{study.name}.parquet"
+            print(f"{study.name}: {study.question}\nfrozen at {study.frozen}: nothing is run, mgvq-report reads {record}")
+            return
         runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []))
     except UserError as error:
         print(f"mgvq-study: {error}", file=sys.stderr)

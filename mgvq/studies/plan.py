@@ -40,7 +40,15 @@ class PlannedRun:
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
-    """All runs in the order of the file, with `more` overrides. Raises UserError, naming the arm, for what does not compose."""
+    """All runs in the order of the file, with `more` overrides.
+
+    Raises UserError for a frozen study, and, naming the arm, for what does not compose.
+    """
+    if study.frozen:
+        raise UserError(
+            f"study {study.name} is frozen at {study.frozen}: it is reported from its record and not run again; check out that "
+            "commit to run it, or copy its file under another name and without `frozen`."
+        )
     with composer() as compose:
         cells = [(arm, point) for point in study.points() for arm in study.arms_at(point)]
         runs = [run for arm, point in cells for run in _plan(study, compose, more, arm, point)]
