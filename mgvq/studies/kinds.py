@@ -45,7 +45,6 @@ class Kind:
 
     def __post_init__(self) -> None:
         for name, words in (("measures", get_args(Measure)), ("planned", get_args(Planned))):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
             if unknown := sorted(set(getattr(self, name)) - set(words)):
                 raise UserError(f"{KEY}.kind.{name} of {self.headline} has {', '.join(unknown)}; there are {', '.join(words)}.")
 
@@ -62,8 +61,9 @@ def kind_of_config(evaluation: Mapping[str, Any]) -> Kind | None:
 
 def kind_from(settings: Mapping[str, Any]) -> Kind:
     """Raises UserError for settings that are not those of a kind."""
+    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned")}
     try:
-        return Kind(**settings)
+        return Kind(**{**settings, **lists})
     except TypeError as error:
         raise UserError(f"{KEY}.kind is {dict(settings)}, which is not the kind of an evaluation: {error}") from error
 

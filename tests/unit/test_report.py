@@ -96,7 +96,7 @@ def runs(results: Path) -> list[PlannedRun]:
                 if not folder.exists():
                     finish(folder, arm, seed)
                 overrides = (f"model={point['model']}", f"arm={arm}", f"seed={seed}")
-                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return planned
 
 
