@@ -25,6 +25,7 @@ from mgvq.analysis.statistics.verdict import verdict
 from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
@@ -88,7 +89,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(results: Path) -> list[PlannedRun]:
-    planned = []
+    planned, cfg = [], OmegaConf.create({"evaluation": OmegaConf.load(conf_folder() / "evaluation" / "tiny_vqa.yaml")})
     for point in STUDY.points():
         for arm in STUDY.arms:
             for seed in STUDY.seeds:
@@ -96,7 +97,7 @@ def runs(results: Path) -> list[PlannedRun]:
                 if not folder.exists():
                     finish(folder, arm, seed)
                 overrides = (f"model={point['model']}", f"arm={arm}", f"seed={seed}")
-                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return planned
 
 
