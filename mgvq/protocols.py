@@ -32,48 +32,58 @@ class QuantizedWeight(Protocol):
 
 @runtime_checkable
 class FittedCodebook(Protocol):
-    """A codebook fitted to one piece. Its columns are encoded in runs of `vector_length`, the last one padded with zeros."""
+    """A codebook fitted to one channel slice, whose columns are encoded in runs of `vector_length`, the last padded with zeros."""
 
     vector_length: int
 
     def encode(
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
-        """Codes (integers, "out v" or "out v stages") of the vectors `first`, `first + 1`, ... of every row, and what they stand
-        for.
+        """Return the codes of the vectors `first`, `first + 1`, ... of every row, and what they stand for.
 
-        Each vector x takes the code c that is nearest in |root (x - c)|; None: as the codebook itself weighs its channels.
+        Codes are integers of shape "out v stages" ("runs v stages" where one code stands for a run of rows). Each vector x takes
+        the code c that is nearest in |root (x - c)|; with None, as the codebook itself weighs its channels.
         """
         ...
 
     def rows(self, part: slice) -> "FittedCodebook":
-        """The same for a run of the piece's rows."""
+        """Return the same for a run of the slice's rows."""
         ...
 
     def weight(self, codes: Tensor) -> QuantizedWeight:
-        """The stored piece from the codes of all its vectors."""
+        """Return the stored slice from the codes of all its vectors."""
         ...
 
 
 @runtime_checkable
 class Codebook(Protocol):
-    """Offers rates; fits the pieces of a unit at one of them, and predicts the exact bits of that from the shapes alone.
-
-    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike; where `needs_gram`, how the errors of
-    two channels count together (`Metric.mean_gram`). `needs_energy` says whether it is looked at. `name` names the unit: the
-    random stream of the fit. Fallbacks that were taken are appended to `flags`.
-    """
+    """Offers rates, fits the channel slices of a table group at one of them, and predicts its exact bits from shapes alone."""
 
     @property
-    def needs_importance(self) -> bool: ...
-    @property
-    def needs_gram(self) -> bool: ...
-    def rates(self) -> Sequence[Rate]: ...
-    def table_group(self, channel_slice: ChannelSlice) -> str:
-        """Pieces of one name share a table and a rate."""
+    def needs_importance(self) -> bool:
+        """Whether the fit looks at the importance of channels."""
         ...
 
-    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int: ...
+    @property
+    def needs_gram(self) -> bool:
+        """Whether it takes the importance of pairs of channels (`Metric.mean_gram`) instead of that of single ones."""
+        ...
+
+    @property
+    def follows_metric(self) -> bool:
+        """Whether `FittedCodebook.encode` looks for the nearest code in the metric of its root; False: the Euclidean nearest always,
+        as of a lattice."""
+        ...
+
+    def rates(self) -> Sequence[Rate]: ...
+    def table_group(self, channel_slice: ChannelSlice) -> str:
+        """Return the name of the slice's table group: slices of one name share a table and a rate."""
+        ...
+
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
+        """Return the exact bits that the slices of one table group take, tables and scales included."""
+        ...
+
     def fit(
         self,
         name: str,
@@ -81,14 +91,20 @@ class Codebook(Protocol):
         rate: Rate,
         importance: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
         flags: list[str],
-    ) -> Sequence[FittedCodebook]: ...
+    ) -> Sequence[FittedCodebook]:
+        """Return one fitted codebook for each weight; fallbacks that were taken are appended to `flags`.
+
+        `name` is that of the table group, and names the random stream of the fit. `importance` says for each weight how much its
+        input channels count (`Metric.channel_importance`); None: all alike.
+        """
+        ...
 
 
 @runtime_checkable
 class Sensitivity(Protocol):
-    """A score >= 0 for every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
+    """Gives a score >= 0 to every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
 
-    Read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
+    A score is read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
     """
 
     @property
@@ -114,55 +130,64 @@ class Grouping(Protocol):
 
 @runtime_checkable
 class Allocation(Protocol):
-    """The rate of every unit (an index into `table.rates`), all of them within `budget_bits` stored bits.
+    """Chooses the rate of every table group (an index into `table.rates`), all of them within `budget_bits` stored bits.
 
-    `distortion`: how the table's loss is to be predicted, None where it is not looked at. Raises UserError where no choice fits.
+    Raises UserError where no choice fits.
     """
 
     @property
-    def distortion(self) -> Literal["measured", "gaussian"] | None: ...
+    def distortion(self) -> Literal["measured", "gaussian"] | None:
+        """How the loss in the table is to be predicted; None where it is not looked at."""
+        ...
+
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FittedSlice:
-    """A piece with its codebook."""
+    """A channel slice with its codebook."""
 
     channel_slice: ChannelSlice
+    """Which columns of which layer."""
     codebook: FittedCodebook
+    """What they are rounded to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedSlice:
-    """A piece whose codes are chosen.
-
-    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
-    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
-    piece through the metric.
-    """
+    """A channel slice whose codes are chosen."""
 
     fitted: FittedSlice
-    codes: Tensor
+    """The slice and its codebook."""
+    codes: Int[Tensor, "_ v stages"]
+    """The codes of all its vectors."""
     target: Float[Tensor, "out in"]
+    """The layer's weights less what the other slices stand for: in the slice's own columns the weights as they were rounded, in the
+    others the errors made there, which move the optimum of this slice through the metric."""
     metric: Metric
+    """The metric of the layer."""
 
 
 @runtime_checkable
 class Refit(Protocol):
-    """Moves the tables of one unit to where its chosen codes serve best: one codebook a piece, never a worse one.
+    """Moves the tables of one table group to where its chosen codes serve best: one codebook a slice, never a worse one.
 
-    All pieces share their tables and are of different layers. `rounds`: how often the layers are rounded, and refitted after.
+    All slices share their tables and are of different layers.
     """
 
     rounds: int
+    """How often the layers are rounded and refitted."""
 
-    def can_refit(self, codebook: Codebook) -> bool: ...
+    def can_refit(self, codebook: Codebook) -> bool:
+        """Whether the refit knows how to move the tables of this codebook."""
+        ...
+
     def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]: ...
 
 
 @runtime_checkable
 class Compensation(Protocol):
-    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to.
+    """Rounds one layer to the codes of every channel slice; `score` (one a channel) gives the order.
 
     `needs_output_metric`: the metric must have an `h_out`. One that is a `Shift` too is rounded block by block.
     """
