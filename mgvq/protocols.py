@@ -32,10 +32,10 @@ class QuantizedWeight(Protocol):
 
 @runtime_checkable
 class FittedCodebook(Protocol):
-    """A codebook fitted to one channel slice, whose columns are encoded in runs of `vector_length`, the last padded with zeros."""
+    """A codebook fitted to one channel slice, whose columns are encoded in runs of `vector_length`, padded with zeros."""
 
-    vector_length: int
-
+    @property
+    def vector_length(self) -> int: ...
     def encode(
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
@@ -71,8 +71,8 @@ class Codebook(Protocol):
 
     @property
     def follows_metric(self) -> bool:
-        """Whether `FittedCodebook.encode` looks for the nearest code in the metric of its root; False: the Euclidean nearest always,
-        as of a lattice."""
+        """Whether `FittedCodebook.encode` looks for the nearest code in the metric of its root; False: the Euclidean nearest
+        always, as of a lattice."""
         ...
 
     def rates(self) -> Sequence[Rate]: ...
@@ -162,8 +162,8 @@ class CodedSlice:
     codes: Int[Tensor, "_ v stages"]
     """The codes of all its vectors."""
     target: Float[Tensor, "out in"]
-    """The layer's weights less what the other slices stand for: in the slice's own columns the weights as they were rounded, in the
-    others the errors made there, which move the optimum of this slice through the metric."""
+    """The layer's weights less what the other slices stand for: in the slice's own columns the weights as they were rounded, in
+    the others the errors made there, which move the optimum of this slice through the metric."""
     metric: Metric
     """The metric of the layer."""
 

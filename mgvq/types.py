@@ -41,8 +41,9 @@ class Site:
     in_features: int
     """Columns of the weight, the input channels."""
     reads: str = ""
-    """A name of the activations that the layer multiplies, equal for layers that read the same (q, k and v of an attention), which
-    therefore share their Gram and their channel groups. Left empty, it becomes the layer's own name: nobody else reads them."""
+    """A name of the activations that the layer multiplies, equal for layers that read the same (q, k and v of an attention),
+    which therefore share their Gram and their channel groups. Left empty, it becomes the layer's own name: nobody else reads
+    them."""
 
     def __post_init__(self) -> None:
         if not self.reads:
@@ -164,7 +165,7 @@ class Metric:
         return Metric(tuple(h.to(device) for h in self.h_in), None if self.h_out is None else self.h_out.to(device))
 
     def row_runs(self, num_rows: int) -> list[tuple[slice, Float[Tensor, "in in"]]]:
-        """The runs of the `num_rows` rows, each with its input factor; raises ValueError where there are more factors than runs."""
+        """The runs of the `num_rows` rows, each with its input factor; raises ValueError for more factors than runs."""
         return list(zip(row_runs(num_rows, len(self.h_in)), self.h_in, strict=True))
 
     def loss(self, error: Float[Tensor, "out in"]) -> float:

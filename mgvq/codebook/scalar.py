@@ -55,8 +55,8 @@ class Scalar:
     group_size: int | None
     """Input channels that share a scale and a zero point; None: the whole row of a channel slice does."""
     clip: str
-    """What the grid spans. `min_max`: all weights of a group; `mse`: the share of their range, 100 % to 25 % in steps of 5 %, that
-    has the least squared error of round to nearest."""
+    """What the grid spans. `min_max`: all weights of a group; `mse`: the share of their range, 100 % to 25 % in steps of 5 %,
+    that has the least squared error of round to nearest."""
 
     needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
@@ -113,7 +113,7 @@ def _fit(weight: Float[Tensor, "out c"], bits: int, group_size: int, factors: Se
 
 
 def _grid(low: Float[Tensor, "out g"], high: Float[Tensor, "out g"], bits: int) -> tuple[Tensor, Tensor]:
-    """Return fp16 scales and zero points. Scales are rounded before anything is chosen by them, and up: the grid reaches `high`."""
+    """Return fp16 scales and zero points. Scales are rounded before anything is chosen by them, and up."""
     top = 2**bits - 1
     scales = _half_up(((high - low) / top).clamp(min=2.0**-24))
     return scales, (-low / scales.float()).round().clamp(0, top)

@@ -18,8 +18,8 @@ class Foem(Hessian):
     """
 
     beta: float
-    """The share of the correction that is taken back, in [0, 1]: 0 is `compensation=hessian`, 1 is plain rounding of each vector in
-    the metric of its block."""
+    """The share of the correction that is taken back, in [0, 1]: 0 is `compensation=hessian`, 1 is plain rounding of each vector
+    in the metric of its block."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -36,8 +36,8 @@ class GradientHessian:
     so that the first block has none. `block`: the squared drift of the block's output, every token weighted by the squared norm
     of its gradient, without a pass through the blocks behind. `sft`: the loss of the right answers."""
     refresh: bool | int
-    """True: the gradient is taken again at every block. A number n: for n blocks together (not with `block`, where each block has a
-    loss of its own). False: once, at full precision (`sft` alone)."""
+    """True: the gradient is taken again at every block. A number n: for n blocks together (not with `block`, where each block has
+    a loss of its own). False: once, at full precision (`sft` alone)."""
     sweeps: int
     """How often the blocks are gone through; from the second time on all of them are quantised."""
     steps: list[float]

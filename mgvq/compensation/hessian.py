@@ -20,8 +20,8 @@ class Hessian:
     The vector with the most sensitive channels is rounded first, so that all others can make up for its error; where the
     sensitivity is `gram_diag` this is GPTQ's act-order, and vectors of equal score follow the order of the channels. With
     `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j is rounded at `W_j + sum_{i>j} Delta_i L_ij` in the
-    metric `D_j`, and `tr(Delta H Delta^T)` is the sum of what these roundings cost (docs/method.md, eq. (ldlq)). The output factor
-    of the metric would not change the feedback and is not looked at.
+    metric `D_j`, and `tr(Delta H Delta^T)` is the sum of what these roundings cost (docs/method.md, eq. (ldlq)). The output
+    factor of the metric would not change the feedback and is not looked at.
 
     Flags: `damping:<site>:<share>` where more damping was needed, and `dead_channels:<site>:<number>` for inputs that were always
     zero (their weights are rounded to nearest). Other roundings with feedback are this one with another `choice`.

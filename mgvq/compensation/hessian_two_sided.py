@@ -53,7 +53,7 @@ class HessianTwoSided(Hessian):
 
 
 def _row_feedback(h_out: Float[Tensor, "out out"], damping: float) -> tuple[Float[Tensor, "out out"], float]:
-    """Return `M - 1` of `h_out = M diag(s) M^T`, rows and columns in the order of the weight's rows, and the damping it needed."""
+    """Return `M - 1` of `h_out = M diag(s) M^T`, rows and columns in the order of the weight's rows, and the damping."""
     order = h_out.diagonal().argsort(descending=True, stable=True).flip(0)  # the row that is rounded first comes last
     factors = block_ldl(h_out, order[:, None], damping)
     mix = torch.empty_like(factors.lower)

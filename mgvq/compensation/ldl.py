@@ -23,8 +23,8 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     """Factor the damped `hessian` with its channels in the order of `slots`, where -1 marks padding.
 
     `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times the mean diagonal is
-    added to the diagonal, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not help: H is not
-    finite.
+    added to the diagonal, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not
+    help: H is not finite.
     """
     blocks, length = slots.shape
     order = slots.flatten()

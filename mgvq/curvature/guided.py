@@ -10,7 +10,7 @@ from mgvq.types import Metric, Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Guided:
-    """`h_in[k] = sum_t (mean of g_tj^2 over the output channels j of group k) x_t x_t^T / N` for N answer tokens, without `h_out`.
+    """`h_in[k] = sum_t (mean of g_tj^2 over the output channels j of group k) x_t x_t^T / N` for N answer tokens, no `h_out`.
 
     This is the empirical Fisher of the answer loss without its terms across output channels, averaged within each group
     (GuidedQuant, Kim et al. 2025; docs/method.md, eq. (guided)). Its unit is nats of the mean answer loss.

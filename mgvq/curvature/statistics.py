@@ -89,7 +89,7 @@ class _Sums:
         if not torch.isfinite(total).all():
             raise UserError(
                 f"the statistics of {key[1]} ({key[0]}) are not finite: gradients or activations leave the range of the model's "
-                "dtype. Set model.dtype=float32; where that does not help, the weights of this layer or of its neighbours are too large."
+                "dtype. Set model.dtype=float32; where that does not help, weights of this layer or near it are too large."
             )
         return total
 

@@ -89,7 +89,7 @@ def _wide(values: Float[Tensor, "..."], like: Tensor) -> Float[Tensor, "..."]:
 def fisher_blocks(
     weight: Float[Tensor, "out in"], stats: SiteStats, modality: str
 ) -> list[tuple[Float[Tensor, "in"], Float[Tensor, "out out"]]]:
-    """Return a pair (p, B) for each selected modality, in float64; channel c's block of the Fisher of the mean loss is `sum p_c B`.
+    """Return a pair (p, B) for each selected modality, in float64; channel c's block of the Fisher is `sum p_c B`.
 
     Let N be the number of answers and g the gradient of their summed cross-entropy. Labels sampled from the model make the
     gradients of different answers uncorrelated, so the Fisher of the *mean* loss is `E[vec(G) vec(G)^T] / N` with `G = sum_t

@@ -29,7 +29,7 @@ class GlobalLocal:
     `split`: global is between layers and local within. A layer gets `sum_c g_c` and deals it out to its channels in proportion to
     o_c."""
     alpha: float | None
-    """The weight of the global side with `scope`: 1 orders channels as `model_scope` does, 0 is `layer_scope`. None with `split`."""
+    """The weight of the global side with `scope`: 1 orders as `model_scope` does, 0 is `layer_scope`. None with `split`."""
     damping: float
     """The damping of `obs`, a share of the mean diagonal in (0, 1]."""
     modality: str

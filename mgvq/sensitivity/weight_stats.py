@@ -15,10 +15,10 @@ from mgvq.types import Needs, Site, StatsBank
 class WeightStats:
     """The squared norm of the channel times a tail index, `||W_:c||^2 k_c`.
 
-    `k_c = sum_r W_rc^4 / (3 s^2 sum_r W_rc^2)`, with s^2 the mean square of the layer, is 1 in a Gaussian layer and more where the
-    channel's weights lie in the tail of the layer's distribution, which a codebook fitted to the bulk serves badly. A layer of
-    zeros scores 0. This reconstructs a reading of MGVQ by a reviewer, "global = model-level weight distribution statistics"; the
-    paper's equation is not public.
+    `k_c = sum_r W_rc^4 / (3 s^2 sum_r W_rc^2)`, with s^2 the mean square of the layer, is 1 in a Gaussian layer and more where
+    the channel's weights lie in the tail of the layer's distribution, which a codebook fitted to the bulk serves badly. A layer
+    of zeros scores 0. This reconstructs a reading of MGVQ by a reviewer, "global = model-level weight distribution statistics";
+    the paper's equation is not public.
     """
 
     needs: ClassVar[Needs] = Needs()

@@ -73,7 +73,7 @@ def test_metrics_have_the_shapes_of_their_layers(curvature) -> None:
 
 
 @each_curvature
-@pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"energy": 0.0}], ids=str)
+@pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"importance": 0.0}], ids=str)
 def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
     bank = {s: stats(s, curvature.needs, **missing) for s in (VISION, LANGUAGE)}
     if isinstance(curvature, KroneckerFisher) and (curvature.granularity, curvature.fusion) in (
@@ -83,7 +83,7 @@ def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
         return  # handed through
     for site, metric in curvature.fuse(bank).items():
         check(site, metric)
-        if metric.h_out is not None and missing.get("energy") == 0:
+        if metric.h_out is not None and missing.get("importance") == 0:
             assert not metric.h_in[0].any()
             assert torch.equal(metric.h_out, torch.eye(site.out_features))
 
