@@ -26,7 +26,7 @@ CODEBOOKS = {
     "product-scaled": Product(**KIND, num_tables=3),
     "residual-scaled": Residual(**KIND | dict(vector_length=4)),
 }
-INT8 = {name: type(c)(**{f: getattr(c, f) for f in c.__dataclass_fields__} | dict(table="int8")) for name, c in CODEBOOKS.items()}
+INT8 = {name: replace(codebook, table="int8") for name, codebook in CODEBOOKS.items()}
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
 
