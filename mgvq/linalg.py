@@ -16,7 +16,7 @@ def row_runs(num_rows: int, number: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def second_moment(sums: Sequence[Float[Tensor, "*shape"]], counts: Sequence[float]) -> Float[Tensor, "*shape"]:
+def second_moment(sums: Sequence[Float[Tensor, "*shape"]], counts: Sequence[int | float]) -> Float[Tensor, "*shape"]:
     """`E[x x^T]` from sums of `x x^T` (or of their diagonals) over disjoint sets of tokens and the sizes of the sets.
 
     The dtype is that of the sums. Without any token the sums, which are zeros, come back as they are.

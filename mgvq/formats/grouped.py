@@ -2,19 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mgvq.formats.columns import ColumnWeight
-from mgvq.formats.grid import GridWeight
+from mgvq.formats.exponent import PLAIN_FORMATS, ExponentWeight, PlainWeight
 from mgvq.formats.packing import pack, unpack
-from mgvq.formats.scalar import ScalarWeight
-from mgvq.formats.vector import VectorWeight, index_width
+from mgvq.formats.vector import index_width
 
-SliceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
-SLICE_FORMATS = {f.format: f for f in get_args(SliceWeight)}  # what a group can be stored as
+SliceWeight = PlainWeight | ExponentWeight
+SLICE_FORMATS = {**PLAIN_FORMATS, ExponentWeight.format: ExponentWeight}  # what a group can be stored as
 
 
 @dataclass(frozen=True)

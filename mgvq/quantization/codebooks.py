@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.codebook.exponent import fit_in_range
 from mgvq.formats.vector import to_vectors
 from mgvq.protocols import Codebook, FittedCodebook
 from mgvq.quantization.table_groups import TableGroup
@@ -33,7 +34,7 @@ class CodebookCache:
             slices, flags = self.table_groups[table_group].slices, []
             weights = [self.columns(p) for p in slices]
             importances = [_of_columns(self.importances[p.site], p) if p.site in self.importances else None for p in slices]
-            fitted = self.codebook.fit(self.table_groups[table_group].info.name, weights, rate, importances, flags)
+            fitted = fit_in_range(self.codebook, self.table_groups[table_group].info.name, weights, rate, importances, flags)
             self._done[table_group, rate.name] = fitted, flags
         return self._done[table_group, rate.name]
 

@@ -13,6 +13,7 @@ from mgvq.model.sites import site_weights
 from mgvq.quantization.blockwise import Samples, shifted_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
+from mgvq.quantization.preflight import constant_layers, unused_budget
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
@@ -36,7 +37,7 @@ def quantize(
     weights = site_weights(model, sites)
     if bad := [s.name for s, w in weights.items() if not torch.isfinite(w).all()]:
         raise UserError(f"{len(bad)} layers have weights that are not finite, the first {bad[0]}: the model's files are damaged.")
-    flags: list[str] = []
+    flags = constant_layers(weights)
     metrics = method.curvature.fuse(bank) if method.curvature else {}
     scores = {site: score.cpu() for site, score in method.sensitivity(weights, bank).items()}
     if bad := [s.name for s, score in scores.items() if not (torch.isfinite(score).all() and (score >= 0).all())]:
@@ -52,6 +53,8 @@ def quantize(
     id_bits = sum(8 * packed.nbytes for packed in ids.values())
     budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - id_bits
     chosen = method.allocation(table, budget_bits).tolist()
+    stored_bits = id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
+    flags += unused_budget(stored_bits, budget_bits + id_bits)
     rates = [table.rates[r] for r in chosen]
 
     layers = LayerRounder(method.compensation, method.refit, weights, metrics, scores, ids)
@@ -62,7 +65,7 @@ def quantize(
         rounded, blocks = shifted_rounding(model, sites, bank, method.shift, samples, cache, rates, layers, flags)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
-        stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
+        stored_bits=stored_bits,
         layers=layers_table(sites, weights, rounded),
         proxy=proxy_table(sites, rounded),
         allocation=allocation_table(table_groups, table, chosen),

@@ -8,12 +8,13 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mgvq.codebook.columns import Columns
+from mgvq.codebook.exponent import FittedExponent
 from mgvq.codebook.tables import FittedTables
 from mgvq.codebook.vector import VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
 from mgvq.linalg import row_runs
-from mgvq.protocols import Codebook, CodedSlice
+from mgvq.protocols import Codebook, CodedSlice, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
 
@@ -29,7 +30,7 @@ class ClosedForm:
     centroids, in float64, and each step costs two products with the metric. A centroid that no code names stays, and where the
     metric leaves a choice the present centroids decide. The result is stored as the tables were (fp16, or int8 with its step);
     unless it is better than they are after that rounding, the slices keep their tables: the objective never rises. Raises
-    ValueError for centroids beyond fp16.
+    UserError for centroids beyond fp16.
     """
 
     rounds: int
@@ -42,9 +43,8 @@ class ClosedForm:
     def can_refit(self, codebook: Codebook) -> bool:
         return isinstance(codebook, VectorCodebook) and not isinstance(codebook, Columns)
 
-    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedTables]:
-        fitted = [_tables(channel_slice) for channel_slice in slices]
-        old = fitted[0]
+    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]:
+        old = _tables(slices[0])[0]
         terms = [_Term(channel_slice) for channel_slice in slices]
         start = centroids(old.table, old.step).double()
 
@@ -55,23 +55,39 @@ class ClosedForm:
             return total([term.curvature(move) for term in terms])
 
         gradient = total([term.gradient(start) for term in terms])
-        table, step = _stored(start + _conjugate_gradients(curvature, -gradient), old)
+        found = start + _conjugate_gradients(curvature, -gradient)
+        try:
+            table, step = _stored(found, old)
+        except ValueError as error:
+            name = slices[0].fitted.channel_slice.site.name
+            raise UserError(f"the refit of the tables of {name} leaves their range: {error}; set refit=none") from error
         move = centroids(table, step).double() - start
         change = float((move * (gradient + 0.5 * curvature(move))).sum())
-        return [replace(f, table=table, step=step) if change < 0 else f for f in fitted]
+        return [_moved(s.fitted.codebook, table, step) if change < 0 else s.fitted.codebook for s in slices]
 
 
-def _tables(channel_slice: CodedSlice) -> FittedTables:
-    codebook = channel_slice.fitted.codebook
+def _tables(channel_slice: CodedSlice) -> tuple[FittedTables, float]:
+    """Return the tables of a slice and what their centroids are multiplied by."""
+    codebook, factor = channel_slice.fitted.codebook, 1.0
+    if isinstance(codebook, FittedExponent):
+        codebook, factor = codebook.codebook, 2.0**codebook.exponent
     assert isinstance(codebook, FittedTables), "can_refit says so"
-    return codebook
+    return codebook, factor if codebook.scale is None else factor * float(codebook.scale)
+
+
+def _moved(codebook: FittedCodebook, table: Shaped[Tensor, "t k d"], step: Float[Tensor, "t"] | None) -> FittedCodebook:
+    """Return the codebook with other tables."""
+    if isinstance(codebook, FittedExponent):
+        return replace(codebook, codebook=_moved(codebook.codebook, table, step))
+    assert isinstance(codebook, FittedTables), "can_refit says so"
+    return replace(codebook, table=table, step=step)
 
 
 class _Term:
     """What one layer adds to the objective, as a function of all centroids."""
 
     def __init__(self, channel_slice: CodedSlice) -> None:
-        fitted = _tables(channel_slice)
+        fitted, self.scale = _tables(channel_slice)
         num_tables, num_centroids, _ = fitted.table.shape
         stages, device = fitted.stages, channel_slice.codes.device
         codes = channel_slice.codes.long()
@@ -80,7 +96,6 @@ class _Term:
         self.entries = (table * num_centroids + codes).flatten(
             0, 1
         )  # the place of every vector's centroids in the tables laid end to end
-        self.scale = 1.0 if fitted.scale is None else float(fitted.scale)
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
         self.h_out = None if h_out is None else h_out.to(device).double()

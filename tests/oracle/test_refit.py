@@ -169,9 +169,8 @@ def test_tables_that_storing_would_worsen_are_kept():
     for seed in range(5):
         channel_slice = unit_of(INT8["kmeans"], seed=seed)[0]
         largest = tables_of(channel_slice).table[0].abs().amax(1).argmax()
-        grown = torch.where(channel_slice.codes == largest, 1.003, 1.0).repeat_interleave(2, 1)[
-            :, : len(columns_of(channel_slice))
-        ]
+        grown = torch.where(channel_slice.codes[:, :, 0] == largest, 1.003, 1.0).repeat_interleave(2, 1)
+        grown = grown[:, : len(columns_of(channel_slice))]
         target = torch.zeros_like(channel_slice.target)
         target[:, columns_of(channel_slice)] = grown * tables_of(channel_slice).weight(channel_slice.codes).decode()
         assert refit([replace(channel_slice, target=target)])[0] is tables_of(channel_slice)
