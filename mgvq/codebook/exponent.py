@@ -1,7 +1,7 @@
 """Any codebook on layers of any size: weights that tables in fp16 cannot hold are fitted and stored relative to a power of two.
 
-`up_proj` times 2^-22 and `down_proj` times 2^22 are the same function; without this the tables of the one would be zeros and those
-of the other infinite. Ordinary layers are left as they are, to the byte.
+`up_proj` times 2^-22 and `down_proj` times 2^22 are the same function; without this the tables of the one would be zeros and
+those of the other infinite. Ordinary layers are left as they are, to the byte.
 """
 
 import math
