@@ -64,7 +64,7 @@ class Columns(VectorCodebook):
         return Layout(vector_length, num_centroids)
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
-        layout = self.layouts()[rate]
+        layout = self.layouts[rate]
         d, k = layout.vector_length, layout.num_centroids
         codes = sum(codes_bits((s.shape[1], s.shape[0]), d, k) for s in slices)
         scales = 16 * len(slices) if self.scaled else 0
@@ -78,7 +78,7 @@ class Columns(VectorCodebook):
         channel_weights: Sequence[Float[Tensor, "_"]],
         flags: list[str],
     ) -> Sequence[FittedColumns]:
-        length = self.layouts()[rate].vector_length
+        length = self.layouts[rate].vector_length
         sources = [
             replace(Source.of(w.T, torch.ones(len(w), device=w.device), length, scaled=self.scaled), row_weight=c)
             for w, c in zip(weights, channel_weights, strict=True)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -64,7 +65,7 @@ class VectorCodebook(ABC):
             raise UserError(f"codebook.iterations must be a whole number >= 1, got {self.iterations!r}")
         if self.sample is not None and not (isinstance(self.sample, int) and self.sample >= 1):
             raise UserError(f"codebook.sample must be a whole number >= 1 or null, got {self.sample!r}")
-        if not self.layouts():
+        if not self.layouts:
             raise UserError(
                 f"codebook.vector_length={self.vector_length!r} has no rate of {_MIN_BITS:g} to {_MAX_BITS:g} index bits a weight"
             )
@@ -77,6 +78,7 @@ class VectorCodebook(ABC):
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         """The tables of that size that the variant uses."""
 
+    @cached_property
     def layouts(self) -> Mapping[Rate, Layout]:
         """The tables of every rate, by ascending index bits."""
         offered = [self.layout(d, 2**w) for d in self._lengths() for w in range(1, _MAX_CENTROIDS.bit_length())]
@@ -84,14 +86,14 @@ class VectorCodebook(ABC):
         return {Rate(i.name, i.index_bits): i for i in sorted(offered, key=lambda layout: layout.index_bits)}
 
     def rates(self) -> Sequence[Rate]:
-        return list(self.layouts())
+        return list(self.layouts)
 
     def table_group(self, channel_slice: ChannelSlice) -> str:
         return sharing.table_group(channel_slice, self.share)
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         scales = 16 * len(slices) if self.scaled else 0
-        return self.layouts()[rate].storage_bits(slices, self.table) + scales
+        return self.layouts[rate].storage_bits(slices, self.table) + scales
 
     @property
     def scaled(self) -> bool:
@@ -126,7 +128,7 @@ class VectorCodebook(ABC):
         flags: list[str],
     ) -> Sequence[FittedCodebook]:
         """Fit to the weights whose channels count as `channel_weights` say; a variant may cut them into other vectors."""
-        length = self.layouts()[rate].vector_length
+        length = self.layouts[rate].vector_length
         sources = [Source.of(w, c, length, scaled=self.scaled) for w, c in zip(weights, channel_weights, strict=True)]
         return self.fit_tables(name, sources, [w.shape[1] for w in weights], rate, flags)
 
@@ -137,7 +139,7 @@ class VectorCodebook(ABC):
 
         `widths` are the columns of the slices. Each stage is fitted to what the stages before it leave over as they are stored.
         """
-        layout = self.layouts()[rate]
+        layout = self.layouts[rate]
         tables, steps, num_reseeded = [], [], 0
         subspaces = layout.num_subspaces(widths)
         for subspace in range(subspaces):

@@ -29,7 +29,8 @@ def predicted_bits(
     groups = method.grouping(scores, {})
     ids = sum({s.reads: 8 * pack_groups(group).nbytes for s, group in groups.items() if group.max() > 0}.values())
     table_groups = cut_table_groups(groups, scores, method.codebook)
-    table = rate_table(CodebookCache(table_groups, method.codebook, {}, {}), scores, None)
+    modelled = "gaussian" if method.allocation.distortion else None  # nothing is fitted here
+    table = rate_table(CodebookCache(table_groups, method.codebook, {}, {}), scores, modelled)
     num_weights = sum(s.num_weights for s in sites)
     chosen = method.allocation(table, int(bits_per_weight * num_weights) - ids)
     return (ids + int(table.bits[torch.arange(len(table_groups)), chosen].sum())) / num_weights

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.exponent import ExponentWeight
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, channel_bits, pack_channels, scale_levels
 from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, pack_groups
 from mgvq.formats.packing import unpack
@@ -216,6 +217,16 @@ def test_every_piece_fills_the_channels_of_its_group(num_groups):
     decoded = weight.decode()
     for g, channel_slice in enumerate(weight.slices):
         assert torch.equal(decoded[:, group == g], channel_slice.decode())
+
+
+@pytest.mark.parametrize("exponent", [-120, -22, 22, 120])
+def test_an_exponent_costs_no_tensor_and_comes_back(exponent):
+    for plain in (scalar_weight((5, 7), 3, 3), grid_weight((5, 7), 3, 4, 3), vector_weight((5, 7), 2, 8)):
+        weight = ExponentWeight(plain, exponent)
+        loaded = reloaded(weight)
+        assert loaded.shape == weight.shape == (5, 7)
+        assert torch.equal(loaded.decode(), plain.decode() * 2.0**exponent)
+        assert bits_of(weight.tensors()) == bits_of(plain.tensors())
 
 
 GROUP_BYTES = {2: 3, 3: 6, 4: 6, 5: 9, 16: 12}  # of 23 channels, by hand
