@@ -68,8 +68,8 @@ class Hub(Drawn):
         images = images if isinstance(images, list) else [] if images is None else [images]
         if "messages" in found:
             return chat_turns(row, found["messages"], images, Path(self.path))
-        pictures = [open_image(row, image, Path(self.path)) for image in images]
-        return question_turns(row, pictures, found.get("question"), found["answer"])
+        images = [open_image(row, image, Path(self.path)) for image in images]
+        return question_turns(row, images, found.get("question"), found["answer"])
 
     def _load(self) -> Any:
         import datasets  # here: it takes a second

@@ -64,7 +64,7 @@ def read_text(path: str) -> str:
 
 
 def open_image(row: Row, image: Any, folder: Path) -> Image.Image:
-    """In RGB, from a file name in `folder`, a picture, or `{"bytes": ..}` as data sets store them."""
+    """In RGB, from a file name in `folder`, the image itself, or `{"bytes": ..}` as data sets store them."""
     try:
         if isinstance(image, Image.Image):
             return image.convert("RGB")
@@ -73,7 +73,7 @@ def open_image(row: Row, image: Any, folder: Path) -> Image.Image:
         elif isinstance(image, str) and image:
             image = folder / image
         else:
-            raise row.error(f"an image must be a file name or a picture, got {_short(image)}.")
+            raise row.error(f"an image must be a file name or the image itself, got {_short(image)}.")
         with Image.open(image) as opened:
             return opened.convert("RGB")
     except OSError as error:

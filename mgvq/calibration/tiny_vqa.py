@@ -1,11 +1,11 @@
-"""Calibration on the project's own visual question answering; pictures and handwriting that no test question uses."""
+"""Calibration on the project's own visual question answering; images and handwriting that no test question uses."""
 
 from dataclasses import dataclass
 
 from PIL import Image
 
 from mgvq.calibration.examples import ExampleSet
-from mgvq.data.tiny_vqa.dataset import Picture, draw_pictures
+from mgvq.data.tiny_vqa.dataset import DrawnImage, draw_images
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat, Turn
 from mgvq.model.encode import Example, Sample
@@ -16,10 +16,10 @@ _SHOWN = ("both", "text", "image")
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVQA:
-    """`num_images` pictures with `questions_per_image` questions each, then `heldout_images` more.
+    """`num_images` images with `questions_per_image` questions each, then `heldout_images` more.
 
-    `shown` leaves out a part of the prompts: `text`, the questions without their pictures, as of a corpus of text; `image`, the
-    pictures without questions. The answers stay. `label_seed` draws the answers that are sampled from the model for its Fisher.
+    `shown` leaves out a part of the prompts: `text`, the questions without their images, as of a corpus of text; `image`, the
+    images without questions. The answers stay. `label_seed` draws the answers that are sampled from the model for its Fisher.
     """
 
     num_images: int
@@ -41,16 +41,16 @@ class TinyVQA:
 
     def draw(self) -> ExampleSet:
         seed = entropy(self.seed, "calibration")
-        pictures = draw_pictures("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
-        parts = pictures[: self.num_images], pictures[self.num_images :]
-        examples, heldout = ([e for p in part for e in self._examples(p)] for part in parts)
+        images = draw_images("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
+        parts = images[: self.num_images], images[self.num_images :]
+        examples, heldout = ([e for drawn in part for e in self._examples(drawn)] for part in parts)
         return ExampleSet(examples, heldout, self.label_seed)
 
-    def _examples(self, picture: Picture) -> list[Sample]:
-        image = Image.fromarray(picture.pixels)
+    def _examples(self, drawn: DrawnImage) -> list[Sample]:
+        image = Image.fromarray(drawn.pixels)
         samples: list[Sample] = []
-        for number, q in enumerate(picture.questions):
-            name = f"calibration-{picture.index}-{number}"
+        for number, q in enumerate(drawn.questions):
+            name = f"calibration-{drawn.index}-{number}"
             if self.shown == "both":
                 samples.append(Example(name, image, q.text, q.answer))
             else:

@@ -23,7 +23,7 @@ from lmms_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
 from mgvq.model.generate import generate
-from mgvq.model.picture import Question
+from mgvq.model.image import Question
 
 _GENERATION_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
 
@@ -58,7 +58,7 @@ class InProcessModel(lmms):
 
 
 class _Questions(Sequence[Question]):
-    """Pictures are decoded when a question is looked at: those of a whole benchmark would not fit into memory."""
+    """Images are decoded when a question is looked at: those of a whole benchmark would not fit into memory."""
 
     def __init__(self, task_dict: dict[str, Any], requests: Sequence[Instance]) -> None:
         self._task_dict, self._requests = task_dict, requests
@@ -70,7 +70,7 @@ class _Questions(Sequence[Question]):
         text, _, to_visual, doc_id, task, split = self._requests[index].args  # type: ignore[misc]
         images = to_visual(self._task_dict[task][split][doc_id])
         if not images:
-            raise TypeError(f"question {doc_id} of {task} has no picture: such questions are not supported")
+            raise TypeError(f"question {doc_id} of {task} has no image: such questions are not supported")
         return images[0] if len(images) == 1 else tuple(images), text
 
 

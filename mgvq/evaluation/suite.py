@@ -112,9 +112,9 @@ def _place(name: str) -> str:
 
 
 def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
-    """Of every question: its row as far as no answer is needed, its document without pictures, its options.
+    """Of every question: its row as far as no answer is needed, its document without images, its options.
 
-    Rows that share a picture have sample ids that differ in their last part alone; the hash is of all that the dataset holds of
+    Rows that share an image have sample ids that differ in their last part alone; the hash is of all that the dataset holds of
     a question.
     """
     from mgvq.evaluation.tasks.judges import JUDGES
@@ -124,7 +124,7 @@ def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], di
         options = judge.options(doc)
         row = {
             "task": name,
-            "sample_id": f"{name}-{_digest(list(_pictures(raw)))}-{number}",
+            "sample_id": f"{name}-{_digest(list(_images(raw)))}-{number}",
             "sample_hash": _digest(raw),
             "type": judge.type(doc),
             "question": doc["question"],
@@ -180,10 +180,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _pictures(value: Any) -> Iterator[bytes]:
-    """The bytes of the pictures in a row as it is stored."""
+def _images(value: Any) -> Iterator[bytes]:
+    """The bytes of the images in a row as it is stored."""
     if isinstance(value, bytes):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _pictures(part)
+            yield from _images(part)

@@ -15,7 +15,7 @@ from mgvq.model.pack import can_pack, packed_batches
 from mgvq.types import EvalResult
 
 _BATCH = 125  # fixed: the last digits of the losses move with it
-_PICTURES = 32  # in a packed batch; fixed likewise
+_IMAGES = 32  # in a packed batch; fixed likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class TinyVQA:
         docs = documents(self.seed, self.num_questions)
         examples = [Example(d["sample_id"], d["image"], d["question"], d["answer"]) for d in docs]
         packed = can_pack(model)
-        questions = packed_batches(processor, examples, _PICTURES) if packed else batches(processor, examples, _BATCH)
+        questions = packed_batches(processor, examples, _IMAGES) if packed else batches(processor, examples, _BATCH)
         forced = score(model, reference, questions)
         if self.answers == "generated":
             # Here: lmms-eval takes seconds to import, and forced answers need none of it.

@@ -12,7 +12,7 @@ from mgvq.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A sample of text without a picture or a question."""
+    """A sample of text without an image or a question."""
 
     sample_id: str
     text: str

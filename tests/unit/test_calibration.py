@@ -235,7 +235,7 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
         (user("q", images=["a.png"]), "1 images come with it, but its messages show 0"),
         (user("<image>q", images=["missing.png"]), "missing.png cannot be read as an image"),
         (user([{"type": "image", "image": "note.png"}]), "note.png cannot be read as an image"),
-        (user("<image>q", images=[7]), "an image must be a file name or a picture, got 7"),
+        (user("<image>q", images=[7]), "an image must be a file name or the image itself, got 7"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(row: Any, named: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What all questions about a picture have in common: the prompt up to the picture's end."""
+"""What all questions about an image have in common: the prompt up to the image's end."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mgvq.model.encode import chat_prompt
 
-Question = tuple[Image | tuple[Image, ...], str]  # one picture, or several before the text
+Question = tuple[Image | tuple[Image, ...], str]  # one image, or several before the text
 
 
 def split_prompt(processor: Any, question: str) -> tuple[str, str]:
