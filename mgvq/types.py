@@ -221,7 +221,8 @@ class RateTable:
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
-    """Metrics by name, and one row a sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
+    """What an evaluation found."""
 
-    metrics: Mapping[str, float]
-    samples: pd.DataFrame = field(repr=False)
+    metrics: Mapping[str, float]  # by name; NaN where a sample has no finite number, so that there is no mean
+    samples: pd.DataFrame = field(repr=False)  # a row each: task, sample_id, sample_hash, type, question, answer, prediction, score
+    flags: tuple[str, ...] = ()  # what tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`

@@ -15,9 +15,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.model.chat import check_texts, end_token
+from mgvq.model.classes import is_text_only
 from mgvq.model.encode import Example
 from mgvq.model.image import prefix_inputs, split_prompt, tokens
-from mgvq.model.text import is_text_only
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
 
@@ -93,8 +94,9 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
 
 
 def _segment(processor: Any, example: Example) -> tuple[list[int], int]:
-    """Tokens from behind the image to the end of the answer, and how many of them are the answer with its end."""
+    """The tokens from behind the image to the end of the answer, and how many of them are the answer with its end token."""
+    check_texts(processor, example.sample_id, (example.question, example.answer))
     tokenizer = processor.tokenizer
     _, asked = split_prompt(processor, example.question)
-    whole = tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
+    whole = tokens(tokenizer, f"{asked}{example.answer}{end_token(processor)}")
     return whole, len(whole) - len(tokens(tokenizer, asked))

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.text import is_text_only
+from mgvq.model.classes import is_text_only
 from mgvq.types import Tower
 
 
