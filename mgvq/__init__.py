@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgvq.checkpoint.load import load
+    from mgvq.checkpoint.load import load, load_processor
 
-__all__ = ["load"]
+__all__ = ["load", "load_processor"]
 
 
 def __getattr__(name: str) -> Any:
-    """`mgvq.load` on first use: importing the package stays free of torch."""
-    if name == "load":
-        from mgvq.checkpoint.load import load
+    """`mgvq.load` and `mgvq.load_processor` on first use: importing the package stays free of torch."""
+    if name in __all__:
+        from mgvq.checkpoint import load as reading
 
-        return load
+        return getattr(reading, name)
     raise AttributeError(f"module 'mgvq' has no attribute {name!r}")

@@ -22,8 +22,8 @@ def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = No
 def told_as(what: str, advice: str) -> Iterator[None]:
     """Whatever a library raises inside becomes `UserError: WHAT (its words). ADVICE`.
 
-    Libraries that read files raise all sorts of things, which no list of types would hold. A UserError passes as it is, and so does
-    memory that ran out, which is no fault of the file.
+    Libraries that read files raise all sorts of things, which no list of types would hold. A UserError passes as it is, and so
+    does memory that ran out, which is no fault of the file.
     """
     try:
         yield

@@ -240,5 +240,7 @@ class EvalResult:
     """What an evaluation found."""
 
     metrics: Mapping[str, float]  # by name; NaN where a sample has no finite number, so that there is no mean
-    samples: pd.DataFrame = field(repr=False)  # a row each: task, sample_id, sample_hash, type, question, answer, prediction, score
+    samples: pd.DataFrame = field(
+        repr=False
+    )  # a row each: task, sample_id, sample_hash, type, question, answer, prediction, score
     flags: tuple[str, ...] = ()  # what tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`

@@ -74,6 +74,7 @@ class Hub(Drawn):
 
     def _load(self) -> Any:
         import datasets  # here: it takes a second
+        from datasets.config import HF_DATASETS_CACHE
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
@@ -81,7 +82,7 @@ class Hub(Drawn):
         what = f"calibration.path={self.path} (subset {self.subset}, split {self.split}) cannot be loaded"
         advice = (
             "A hub name needs the network once, or its files in the local cache; a folder needs nothing. What it is read into is "
-            f"{datasets.config.HF_DATASETS_CACHE}, which must be writable: HF_HOME says where that is."
+            f"{HF_DATASETS_CACHE}, which must be writable: HF_HOME says where that is."
         )
         with told_as(what, advice):
             if self._is_saved():

@@ -1,4 +1,4 @@
-"""Reading an image as a person sees it, the same in every process: turned upright, on white, in eight bits, whole or not at all."""
+"""Reading an image as a person sees it, the same in every process: upright, on white, in eight bits, whole or not at all."""
 
 import io
 import warnings
@@ -16,8 +16,8 @@ _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N")
 def read_image(source: "Path | bytes | Image.Image") -> Image.Image:
     """The image in RGB, from a file, the bytes of one, or an image that was opened elsewhere.
 
-    Its EXIF rotation is applied, transparent parts are laid on white, 16-bit grey is scaled to 8 bits; of several frames the first
-    is taken. Raises whatever Pillow raises, and ValueError for more than `MAX_PIXELS` pixels or values of unknown range.
+    Its EXIF rotation is applied, transparent parts are laid on white, 16-bit grey is scaled to 8 bits; of several frames the
+    first is taken. Raises whatever Pillow raises, and ValueError for more than `MAX_PIXELS` pixels or values of unknown range.
     """
     with whole_images_only():
         if isinstance(source, Image.Image):

@@ -86,7 +86,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """lmms-eval's results and its per-sample rows for one task object; `label` (the weights' digest) is recorded with them.
 
-    Each row has the model's `reply` too, as `generate` gave it: whether the question could be asked, and answered in finite numbers.
+    Each row has the model's `reply` too, as `generate` gave it: whether the question could be asked, and answered in finite
+    numbers.
     """
     raise_at_once()
     name = task.config.task

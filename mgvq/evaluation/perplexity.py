@@ -24,7 +24,7 @@ _BATCH = 2  # fixed: the last digits of the losses move with it
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """Passages of English prose; each is read by itself, and all its tokens are predicted but a first one that nothing precedes."""
+    """Passages of English prose, each read by itself; all its tokens are predicted but a first one that nothing precedes."""
 
     num_passages: int
     seed: int  # draws the passages; not the run's, so that all runs read the same
@@ -50,7 +50,9 @@ class Perplexity:
         for name in ("loss", "kl", "num_tokens"):
             samples[name] = [getattr(scored[p.sample_id], name) for p in passages]
         found = metrics(samples)
-        return EvalResult(found, samples, missing_flags(found, lambda n: num_broken(samples["kl" if n.startswith("kl/") else "loss"])))
+        return EvalResult(
+            found, samples, missing_flags(found, lambda n: num_broken(samples["kl" if n.startswith("kl/") else "loss"]))
+        )
 
     def draw(self) -> list[Passage]:
         """In the order of the reference."""

@@ -138,8 +138,8 @@ def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], di
 def _judged(name: str, task: "BenchmarkTask", answers: dict[int, str], replies: dict[int, "Reply"]) -> Iterator[dict[str, Any]]:
     """The rows with the answers, which come by document number.
 
-    An answer that was chosen from numbers that are none (NaN or infinite logits) has no score. A question that could not be asked is
-    one without an answer.
+    An answer that was chosen from numbers that are none (NaN or infinite logits) has no score. A question that could not be
+    asked is one without an answer.
     """
     from mgvq.evaluation.tasks.judges import JUDGES
 

@@ -11,9 +11,9 @@ from mgvq.evaluation.means import by_type, mean
 def metrics(name: str, samples: pd.DataFrame) -> dict[str, float]:
     """The metrics of one task; NaN as soon as one of their samples has no score.
 
-    `accuracy` is the mean score (also by type), with no point for an answer that names none of the options; `unparsed` the share of
-    those. Where there are options to choose from, `chance` is what choosing blindly would score, and in `corrected` a wrong choice
-    of k options costs 1/(k - 1), so that blind choices and unreadable answers both come to 0 and right ones to 1.
+    `accuracy` is the mean score (also by type), with no point for an answer that names none of the options; `unparsed` the
+    share of those. Where there are options to choose from, `chance` is what choosing blindly would score, and in `corrected` a
+    wrong choice of k options costs 1/(k - 1), so that blind choices and unreadable answers both come to 0 and right ones to 1.
     """
     guessing = {f"{name}/chance": mean(samples.chance), f"{name}/corrected": mean(samples.corrected)}
     return {

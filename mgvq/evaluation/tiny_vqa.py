@@ -60,7 +60,9 @@ class TinyVQA:
         samples["loss"] = [math.nan if i in broken else forced[i].loss for i in samples.sample_id]
         samples["kl"] = [forced[i].kl for i in samples.sample_id]
         samples["num_tokens"] = [forced[i].num_tokens for i in samples.sample_id]
-        samples.loc[~np.isfinite(samples.loss), "score"] = math.nan  # an answer of numbers that are none is neither right nor wrong
+        samples.loc[~np.isfinite(samples.loss), "score"] = (
+            math.nan
+        )  # an answer of numbers that are none is neither right nor wrong
         found = metrics(samples)
         return EvalResult(found, samples, missing_flags(found, lambda name: num_broken(samples[_column(name)])))
 

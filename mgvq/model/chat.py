@@ -67,10 +67,10 @@ class Chat:
     def render(self, processor: Any) -> Rendered:
         """The last answer stands behind the generation prompt, where the model would write it; all before it is the template's.
 
-        An answer goes from there to its end token. Where the template writes none, it ends before the white space that the template
-        closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the template refuses the
-        conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or not at all, and where a
-        text holds a special token, that of an image for instance.
+        An answer goes from there to its end token. Where the template writes none, it ends before the white space that the
+        template closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the template
+        refuses the conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or not at
+        all, and where a text holds a special token, that of an image for instance.
         """
         check_texts(processor, self.sample_id, [turn.text for turn in self.turns])
         end = end_token(processor)
@@ -109,15 +109,19 @@ class Chat:
 
 def write_chat(processor: Any, messages: Sequence[dict[str, Any]], sample_id: str, **settings: Any) -> str:
     """What the chat template makes of the messages. Raises UserError where it raises anything at all."""
-    what = f"{sample_id}: the chat template of {type(processor).__name__} refuses it" if sample_id else (
-        f"the chat template of {type(processor).__name__} refuses a plain question"
+    what = (
+        f"{sample_id}: the chat template of {type(processor).__name__} refuses it"
+        if sample_id
+        else (f"the chat template of {type(processor).__name__} refuses a plain question")
     )
-    with told_as(what, "Set model.chat_template=FILE, a .jinja file that takes messages whose content is a list of texts and images."):
+    with told_as(
+        what, "Set model.chat_template=FILE, a .jinja file that takes messages whose content is a list of texts and images."
+    ):
         return processor.apply_chat_template(list(messages), tokenize=False, **settings)
 
 
 def end_token(processor: Any) -> str:
-    """The token behind an answer: the one of the model's end tokens that its chat template writes there (processor.py finds it)."""
+    """The token behind an answer: of several end tokens the one that the chat template writes there (processor.py finds it)."""
     tokenizer = processor.tokenizer
     found = getattr(tokenizer, "end_of_answer", None) or tokenizer.eos_token
     if found is None:
@@ -151,7 +155,8 @@ def _special(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
 
 
 def _behind(prompt: str, whole: str) -> int:
-    """Where `whole` goes on behind the prompt, or behind the same words with other white space between (LLaVA-OneVision's template).
+    """Where `whole` goes on behind the prompt, or behind the same words with other white space between (LLaVA-OneVision's
+    template).
 
     It is the end of `whole` where that begins with neither.
     """

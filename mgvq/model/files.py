@@ -38,10 +38,13 @@ def missing_files(folder: Path) -> list[str]:
 def reading_folder(path: object, folder: Path) -> Iterator[None]:
     """Whatever transformers raises while it reads a model's folder becomes a UserError.
 
-    It names the damaged file where one is found (by reading all of them, which is done only then), else `path` and what was raised.
+    It names the damaged file where one is found (by reading all of them, which is done only then), else `path` and what was
+    raised.
     """
     try:
-        with told_as(f"{path} cannot be loaded", "The folder must be in the hub's format, whole, and of a version that is known."):
+        with told_as(
+            f"{path} cannot be loaded", "The folder must be in the hub's format, whole, and of a version that is known."
+        ):
             yield
     except UserError as error:
         if error.__cause__ is not None and (found := damaged_file(folder)):

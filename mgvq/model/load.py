@@ -45,9 +45,9 @@ def describe(source: Source) -> Described:
     """
     source.identity()
     folder = source.folder
-    if missing := missing_files(folder):
-        if not (missing == ["model.safetensors"] and any(folder.glob("*.bin"))):
-            raise UserError(f"{source.path} is incomplete: {', '.join(missing[:3])} missing. Get the files again.")
+    missing = missing_files(folder)
+    if missing and not (missing == ["model.safetensors"] and any(folder.glob("*.bin"))):
+        raise UserError(f"{source.path} is incomplete: {', '.join(missing[:3])} missing. Get the files again.")
     _check_unquantised(source, read_json(folder / "config.json"))
     check_code(source)
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
@@ -116,8 +116,8 @@ def _check_unquantised(source: Source, described: dict[str, Any]) -> None:
     if how := next((part["quantization_config"] for part in parts if part.get("quantization_config")), None):
         method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
         raise UserError(
-            f"{source.path} is quantised already ({method}, says quantization_config in its config.json): give the model that it was "
-            "made of, in 16 or 32 bits."
+            f"{source.path} is quantised already ({method}, says quantization_config in its config.json): give the model that "
+            "it was made of, in 16 or 32 bits."
         )
 
 

@@ -25,9 +25,11 @@ def probe(model: PreTrainedModel, processor: Any, answer: str = "yes") -> Batch:
 
 
 def check_predictions(model: PreTrainedModel, processor: Any, path: str) -> None:
-    """Raises UserError for a model whose answer tokens see later ones (as in a bidirectional prefix): it is shown what it is asked.
+    """Raises UserError for a model whose answer tokens see later ones (as in a bidirectional prefix): it is shown what it is
+    asked.
 
-    So it does where its logits are not finite, with the layer where that begins: floating-point numbers of 16 bits overflow there.
+    So it does where its logits are not finite, with the layer where that begins: floating-point numbers of 16 bits overflow
+    there.
     """
     yes, no = (probe(model, processor, answer) for answer in ("yes", "no"))
     with torch.inference_mode():
@@ -35,8 +37,8 @@ def check_predictions(model: PreTrainedModel, processor: Any, path: str) -> None
         if not all(torch.isfinite(found).all() for found in logits):
             layer = first_non_finite(model, lambda: answer_logits(model, yes))
             raise UserError(
-                f"{path}: the model's answers are NaN or infinite in {model.dtype}, from {layer or 'its head'} on, though its weights "
-                "are finite. Set model.dtype=float32 (or bfloat16), which has room for larger numbers."
+                f"{path}: the model's answers are NaN or infinite in {model.dtype}, from {layer or 'its head'} on, though its "
+                "weights are finite. Set model.dtype=float32 (or bfloat16), which has room for larger numbers."
             )
     first, second = logits
     if (first - second).abs().max() > 0.05 * first.std():

@@ -18,7 +18,8 @@ from mgvq.model.source import Source
 def load_processor(path: str, **where: Any) -> Any:
     """The processor, set to pad on the left as generation needs it; the tokenizer of a model that reads nothing but text.
 
-    `where` goes to transformers: local_files_only, trust_remote_code. Raises UserError, with the file, for one that cannot be read.
+    `where` goes to transformers: local_files_only, trust_remote_code. Raises UserError, with the file, for one that cannot be
+    read.
     """
     folder = Path(path)
     with reading_folder(path, folder):
@@ -36,13 +37,15 @@ def load_processor(path: str, **where: Any) -> Any:
 def adjust(processor: Any, config: PretrainedConfig, source: Source) -> None:
     """Put in the source's settings; what the model's config says of the same thing (tiles) is set too.
 
-    Raises UserError for a setting of the image processor that it does not have, a token that the tokenizer does not have, and a chat
-    template that cannot be read.
+    Raises UserError for a setting of the image processor that it does not have, a token that the tokenizer does not have, and a
+    chat template that cannot be read.
     """
     images = getattr(processor, "image_processor", None)
     for name, value in source.processor.items():
         if images is None or not hasattr(images, name):
-            known = f"{type(images).__name__} has {', '.join(sorted(images.to_dict()))}" if images else "it reads nothing but text"
+            known = (
+                f"{type(images).__name__} has {', '.join(sorted(images.to_dict()))}" if images else "it reads nothing but text"
+            )
             raise UserError(f"model.processor.{name} has no effect: {known}.")
         with told_as(f"model.processor.{name}={value!r} is refused by {type(images).__name__}", "Give a value of the same form."):
             setattr(images, name, value)
@@ -70,15 +73,20 @@ def check_processor(processor: Any, config: PretrainedConfig, source: Source) ->
     tokenizer = getattr(processor, "tokenizer", processor)
     named = f"{source.path}: its tokenizer ({type(tokenizer).__name__})"
     if tokenizer.pad_token is None:
-        raise UserError(f"{named} has no pad token, and rows of a batch are filled up with it: set model.pad_token=TOKEN{_hint(config, tokenizer)}.")
+        raise UserError(
+            f"{named} has no pad token, and rows of a batch are filled up with it: set "
+            f"model.pad_token=TOKEN{_hint(config, tokenizer)}."
+        )
     if is_text_only(config):
         return
     if tokenizer.eos_token is None:
-        raise UserError(f"{named} has no end token, and an answer ends with it: set model.end_token=TOKEN{_hint(config, tokenizer)}.")
+        raise UserError(
+            f"{named} has no end token, and an answer ends with it: set model.end_token=TOKEN{_hint(config, tokenizer)}."
+        )
     if not processor.chat_template:
         raise UserError(
-            f"{source.path}: its processor ({type(processor).__name__}) has no chat template, and questions are asked in one: set "
-            "model.chat_template=FILE, the .jinja file that the model was trained with."
+            f"{source.path}: its processor ({type(processor).__name__}) has no chat template, and questions are asked in one: "
+            "set model.chat_template=FILE, the .jinja file that the model was trained with."
         )
     chat_prompt(processor, "Is it ?")  # raises where the template is no jinja, or does not take messages
     expected = getattr(config, "image_token_id", None)
@@ -97,7 +105,7 @@ def check_processor(processor: Any, config: PretrainedConfig, source: Source) ->
 
 
 def end_tokens(config: PretrainedConfig, generation: Mapping[str, Any]) -> list[int]:
-    """The tokens at which the model stops, by its generation settings, else by its config: one, several, or none that is named."""
+    """The tokens at which the model stops, by its generation settings, else by its config: none where neither names one."""
     for found in (generation.get("eos_token_id"), getattr(config.get_text_config(decoder=True), "eos_token_id", None)):
         if found is not None:
             return list(found) if isinstance(found, list | tuple) else [found]
@@ -118,7 +126,9 @@ def _note_end(processor: Any, config: PretrainedConfig, folder: Path) -> None:
             behind = write_chat(processor, chat, "").rpartition(mark)[2].strip()
         except UserError:  # told when a sample is written
             return
-        tokenizer.end_of_answer = next((e for e in sorted(ends, key=len, reverse=True) if behind.startswith(e)), tokenizer.eos_token)
+        tokenizer.end_of_answer = next(
+            (e for e in sorted(ends, key=len, reverse=True) if behind.startswith(e)), tokenizer.eos_token
+        )
 
 
 def _hint(config: PretrainedConfig, tokenizer: Any) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import AutoConfig, PreTrainedModel
@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel
 from mgvq.model.classes import model_class
 
 
+@runtime_checkable
 class Described(Protocol):
     """What is looked at of a source (model/source.py, which cannot be imported here: it asks for sizes)."""
 

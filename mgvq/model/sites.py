@@ -52,21 +52,43 @@ def _tower_sites(model: PreTrainedModel, towers: Towers, tower: Tower) -> Iterat
             yield Site(name, tower, kind, block, module.out_features, module.in_features, reads)
 
 
+def left_out_flags(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
+    """A flag for each tower whose blocks hold matrices that are no sites, with their share of the blocks' weights.
+
+    Experts that are stored in one tensor are of this kind: they are no `nn.Linear`, and stay as they are.
+    """
+    towers = find_towers(model)
+    flags: list[str] = []
+    with_blocks: list[Tower] = [s.tower for s in sites if s.block is not None]
+    for tower in dict.fromkeys(with_blocks):
+        whole, listed = _matrices(model, towers, tower), _listed(sites, tower)
+        if listed < whole:
+            flags.append(f"left_out:{tower}:{1 - listed / whole:.1%} of the blocks' weights")
+    return flags
+
+
 def _check_blocks_are_linear(model: PreTrainedModel, towers: Towers, sites: Sequence[Site]) -> None:
-    """Experts in one tensor, say, are no `nn.Linear`: to quantise what is left would be another experiment than was asked for."""
-    (language,) = towers.modules["language"]
-    blocks = [model.get_submodule(b) for b in block_numbers(model, language)]
-    whole = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
-    listed = sum(s.num_weights for s in sites if s.tower == "language" and s.block is not None)
+    """Where most of the blocks is no `nn.Linear`, to quantise the rest would be another experiment than was asked for."""
+    whole, listed = _matrices(model, towers, "language"), _listed(sites, "language")
     if listed < 0.5 * whole:
         raise UserError(
-            f"only {listed:,} of {whole:,} weights in the blocks of {language} ({type(model).__name__}) are in linear layers; "
-            "nothing else can be quantised yet."
+            f"only {listed:,} of {whole:,} weights in the blocks of {towers.modules['language'][0]} ({type(model).__name__}) are "
+            "in linear layers; nothing else can be quantised yet."
         )
 
 
+def _matrices(model: PreTrainedModel, towers: Towers, tower: Tower) -> int:
+    """How many weights of two and more dimensions the blocks of a tower hold."""
+    blocks = (model.get_submodule(b) for name in towers.modules[tower] for b in block_numbers(model, name))
+    return sum(p.numel() for block in blocks for p in block.parameters() if p.ndim >= 2)
+
+
+def _listed(sites: Sequence[Site], tower: Tower) -> int:
+    return sum(s.num_weights for s in sites if s.tower == tower and s.block is not None)
+
+
 def site_weights(model: PreTrainedModel, sites: Sequence[Site]) -> dict[Site, torch.Tensor]:
-    """The weight (out, in) of each site; no copy."""
+    """The weight (out, in) of each site, the very parameter of the model and no copy of it."""
     return {s: linear(model, s).weight.detach() for s in sites}
 
 

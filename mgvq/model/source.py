@@ -126,8 +126,8 @@ class Source:
         """
         if (self.folder / INDEX).is_file():
             raise UserError(
-                f"model.path={self.path} is an mgvq checkpoint, which is quantised already: mgvq.load({self.path!r}) gives its model. "
-                "To quantise otherwise, give the model that it was made of (model.path in the config.yaml of its run)."
+                f"model.path={self.path} is an mgvq checkpoint, which is quantised already: mgvq.load({self.path!r}) gives "
+                "its model. To quantise otherwise, give the model that it was made of (model.path in the config.yaml of its run)."
             )
         if not self.on_hub:
             return folder_digest(Path(self.path))

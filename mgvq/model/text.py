@@ -21,8 +21,9 @@ class Passage:
 def encode_text(processor: Any, passages: Sequence[Passage]) -> Batch:
     """One row a passage, padded on the left. `processor` may be a tokenizer.
 
-    Tokens that the tokenizer adds by itself (a beginning, as Gemma and Llama know texts with) are there and never scored, nor is the
-    first token of a text that nothing stands before. Raises UserError where the added tokens cannot be told from the text's own.
+    Tokens that the tokenizer adds by itself (a beginning, as Gemma and Llama know texts with) are there and never scored, nor
+    is the first token of a text that nothing stands before. Raises UserError where the added tokens cannot be told from the
+    text's own.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     texts = [p.text for p in passages]
@@ -36,8 +37,8 @@ def encode_text(processor: Any, passages: Sequence[Passage]) -> Batch:
         first = next((n for n in range(len(ids) - len(own) + 1) if ids[n : n + len(own)] == own), None)
         if first is None:
             raise UserError(
-                f"{passage.sample_id}: {type(tokenizer).__name__} makes other tokens of a text with those that it adds than without: "
-                "which are the text's own cannot be told."
+                f"{passage.sample_id}: {type(tokenizer).__name__} makes other tokens of a text with those that it adds than "
+                "without: which are the text's own cannot be told."
             )
         places = is_token.nonzero()[:, 0]
         scored[places[max(first, 1) : first + len(own)]] = True

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.data.english import docstrings, language_reference
 from mgvq.errors import UserError
-from mgvq.model.load import load, load_processor
+from mgvq.model.load import load
+from mgvq.model.processor import load_processor
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
 from mgvq.model.text import Passage, encode_text, text_batches

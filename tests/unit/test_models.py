@@ -10,12 +10,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from transformers import GenerationConfig, GotOcr2ImageProcessor, Qwen2VLImageProcessor
+from transformers import GenerationConfig, GotOcr2ImageProcessor, PretrainedConfig, Qwen2VLImageProcessor
 
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import save
 from mgvq.errors import UserError
-from mgvq.model.load import _adjust, load, load_processor
+from mgvq.model.generate import generate
+from mgvq.model.load import load
+from mgvq.model.processor import adjust, load_processor
 from mgvq.model.shape import download_size
 from mgvq.model.source import SHIPPED, Source, Stress
 from mgvq.runs.build import build
@@ -93,7 +95,7 @@ def test_settings_of_processor_template_and_attention_reach_the_checkpoint(tmp_p
     own = replace(LOCAL, processor=settings, chat_template=str(template), attention="eager")
     loaded = load(LOCAL, CPU)  # one that works; the settings are put in as `load` does
     assert (own.choices()["processor"], own.choices()["attention"]) == (settings, "eager")
-    _adjust(loaded.processor, own)
+    adjust(loaded.processor, loaded.model.config, own)
     save(tmp_path / "checkpoint", loaded, [], {})
     again = load_processor(str(tmp_path / "checkpoint"))
     picture = Image.new("RGB", (64, 64))
@@ -107,7 +109,7 @@ def test_settings_of_processor_template_and_attention_reach_the_checkpoint(tmp_p
 def test_the_limit_of_pixels_holds(model: str) -> None:
     chosen = source(model)
     processor = SimpleNamespace(image_processor=Qwen2VLImageProcessor())
-    _adjust(processor, chosen)
+    adjust(processor, PretrainedConfig(), chosen)
     grid = processor.image_processor([Image.new("RGB", (2000, 1500))], return_tensors="pt")["image_grid_thw"]
     most = chosen.processor["size"]["longest_edge"]
     assert 0.9 * most < int(grid.prod()) * 14**2 <= most
@@ -115,7 +117,7 @@ def test_the_limit_of_pixels_holds(model: str) -> None:
 
 def test_the_limit_of_tiles_holds() -> None:
     processor = SimpleNamespace(image_processor=GotOcr2ImageProcessor(crop_to_patches=True))
-    _adjust(processor, replace(source("internvl3_2b"), processor={"max_patches": 4}))
+    adjust(processor, PretrainedConfig(), replace(source("internvl3_2b"), processor={"max_patches": 4}))
     assert len(processor.image_processor([Image.new("RGB", (900, 900))], return_tensors="pt")["pixel_values"]) == 4 + 1
 
 
@@ -129,10 +131,13 @@ def test_answers_are_greedy_whatever_the_repository_says(tmp_path: Path) -> None
     settings = GenerationConfig.from_pretrained(folder)
     settings.update(do_sample=True, temperature=0.1, top_k=1, repetition_penalty=1.05)
     settings.save_pretrained(folder)
-    greedy = load(replace(LOCAL, path=str(folder)), CPU).model.generation_config
-    assert not greedy.do_sample
-    assert (greedy.temperature, greedy.repetition_penalty) == (None, None)
-    assert greedy.eos_token_id == 1
+    plain, sampling = (load(replace(LOCAL, path=str(f)), CPU) for f in (FOLDER, folder))
+    questions = [(Image.new("RGB", (64, 64), (n, 40, 90)), "list all things :") for n in (0, 128, 255)]
+    answers = [generate(m.model, m.processor, questions, 2, {"max_new_tokens": 16}) for m in (plain, sampling)]
+    assert answers[0] == answers[1]
+    save(tmp_path / "checkpoint", sampling, [], {})  # what the repository says is kept all the same
+    kept = load_checkpoint(tmp_path / "checkpoint").generation_config
+    assert (kept.do_sample, kept.temperature, kept.top_k, kept.repetition_penalty) == (True, 0.1, 1, 1.05)
 
 
 def with_code(folder: Path, classes: dict[str, str]) -> Source:

@@ -39,9 +39,7 @@ def asked(calibration, test_set):
 
 
 def test_draws_are_pinned():
-    assert (
-        fingerprint(draw_images("calibration", 0, 4, 8)) == "35c3a7811cac99748b5f7113da0ec798786db98e197a0f3cd517e105d9785293"
-    )
+    assert fingerprint(draw_images("calibration", 0, 4, 8)) == "35c3a7811cac99748b5f7113da0ec798786db98e197a0f3cd517e105d9785293"
     assert fingerprint(draw_test("test", 0, 40)) == "54d7c7b714d5bd28203671f65451c5cc677e33e92f3aa36593006fe7be9da211"
 
 

@@ -11,7 +11,9 @@ import numpy as np
 from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, TRAINING_MIX, Question, ask
 from mgvq.data.tiny_vqa.scene import Scene, draw_scene, generator, render
 
-MOST_QUESTIONS = 100_000  # that are drawn at once: images are kept in memory, about 12 kB each, and inputs of a model are made of them
+MOST_QUESTIONS = (
+    100_000  # that are drawn at once: images are kept in memory, about 12 kB each, and inputs of a model are made of them
+)
 # One round of the test: each headline type three times, each control once.
 TEST_CYCLE = (*HEADLINE, *HEADLINE, *HEADLINE, *CONTROLS)
 
