@@ -40,6 +40,7 @@ class Text:
     heldout_samples: int  # passages that choose the gradient step, drawn after the others
     seed: int  # draws the passages
     label_seed: int  # draws the tokens that are sampled from the model for its Fisher
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("heldout_samples", 0), ("seed", 0), ("label_seed", 0)):

@@ -1,10 +1,10 @@
 """The digests of a checkpoint's files, and the check that they are still what was written: weights, settings, tokenizer."""
 
-import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
 
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.files import read_json
 
@@ -15,7 +15,7 @@ _READ = (".json", ".jinja", ".txt", ".model", ".py", ".safetensors", ".bin", ".p
 
 def write_digests(folder: Path) -> None:
     """Write `mgvq.digests.json`: the SHA-256 of every other file of the folder by its name in it. The last step of saving."""
-    digests = {name: _digest(folder / name) for name in _names(folder)}
+    digests = {name: file_digest(folder / name) for name in _names(folder)}
     (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
 
 
@@ -26,7 +26,7 @@ def check_digests(folder: Path, *, leave_out: Collection[str] = ()) -> None:
     """
     digests = read_json(folder / DIGESTS)
     found = _names(folder)
-    altered = [n for n in found if n in digests and n not in leave_out and _digest(folder / n) != digests[n]]
+    altered = [n for n in found if n in digests and n not in leave_out and file_digest(folder / n) != digests[n]]
     missing = sorted(set(digests) - set(found))
     added = [n for n in found if n not in digests and Path(n).suffix in _READ]
     problems = [
@@ -42,8 +42,3 @@ def check_digests(folder: Path, *, leave_out: Collection[str] = ()) -> None:
 def _names(folder: Path) -> list[str]:
     files = (f for f in folder.rglob("*") if f.is_file())
     return sorted(name for f in files if (name := f.relative_to(folder).as_posix()) != DIGESTS)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,5 @@
-"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in READMEs; a report to read."""
+"""`mgvq-report`: a study's record, tables and figures from its finished runs (of a frozen study: from its record); the tables in
+READMEs; a report to read."""
 
 import argparse
 import sys
@@ -41,11 +42,11 @@ def main() -> None:
 def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
     study = read_study(arguments.study)
     path, layers_file = results / "records" / f"{study.name}.parquet", layers_path(results, study.name)
-    if not arguments.from_records:
+    if not (arguments.from_records or study.frozen):
         runs = expand(study)
         write_records(collect(study, runs), path)
         write_layers(collect_layers(runs), layers_file)
-    # As written, so rounded: whoever rebuilds the pictures starts from these digits.
+    # As written, so rounded: whoever rebuilds the figures starts from these digits.
     records, layers = read_records(path), read_layers(layers_file)
     written = [*write_tables(study.name, records, results), *write_figures(study.name, records, layers, results)]
     if arguments.html:

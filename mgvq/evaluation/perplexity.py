@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -28,6 +28,7 @@ class Perplexity:
 
     num_passages: int
     seed: int  # draws the passages; not the run's, so that all runs read the same
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         whole_number("evaluation.num_passages", self.num_passages, least=1)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ class Suite:
     seed: int  # draws the questions where there is a limit
     batch_size: int  # images that are looked at together
     data: str | None  # a folder with copies of the hub's datasets, ORGANISATION/NAME below it; None: what is cached of them
+    shows_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = ", ".join(BENCHMARKS)

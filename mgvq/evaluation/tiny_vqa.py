@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ class TinyVQA:
     num_questions: int
     seed: int  # draws the questions; not the run's, so that all runs answer the same
     answers: str  # generated: token by token | forced: the model's first choices along the right answer (equal scores, faster)
+    shows_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         whole_number("evaluation.num_questions", self.num_questions, least=1, most=MOST_QUESTIONS)

@@ -4,11 +4,11 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mgvq.checks import whole_number
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.files import INDEX, missing_files
 
@@ -153,20 +153,11 @@ class Source:
 
 
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of every file that a model is loaded from; read once a process, unless a file changes.
-
-    Raises UserError where the folder holds no model.
-    """
+    """SHA-256 over names and bytes of all files that a model is loaded from. Raises UserError where the folder holds no model."""
     files = sorted(f for f in folder.iterdir() if f.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py"))
     if not (folder / "config.json").is_file() or not any(f.suffix in _WEIGHTS for f in files):
         raise UserError(f"model folder {folder} holds no model: it needs config.json and {' or '.join(_WEIGHTS)} files.")
-    return _digest(tuple((f, f.stat().st_size, f.stat().st_mtime_ns) for f in files))
-
-
-@lru_cache(maxsize=32)
-def _digest(files: tuple[tuple[Path, int, int], ...]) -> str:
     digest = hashlib.sha256()
-    for file, _, _ in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    for file in files:
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()

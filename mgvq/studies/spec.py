@@ -1,6 +1,7 @@
 """The study file: which runs make a claim. What one run is stays in `conf/`."""
 
 import itertools
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,36 +11,58 @@ import yaml
 from mgvq.errors import UserError
 
 METRICS = ("accuracy", "loss", "perplexity")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """`common` overrides of every run, `arms` by name, `grid` of values that every arm is run at, and the seeds.
+    """A study as its file says it. Arms are the rows of its table, values of the grid the sections.
 
-    Arms are rows of the table, values of the grid its sections. An arm's own override of a key of the grid wins over the grid's.
-    An arm in which nothing is random is one run for all seeds. `seeds` may be a list for each value of one key of the grid.
-    The other arms are compared with the `baseline`, if there is one; of several, each makes a table. `primary: {arm: ...,
-    metric: accuracy | loss | perplexity}` names the one comparison with the first of them that was planned before a run was
-    started, which is therefore not corrected for the others. `spread` names the arm that draws everything anew with the seed,
-    where the others draw one thing each: a study of seeds has a table of spreads beside the usual one. `trainings` names the
-    key of the grid, its only one, whose values are one model trained from several seeds: another table then tells how much of
-    what is seen belongs to the model and how much to its quantising. `only` has arms that are run at some values of a grid key
-    alone: `{arm: {key: [value, ...]}}`.
+    Raises UserError for values that make no study.
     """
 
     name: str
+    """The name of the study's folder, of its record, its tables and its figures."""
+
     question: str
+    """What the study answers, in one sentence."""
+
     arms: dict[str, list[str]]
+    """The overrides of every arm, by its name. An arm in which nothing is random is one run for all seeds."""
+
     seeds: list[int] | dict[Any, list[int]]
+    """The seeds of every arm; or a list for each value of one key of the grid."""
+
     common: list[str] = field(default_factory=list)
+    """The overrides that all runs share."""
+
     grid: dict[str, list[Any]] = field(default_factory=dict)
+    """Settings and their values; every arm is run at every combination. An arm's own override of a key wins over the grid's."""
+
     baseline: str | list[str] | None = None
+    """The arm that the others are compared with; of several, each makes a table."""
+
     primary: dict[str, str] | None = None
+    """`{arm: ..., metric: accuracy | loss | perplexity}`: the one comparison with the first baseline that was planned before a
+    run was started, and is therefore not corrected for the other arms."""
+
     spread: str | None = None
+    """The arm that draws everything anew with the seed, where the others draw one thing each; it makes a table of spreads."""
+
     trainings: str | None = None
+    """The only key of the grid, whose values are one model trained from several seeds; it makes a table that tells how much of
+    what is seen belongs to the model and how much to its quantising."""
+
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
+    """The arms that are run at some values of a key of the grid alone: `{arm: {key: [value, ...]}}`."""
+
+    frozen: str | None = None
+    """The commit whose code has run the study, which is not run again: it is reported from its record alone, since today's
+    code may give its runs other names or other numbers. None: the study is run."""
 
     def __post_init__(self) -> None:
+        if self.frozen is not None and not (isinstance(self.frozen, str) and _COMMIT.fullmatch(self.frozen)):
+            raise UserError(f"study {self.name}: frozen must be 7 to 40 hex digits of a commit, in quotes, got {self.frozen!r}.")
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
@@ -72,7 +95,7 @@ class Study:
 
     @property
     def baselines(self) -> list[str]:
-        """None, one or several arms."""
+        """The baselines: no arm, one or several."""
         return self.baseline if isinstance(self.baseline, list) else [self.baseline] if self.baseline else []
 
     def _check_only(self) -> None:
@@ -95,23 +118,23 @@ class Study:
             raise UserError(f"study {self.name}: primary.metric must be one of {', '.join(METRICS)}; got {primary['metric']!r}.")
 
     def seeds_at(self, point: dict[str, Any]) -> list[int]:
-        """Those of one combination of the grid's values."""
+        """The seeds at one combination of the grid's values."""
         if isinstance(self.seeds, list):
             return self.seeds
         return next(own for value, own in self.seeds.items() if value in point.values())
 
     @property
     def least_seeds(self) -> int:
-        """How many every combination has at least."""
+        """How many seeds every combination of the grid's values has at least."""
         return min(len(self.seeds_at(point)) for point in self.points())
 
     def arms_at(self, point: dict[str, Any]) -> list[str]:
-        """Those that are run at one combination of the grid's values."""
+        """The arms that are run at one combination of the grid's values."""
         left_out = {arm for arm, keys in self.only.items() if any(point[key] not in values for key, values in keys.items())}
         return [arm for arm in self.arms if arm not in left_out]
 
     def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
-        """Of one cell."""
+        """The overrides of an arm at one combination of the grid's values."""
         own = {word.partition("=")[0].lstrip("+~") for word in self.arms[arm]}
         values = [f"{key}={'null' if value is None else value}" for key, value in point.items() if key not in own]
         return [*self.common, *values, *self.arms[arm]]
@@ -119,6 +142,14 @@ class Study:
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+def frozen_line(commit: str) -> str:
+    """The first line of the page of a study that is frozen at the commit."""
+    return (
+        f"> **Frozen at `{commit}`.** This study is not run again: its tables and figures are made from its record, and commands "
+        "and settings on this page are those of that commit."
+    )
 
 
 def read_study(path: Path) -> Study:

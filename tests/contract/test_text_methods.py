@@ -97,8 +97,8 @@ def test_the_gradient_may_be_taken_for_several_blocks_together(folder: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["method=kmeans_ldlq", *SMALL], "calibration shows it pictures: set calibration=text"),
-        (["method=kmeans"], "evaluation shows it pictures: set evaluation=perplexity"),
+        (["method=kmeans_ldlq", *SMALL], "calibration shows it images: set calibration=text"),
+        (["method=kmeans"], "evaluation shows it images: set evaluation=perplexity"),
         (["method=kmeans", *SMALL, "scope=language_projector"], "no projector"),
         (["method=mgvq", *SMALL, *FEW, "grouping=modality"], "grouping=modality tells images from text"),
         (["method=gptq", *SMALL, *FEW, "sensitivity.modality=image"], "sensitivity.modality=image tells images"),

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from omegaconf import OmegaConf
 from PIL import Image
 
 from mgvq.analysis.examples import examples
@@ -96,7 +95,7 @@ def runs(results: Path) -> list[PlannedRun]:
                 if not folder.exists():
                     finish(folder, arm, seed)
                 overrides = (f"model={point['model']}", f"arm={arm}", f"seed={seed}")
-                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return planned
 
 

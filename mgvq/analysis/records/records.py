@@ -11,7 +11,6 @@ import pandas as pd
 
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
-from mgvq.studies.kinds import kind_of_metrics
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
@@ -23,9 +22,9 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
     the points say so as their `model`, and so do all tables. `seeds` are all that the run stands for, `overrides` the command's
     words at the first of them; `scores` and rounded `losses` (none of benchmarks) are lists with an entry a question; `samples`
     is a digest of the questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's
-    `baseline` (the first of its `baselines`), `primary`, `spread` and `trainings`, and what `questions` reads. Raises UserError
-    where a run is not done, where an evaluation is none that tables know, or where runs answered different questions: their
-    numbers do not belong into one table.
+    `baseline` (the first of its `baselines`), `primary`, `spread` and `trainings`, the `kind` of its evaluation, and what
+    `questions` reads. Raises UserError where a run is not done, where an evaluation is none that tables know, or where runs
+    answered different questions: their numbers do not belong into one table.
     """
     cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
     for run in runs:
@@ -36,7 +35,9 @@ def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
     records["point"] = records.point.map(_labelled_points(records))
     baseline = next(iter(study.baselines), None)
     common = {name: getattr(study, name) for name in ("baselines", "primary", "spread", "trainings")}
-    records.attrs = {"baseline": baseline, **common, "questions": _describe(_samples(runs[0]))}
+    kind = runs[0].kind
+    assert kind is not None, "each of the records has been asked for it"
+    records.attrs = {"baseline": baseline, **common, "kind": kind.settings(), "questions": _describe(_samples(runs[0]))}
     return records
 
 
@@ -62,10 +63,13 @@ def against(records: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
     run = cell[0]
     metrics, samples = run.folder.metrics(), _samples(run)
-    try:
-        kind_of_metrics(metrics)
-    except UserError as error:
-        raise UserError(f"arm {run.arm}: {error} They are in {run.folder.path}/metrics.json.") from error
+    if run.kind is None:
+        raise UserError(f"arm {run.arm}: evaluation={run.cfg.variants.evaluation} declares no kind, so that no table knows it.")
+    if run.kind.headline not in metrics:
+        raise UserError(
+            f"arm {run.arm}: tables are of runs that measured {run.kind.headline}; this one has {', '.join(sorted(metrics))}. "
+            f"They are in {run.folder.path}/metrics.json."
+        )
     return {
         "run": run.folder.path.name,
         "arm": run.arm,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from mgvq.analysis.records.records import questions, values_by_seed
 from mgvq.analysis.statistics.significance import Effect, holm, paired_difference, reweighted
 from mgvq.data.tiny_vqa.questions import HEADLINE
-from mgvq.studies.kinds import Kind, kind_of_metrics
+from mgvq.studies.kinds import Kind, kind_from, kind_of_metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,10 @@ class Comparison:
 def headline_weights(asked: pd.DataFrame) -> Float[np.ndarray, "questions"]:
     """Weights under which the sum of all scores is the headline accuracy: headline types alike, questions of a type alike.
 
-    Of benchmarks: tasks alike, questions of a task alike.
+    Where they belong to tasks: tasks alike, questions of a task alike. Where no type is one of the headline: all alike.
     """
+    if "task" not in asked and not set(asked.type) & set(HEADLINE):
+        return np.full(len(asked), 1 / len(asked))
     label, worth = (asked.task, dict.fromkeys(asked.task, 1)) if "task" in asked else (asked.type, HEADLINE)
     counts = label.map(label.value_counts())
     weights = label.map(worth).fillna(0).to_numpy(float)
@@ -50,7 +52,9 @@ TESTED_AS = {"perplexity": "loss"}
 
 
 def kind_of(records: pd.DataFrame) -> Kind:
-    """What the runs answered, all of them the same."""
+    """What the runs answered, all of them the same. Older records do not say it."""
+    if (kind := records.attrs.get("kind")) is not None:
+        return kind_from(kind)
     return kind_of_metrics(json.loads(records.metrics.iloc[0]))
 
 

@@ -12,7 +12,6 @@ from tabulate import tabulate
 from mgvq.analysis.records.records import questions
 from mgvq.analysis.statistics.compare import Comparison, kind_of
 from mgvq.analysis.tables.table import Row, columns_of, rows, shown_p
-from mgvq.studies.kinds import BENCHMARKS, TEXT
 
 GAP = "loss gap closed %"
 _UNITS = {"accuracy": "accuracy in points", "loss": "loss in nats a token"}
@@ -140,7 +139,7 @@ def note(records: pd.DataFrame) -> str:
         f"{records.num_samples.iloc[0]:,} test {kind.samples}, the same for every run. "
         "Mean +- standard deviation over runs; a method in which nothing is random has one run."
     )
-    if kind is BENCHMARKS:
+    if kind.by_task:
         text += (
             " Accuracy: the mean over the tasks, then of each as it reads and scores an answer, nothing for one that names no "
             "option. Corrected: a wrong choice of k costs 1/(k - 1), so that blind choices come to 0. Unparsed: answers that "
@@ -163,7 +162,7 @@ def note(records: pd.DataFrame) -> str:
     )
     if num_seeds > 1:
         text += f" By the signs of the seeds' differences alone no p below {2 / 2**num_seeds:.2g} could be reached."
-    if kind is TEXT:
+    if "perplexity" in kind.planned:
         text += " Perplexity is the exponential of the loss: the test of the one is that of the other."
     text += " Bold: the best of its grid point, full precision apart."
     if _has_gap(table):

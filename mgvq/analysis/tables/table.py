@@ -10,7 +10,6 @@ import pandas as pd
 
 from mgvq.analysis.statistics.compare import Comparison, compare, kind_of
 from mgvq.model.source import FLAG
-from mgvq.studies.kinds import BENCHMARKS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,13 +67,15 @@ class Row:
 
 
 def columns_of(records: pd.DataFrame) -> dict[str, Column]:
-    """Those of `COLUMNS` that the runs have measured; of benchmarks also every task's accuracy."""
+    """Those of `COLUMNS` that the runs have measured, and the accuracy of every task where samples belong to several."""
     kind, metrics = kind_of(records), json.loads(records.metrics.iloc[0])
     columns = dict(COLUMNS)
-    if kind is BENCHMARKS:
+    if "accuracy" in kind.measures:
+        columns["accuracy %"] = replace(columns["accuracy %"], metric=kind.headline)
+    if kind.by_task:
         accuracy = columns.pop("accuracy %")
         tasks = {f"{task} %": replace(accuracy, metric=f"{task}/accuracy", measure=None) for task in _tasks(metrics)}
-        columns = {"accuracy %": replace(accuracy, metric=kind.headline), **tasks, **columns}
+        columns = {"accuracy %": accuracy, **tasks, **columns}
     return {name: column for name, column in columns.items() if column.metric in metrics}
 
 
