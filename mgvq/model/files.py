@@ -57,9 +57,9 @@ def damaged_file(folder: Path) -> tuple[Path, Exception] | None:
     """The first file of a model's folder that is not what its name says, and what says so."""
     for file in sorted(folder.iterdir()):
         try:
-            if file.suffix == ".json":
-                json.loads(file.read_bytes().decode())
-            elif file.suffix in (".jinja", ".txt"):
+            if file.suffix == ".json" and not isinstance(found := json.loads(file.read_bytes().decode()), dict):
+                raise TypeError(f"it holds no object but {type(found).__name__}")
+            if file.suffix in (".jinja", ".txt"):
                 file.read_bytes().decode()
             elif file.suffix == ".safetensors":
                 with safe_open(file, "pt"):

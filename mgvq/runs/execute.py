@@ -26,7 +26,7 @@ from mgvq.model.health import constant_flags
 from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import left_out_flags, list_sites, site_weights
-from mgvq.protocols import CalibrationSet, ReadsData
+from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
@@ -66,8 +66,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         log.info("loading %s", source.path)
         described = describe(source)
         check_images(described.config, calibration=calibration, evaluation=task)
-        if drawn:
-            check_samples(described, [*drawn.examples, *drawn.heldout_examples])
+        check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
+        check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
         loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
         flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
