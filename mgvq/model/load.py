@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 
 from mgvq.errors import UserError
 from mgvq.model.classes import model_class
+from mgvq.model.family import Family, declare
 from mgvq.model.files import missing_files, read_json, reading_folder
 from mgvq.model.health import check_complete, check_finite
 from mgvq.model.probe import check_predictions, probe
@@ -55,6 +56,7 @@ def describe(source: Source) -> Described:
         config = AutoConfig.from_pretrained(str(folder), **where)
     processor = load_processor(str(folder), **where)
     adjust(processor, config, source)
+    declare(config, Family(**source.family))
     check_processor(processor, config, source)
     return Described(config, processor)
 

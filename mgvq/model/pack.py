@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from mgvq.model.chat import check_texts, end_token
 from mgvq.model.classes import is_text_only
 from mgvq.model.encode import Example
+from mgvq.model.family import family_of
 from mgvq.model.image import prefix_inputs, split_prompt, tokens
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
@@ -47,6 +48,8 @@ def can_pack(model: PreTrainedModel) -> bool:
     """
     if is_text_only(model.config):
         return False
+    if (declared := family_of(model.config).packable) is not None:
+        return declared
     text = model.config.get_text_config(decoder=True)
     mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
     typed = any("token_type_ids" in name for name in inspect.signature(model.base_model.forward).parameters)

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from mgvq.model.classes import model_class
+from mgvq.model.family import Family, declare
 
 
 @runtime_checkable
@@ -18,6 +19,8 @@ class Described(Protocol):
     def path(self) -> str: ...
     @property
     def shape(self) -> Mapping[str, Any] | None: ...
+    @property
+    def family(self) -> Mapping[str, Any]: ...
     @property
     def trust_remote_code(self) -> bool: ...
 
@@ -30,6 +33,7 @@ def empty_model(source: Described) -> PreTrainedModel | None:
     config = _config(source)
     if config is None:
         return None
+    declare(config, Family(**source.family))
     with torch.device("meta"):
         return model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
+from mgvq.model.family import family_of
 from mgvq.model.towers import Towers, block_numbers, find_towers
 from mgvq.types import Site, Tower
 
@@ -17,7 +18,7 @@ TOWERS: Mapping[Scope, tuple[Tower, ...]] = {
     "all": ("language", "projector", "vision"),
 }
 
-# Siblings that read the same activations; curvature/passes.py checks that they do.
+# Siblings that read the same activations, unless the family declares others; model/passes.py checks that they do.
 _READ_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
 
 
@@ -42,11 +43,13 @@ def list_sites(model: PreTrainedModel, scope: Scope) -> list[Site]:
 def _tower_sites(model: PreTrainedModel, towers: Towers, tower: Tower) -> Iterator[Site]:
     blocks = {} if tower == "projector" else block_numbers(model, towers.modules[tower][0])
     head = model.get_output_embeddings()
+    declared = family_of(model.config).shared_inputs
+    together = _READ_TOGETHER if declared is None else declared
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not head and towers.of(name) == tower:
             parent, kind = name.rsplit(".", 1)
             block = next((number for b, number in blocks.items() if name.startswith(f"{b}.")), None)
-            reads = f"{parent}.{_READ_TOGETHER.get(kind, kind)}"
+            reads = f"{parent}.{together.get(kind, kind)}"
             if kind.isdigit():  # of a Sequential: a number alone says nothing
                 kind = f"{parent.rsplit('.', 1)[-1]}.{kind}"
             yield Site(name, tower, kind, block, module.out_features, module.in_features, reads)

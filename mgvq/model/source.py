@@ -52,6 +52,7 @@ class Source:
     chat_template: str | None = None  # a jinja file in place of the repository's
     end_token: str | None = None  # the token behind an answer, in place of the tokenizer's
     pad_token: str | None = None  # the token that fills up the rows of a batch, in place of the tokenizer's
+    family: Mapping[str, Any] = field(default_factory=dict)  # what cannot be found out about its modules (model/family.py)
     trust_remote_code: bool = False  # whether Python files of the repository are run
     stress: Stress = Stress(sigma=None, seed=0)
     shape: Mapping[str, Any] | None = None  # what the published config.json says of sizes, for counting what is not here
@@ -66,6 +67,8 @@ class Source:
             raise UserError(f"model.chat_template={self.chat_template} is not a file; give a .jinja file, or null.")
         if not isinstance(self.trust_remote_code, bool):
             raise UserError(f"model.trust_remote_code must be true or false, got {self.trust_remote_code!r}")
+        if unknown := sorted(set(self.family) - {"towers", "shared_inputs", "packable"}):
+            raise UserError(f"model.family has no {', '.join(unknown)}; there are towers, shared_inputs and packable.")
         for name in ("end_token", "pad_token"):
             if not isinstance(value := getattr(self, name), str | None) or value == "":
                 raise UserError(f"model.{name} must be a token of the tokenizer, or null for its own; got {value!r}")
@@ -137,7 +140,7 @@ class Source:
         """Settings that may move numbers, where they differ from the default: runs without them keep the names that they had."""
         template = hashlib.sha256(Path(self.chat_template).read_bytes()).hexdigest() if self.chat_template else None
         chosen = {"attention": self.attention, "processor": dict(self.processor), "chat_template": template}
-        chosen |= {"end_token": self.end_token, "pad_token": self.pad_token}
+        chosen |= {"family": dict(self.family), "end_token": self.end_token, "pad_token": self.pad_token}
         stress = asdict(self.stress) if self.stress.sigma is not None else None
         return {name: value for name, value in {**chosen, "stress": stress}.items() if value}
 

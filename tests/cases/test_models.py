@@ -22,9 +22,10 @@ from mgvq.model.encode import Example, batches, encode
 from mgvq.model.generate import Reply, generate
 from mgvq.model.health import constant_flags
 from mgvq.model.load import describe, load
-from mgvq.model.pack import packed_batches
+from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.model.towers import find_towers
 from mgvq.runs.build import build
 from mgvq.runs.compose import composer
 from mgvq.types import Site
@@ -383,3 +384,28 @@ def test_a_model_of_text_is_counted_without_its_weights() -> None:
     model = empty_model(chosen)
     assert model is not None
     assert sum(p.numel() for p in model.parameters()) == 134_515_008  # what its card says: 135 M
+
+
+def test_a_family_may_be_declared(tmp_path: Path) -> None:
+    folder = copy(tmp_path / "m")
+    found = load(source(folder), CPU).model
+    towers = {tower: list(names) for tower, names in find_towers(found).modules.items()}
+    alone = load(
+        source(folder, family={"towers": towers, "shared_inputs": {"k_proj": "kv", "v_proj": "kv"}, "packable": False}), CPU
+    )
+    assert find_towers(alone.model) == find_towers(found)
+    reads = {site.kind: site.reads.rpartition(".")[2] for site in list_sites(alone.model, "language")}
+    assert (reads["q_proj"], reads["k_proj"], reads["v_proj"], reads["up_proj"]) == ("q_proj", "kv", "kv", "up_proj")
+    assert can_pack(found)
+    assert not can_pack(alone.model)
+    save(tmp_path / "checkpoint", alone, [], {})
+    back = mgvq.load(tmp_path / "checkpoint")
+    assert list_sites(back, "all") == list_sites(alone.model, "all")
+    for family, named in (
+        ({"towers": {"language": ["model.nowhere"]}}, "names model.nowhere, which it does not have"),
+        ({"towers": {"eyes": ["x"]}}, "has no eyes"),
+        ({"towers": {"vision": ["x"]}}, "must name the modules of the language tower"),
+        ({"twoers": {}}, "has no twoers"),
+    ):
+        with pytest.raises(UserError, match=named):
+            list_sites(load(source(folder, family=family), CPU).model, "all")

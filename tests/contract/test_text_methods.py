@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -24,8 +23,8 @@ from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
 from mgvq.model.text import Passage, encode_text, text_batches
 from mgvq.runs.build import chosen
+from mgvq.runs.compose import composer
 from mgvq.runs.execute import execute
-from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 
 METHODS = sorted(f.stem for f in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -56,8 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(folder: Path, *overrides: str):
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", ["model=local", f"model.path={folder}", *overrides])
+    with composer() as compose:
+        cfg = compose("model=local", f"model.path={folder}", *overrides)
     cfg.paths.results = str(folder.parent / "results")
     return cfg
 

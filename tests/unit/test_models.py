@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
 from transformers import GenerationConfig, GotOcr2ImageProcessor, PretrainedConfig, Qwen2VLImageProcessor
 
@@ -21,8 +20,8 @@ from mgvq.model.processor import adjust, load_processor
 from mgvq.model.shape import download_size
 from mgvq.model.source import SHIPPED, Source, Stress
 from mgvq.runs.build import build
+from mgvq.runs.compose import composer
 from mgvq.runs.dry import report
-from mgvq.runs.places import conf_folder
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -41,8 +40,8 @@ PUBLISHED = {
 
 
 def source(model: str) -> Source:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return build(compose("config", [f"model={model}"]), "model")
+    with composer() as compose:
+        return build(compose(f"model={model}"), "model")
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -188,8 +187,8 @@ def test_trusted_code_without_a_class_for_images_and_text_is_an_error(tmp_path: 
 
 def test_a_dry_run_counts_and_names_all_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     preset = ["experiment=paper_table2", "model=qwen2_vl_72b", "evaluation=tiny_vqa", "~evaluation.tasks"]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", preset)
+    with composer() as compose:
+        cfg = compose(*preset)
     assert len(report(cfg)) == 2
     said = capsys.readouterr().out
     for words in (
@@ -200,8 +199,8 @@ def test_a_dry_run_counts_and_names_all_that_is_missing(capsys: pytest.CaptureFi
 
 
 def test_a_dry_run_that_lacks_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", ["method=kmeans", "model.stress.sigma=0.7"])
+    with composer() as compose:
+        cfg = compose("method=kmeans", "model.stress.sigma=0.7")
     assert report(cfg) == []
     assert "nothing is missing" in (said := capsys.readouterr().out)
     assert "stress 0.7" in said
