@@ -368,3 +368,10 @@ class ReadsData(Task, Protocol):
     """A task whose questions may be missing. `check` raises UserError where they are; called before a model is loaded."""
 
     def check(self) -> None: ...
+
+
+@runtime_checkable
+class DrawsSamples(Task, Protocol):
+    """A task that knows its samples without a model: those that are too long for one are refused before its weights are read."""
+
+    def draw(self) -> Sequence[Any]: ...

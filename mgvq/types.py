@@ -280,6 +280,8 @@ class EvalResult:
     """What an evaluation found."""
 
     metrics: Mapping[str, float]
-    """Figures by name."""
+    """Figures by name; NaN where a sample has no finite number, so that there is no mean."""
     samples: pd.DataFrame = field(repr=False)
     """One row for each sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
+    flags: tuple[str, ...] = ()
+    """What tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`."""

@@ -71,7 +71,7 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(source, device)
-    check_images(loaded, calibration=calibrations[0])
+    check_images(loaded.model.config, calibration=calibrations[0])
     scores = score(loaded, arguments.scope, calibrations, metrics)
     results = arguments.out or results_folder()
     name = "_".join([arguments.model, *(flag.removeprefix(FLAG).replace(" ", "_") for flag in source.flags())])

@@ -14,15 +14,19 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.load import load as load_checkpoint
+from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
-from mgvq.errors import UserError
-from mgvq.model.load import Loaded, load, load_processor
+from mgvq.model.device import find_device
+from mgvq.model.fit import check_samples
+from mgvq.model.health import constant_flags
+from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
-from mgvq.model.sites import list_sites
-from mgvq.protocols import CalibrationSet, ReadsData
+from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
@@ -60,9 +64,13 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("identity.json", scientific_settings(cfg))
         folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
-        loaded = load(source, device)
-        check_images(loaded, calibration=calibration, evaluation=task)
+        described = describe(source)
+        check_images(described.config, calibration=calibration, evaluation=task)
+        check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
+        check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
+        loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
+        flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
         clock = Clock()
         report = None
         if method is not None:
@@ -93,8 +101,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         trusted = {"trust_remote_code": source.trust_remote_code}
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
+        check_same_model(loaded, weights, model, folder.checkpoint)
         digest = file_digest(folder.checkpoint / TENSORS)
-        result = task(model, loaded.model, load_processor(str(folder.checkpoint), **trusted), digest)
+        result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
@@ -107,7 +116,13 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "memory/peak_gb": _peak_gb(device),
             "rate": _rate(report),
             "checkpoint_sha256": digest,
-            "flags": [*source.flags(), *(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
+            "flags": [
+                *source.flags(),
+                *flags,
+                *(report.flags if report else ()),
+                *result.flags,
+                *_unexplained(broken, result.flags),
+            ],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
@@ -127,6 +142,11 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
 def _texts(*parts: Any) -> dict[str, str]:
     """SHA-256 of the texts that come with the Python installation, by what they are for."""
     return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
+
+
+def _unexplained(broken: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Flags for metrics that are not finite, where the task has not said itself how many samples they lack."""
+    return [f"non_finite:{name}" for name in broken if not any(flag.startswith(f"non_finite:{name}:") for flag in flags)]
 
 
 class Clock:
@@ -167,12 +187,7 @@ def _rate(report: QuantReport | None) -> str:
 
 def _device(cfg: DictConfig) -> torch.device:
     """The device that the run is named by, its arithmetic set. Raises UserError where PyTorch has no such device."""
-    device = torch.device(device_name(cfg.device))
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
-        raise UserError(
-            f"device={cfg.device} stands for {device}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here: set "
-            "device=cpu, or one of those."
-        )
+    device = find_device(device_name(cfg.device))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     return device
 

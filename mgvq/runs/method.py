@@ -3,10 +3,10 @@
 from typing import Any
 
 from omegaconf import DictConfig
+from transformers import PretrainedConfig
 
 from mgvq.errors import UserError
-from mgvq.model.load import Loaded
-from mgvq.model.text import is_text_only
+from mgvq.model.classes import is_text_only
 from mgvq.quantization.method import Method
 from mgvq.runs.build import STAGES, build, chosen
 from mgvq.runs.declared import is_idle
@@ -47,13 +47,13 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
         )
 
 
-def check_images(loaded: Loaded, **parts: Any) -> None:
+def check_images(config: PretrainedConfig, **parts: Any) -> None:
     """Raises UserError where one of the `parts` (`calibration`, `evaluation`; None: left out) shows images to a model that reads
     only text."""
     words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
     shown = [group for group, part in parts.items() if part is not None and part.shows_images]
-    if shown and is_text_only(loaded.model.config):
+    if shown and is_text_only(config):
         raise UserError(
-            f"{type(loaded.model).__name__} reads only text, and {' and '.join(shown)} shows it images: set "
+            f"{(config.architectures or [config.model_type])[0]} reads only text, and {' and '.join(shown)} shows it images: set "
             f"{' '.join(words[group] for group in shown)}."
         )

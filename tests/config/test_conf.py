@@ -39,9 +39,10 @@ NEEDS = {
 }
 NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
-    "calibration": {"drawn", "examples", "rows"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
-    "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
-    "compensation": {"damping", "ldl", "ldlq", "vectors"}, "evaluation": {"documents", "forced", "harness"},
+    "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "passes", "statistics"},
+    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget"},
+    "codebook": {"lloyd", "nearest", "refit", "vector"}, "compensation": {"damping", "ldl", "ldlq", "vectors"},
+    "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -18,13 +17,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.data.english import docstrings, language_reference
 from mgvq.errors import UserError
-from mgvq.model.load import load, load_processor
+from mgvq.model.load import load
+from mgvq.model.processor import load_processor
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
 from mgvq.model.text import Passage, encode_text, text_batches
 from mgvq.runs.build import chosen
+from mgvq.runs.compose import composer
 from mgvq.runs.execute import execute
-from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 
 METHODS = sorted(f.stem for f in (ROOT / "conf" / "method").glob("*.yaml"))
@@ -56,8 +56,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(folder: Path, *overrides: str):
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", ["model=local", f"model.path={folder}", *overrides])
+    with composer() as compose:
+        cfg = compose("model=local", f"model.path={folder}", *overrides)
     cfg.paths.results = str(folder.parent / "results")
     return cfg
 
@@ -99,8 +99,8 @@ def test_the_gradient_may_be_taken_for_several_blocks_together(folder: Path) -> 
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["method=kmeans_ldlq", *SMALL], "calibration shows it pictures: set calibration=text"),
-        (["method=kmeans"], "evaluation shows it pictures: set evaluation=perplexity"),
+        (["method=kmeans_ldlq", *SMALL], "calibration shows it images: set calibration=text"),
+        (["method=kmeans"], "evaluation shows it images: set evaluation=perplexity"),
         (["method=kmeans", *SMALL, "scope=language_projector"], "no projector"),
         (["method=mgvq", *SMALL, *FEW, "grouping=modality"], "grouping=modality tells images from text"),
         (["method=gptq", *SMALL, *FEW, "sensitivity.modality=image"], "sensitivity.modality=image tells images"),

@@ -22,7 +22,7 @@ from mgvq.analysis.statistics.verdict import verdict
 from mgvq.analysis.tables.render import markdown, plain, printable
 from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
-from mgvq.evaluation.suite import averages, metrics
+from mgvq.evaluation.suite_metrics import averages, metrics
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import kind_of_config, kind_of_metrics
