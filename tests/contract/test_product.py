@@ -62,14 +62,20 @@ def batch(model, seed: int) -> Batch:
 
 
 def in_pairs() -> list[tuple[str, str, str]]:
-    """(codebook, allocation, compensation), every two of any two groups together somewhere: the allocations in turn, one further
-    in each row."""
+    """(codebook, allocation, compensation), so that every two of any two groups meet somewhere.
+
+    The columns are the codebooks. In each row the compensations go one further, and so do the allocations from column to column.
+    """
     codebooks, allocations, compensations = map(variants, ("codebook", "allocation", "compensation"))
-    return [
-        (codebook, allocations[(row + column) % len(allocations)], compensation)
-        for row, compensation in enumerate(compensations)
+    rows = range(max(len(allocations), len(compensations)))
+    pairs = [
+        (codebook, allocations[(row + column) % len(allocations)], compensations[row % len(compensations)])
+        for row in rows
         for column, codebook in enumerate(codebooks)
     ]
+    met = {(allocation, compensation) for _, allocation, compensation in pairs}
+    missing = sorted(set(itertools.product(allocations, compensations)) - met)  # where there are fewer codebooks than allocations
+    return pairs + [(codebooks[i % len(codebooks)], *both) for i, both in enumerate(missing)]
 
 
 def test_every_pair_is_tried() -> None:
