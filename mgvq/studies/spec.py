@@ -1,7 +1,11 @@
 """The study file: which runs make a claim. What one run is stays in `conf/`."""
 
+import difflib
 import itertools
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,25 +44,16 @@ class Study:
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_types()
+        self._check_names()
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
-        lists = {"seeds": self.seeds, "common": self.common, **self.arms, **self.grid}
-        if isinstance(self.seeds, dict):
-            if set(self.seeds) not in map(set, self.grid.values()):
-                raise UserError(
-                    f"study {self.name}: seeds names {', '.join(map(str, self.seeds))}, which no key of the grid has as values."
-                )
-            lists |= {"seeds": list(self.seeds), **{f"seeds of {value}": own for value, own in self.seeds.items()}}
-        for name, value in lists.items():
-            if not isinstance(value, list):
-                raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
-        own = self.seeds.values() if isinstance(self.seeds, dict) else [self.seeds]
-        if bad := [seed for seeds in own for seed in seeds if not (type(seed) is int and seed >= 0)]:
-            raise UserError(f"study {self.name}: seeds must be whole numbers >= 0, got {bad[0]!r}.")
+        self._check_lists()
         for baseline in self.baselines:
             if baseline not in self.arms:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
+        self._check_baselines()
         if self.spread is not None and self.spread not in self.arms:
             raise UserError(f"study {self.name}: spread must be one of the arms {', '.join(self.arms)}; got {self.spread!r}.")
         if self.trainings is not None and (list(self.grid) != [self.trainings] or len(self.points()) < 2 or self.only):
@@ -69,6 +64,79 @@ class Study:
         self._check_only()
         if self.primary is not None:
             self._check_primary(self.primary)
+
+    def _check_types(self) -> None:
+        """What YAML makes of a value that was meant otherwise: `arms: {1: [...]}` names an arm by a number."""
+        if not isinstance(self.name, str):
+            raise UserError(f"name must be text, got {self.name!r}: write it in quotes.")
+        shapes = {"question": str, "arms": dict, "seeds": (list, dict), "common": list, "grid": dict, "only": dict}
+        words = {str: "text", dict: "a mapping", list: "a list", (list, dict): "a list, or a mapping of lists"}
+        for name, kind in shapes.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise UserError(f"study {self.name}: {name} must be {words[kind]}, got {value!r}.")
+        for name, what in {"arms": "an arm", "grid": "a key of the grid", "only": "an arm"}.items():
+            for key in getattr(self, name):
+                if not isinstance(key, str):
+                    raise UserError(f"study {self.name}: {name} has {key!r}, but the name of {what} must be text: write '{key}'.")
+        for arm, keys in self.only.items():
+            if not isinstance(keys, dict) or not all(isinstance(values, list) for values in keys.values()):
+                raise UserError(f"study {self.name}: only {arm} must be {{KEY: [VALUE, ...]}}, got {keys!r}.")
+        for name in ("spread", "trainings"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise UserError(f"study {self.name}: {name} must be text, got {value!r}.")
+        if not all(isinstance(baseline, str) for baseline in self.baselines):
+            raise UserError(f"study {self.name}: baseline must be the name of an arm, or a list of them; got {self.baseline!r}.")
+
+    def _check_names(self) -> None:
+        """Names of studies become names of files, and names of arms cells of tables."""
+        if not _NAME.fullmatch(self.name):
+            raise UserError(
+                f"study {self.name!r}: its name is the name of its files, and so must be 1 to 80 letters, digits, `_` and `-`, "
+                "not beginning with `-`."
+            )
+        if not self.question.strip():
+            raise UserError(f"study {self.name}: question is empty; say in a sentence what the study asks.")
+        for arm in self.arms:
+            if not arm.strip() or arm != arm.strip() or not arm.isprintable() or len(arm) > 200:
+                raise UserError(
+                    f"study {self.name}: the arm {arm!r} must be named by 1 to 200 characters that can be printed, without "
+                    "blanks before and after."
+                )
+
+    def _check_lists(self) -> None:
+        """Lists are lists, of words where they are overrides, and say nothing twice."""
+        lists = {"seeds": self.seeds, "common": self.common, **self.arms, **self.grid}
+        if isinstance(self.seeds, dict):
+            if set(self.seeds) not in map(set, self.grid.values()):
+                raise UserError(
+                    f"study {self.name}: seeds names {', '.join(map(str, self.seeds))}, which no key of the grid has as values."
+                )
+            lists |= {"seeds": list(self.seeds), **{f"seeds of {value}": own for value, own in self.seeds.items()}}
+        for name, value in lists.items():
+            if not isinstance(value, list):
+                raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
+        for name, words in {"common": self.common, **self.arms}.items():
+            if bad := [word for word in words if not isinstance(word, str)]:
+                raise UserError(f"study {self.name}: {name} must list overrides KEY=VALUE as text, got {bad[0]!r}.")
+        own = self.seeds.items() if isinstance(self.seeds, dict) else [("seeds", self.seeds)]
+        for name, seeds in own:
+            if bad := [seed for seed in seeds if not (type(seed) is int and seed >= 0)]:
+                raise UserError(f"study {self.name}: seeds must be whole numbers >= 0, got {bad[0]!r}.")
+            if not seeds:
+                raise UserError(f"study {self.name}: seeds of {name} is empty, so there is nothing to run.")
+        for name, values in (*own, *self.grid.items(), ("baseline", self.baselines)):
+            if twice := [value for value, number in Counter(map(str, values)).items() if number > 1]:
+                raise UserError(f"study {self.name}: {name} names {twice[0]} twice.")
+
+    def _check_baselines(self) -> None:
+        """Each baseline but the first has files of its own."""
+        files = Counter(map(file_part, self.baselines[1:]))
+        if same := [name for name, number in files.items() if number > 1]:
+            clash = [baseline for baseline in self.baselines[1:] if file_part(baseline) == same[0]]
+            raise UserError(
+                f"study {self.name}: the tables against {' and '.join(map(repr, clash))} would both be {self.name}_vs_{same[0]}: "
+                "rename an arm."
+            )
 
     @property
     def baselines(self) -> list[str]:
@@ -121,11 +189,76 @@ class Study:
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
+def file_part(arm: str) -> str:
+    """An arm's name as part of a file's name."""
+    return re.sub("[^a-z0-9]+", "_", arm.lower())
+
+
 def read_study(path: Path) -> Study:
-    """Raises UserError for a missing file, unknown or missing keys."""
+    """Read a study file.
+
+    Raises UserError, naming the file, where it is missing or no YAML mapping, where a key is unknown, missing or there twice, and
+    where its values make no study.
+    """
     if not path.is_file():
         raise UserError(f"{path} is no study file; the studies lie in experiments/*/study.yaml.")
     try:
-        return Study(**yaml.safe_load(path.read_text()))
-    except (TypeError, yaml.YAMLError) as error:
+        text = path.read_bytes().decode("utf-8-sig")
+        node = yaml.compose(text, yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        told = " ".join(str(error).split())
+        raise UserError(f"{path} is no study file, since it cannot be read as YAML: {told}") from error
+    if not isinstance(node, yaml.MappingNode):
+        what = "empty" if node is None else "a list" if isinstance(node, yaml.SequenceNode) else "a single value"
+        raise UserError(f"{path} is no study file: it is {what}, and should be a mapping with the keys {', '.join(_REQUIRED)}.")
+    try:
+        for twice in _repeated(node):
+            raise UserError(twice)
+        settings = yaml.safe_load(text)
+        _check_keys(settings)
+        return Study(**settings)
+    except RecursionError as error:
+        raise UserError(f"{path} is no valid study: a part of it contains itself.") from error
+    except (UserError, ValueError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is no valid study: {error}") from error
+
+
+def _check_keys(settings: dict[Any, Any]) -> None:
+    known = [f.name for f in fields(Study)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            meant = f"; did you mean {near[0]}?" if near else "."
+            raise UserError(f"it has the unknown key {key!r}{meant} There are {', '.join(known)}.")
+    if absent := [name for name in _REQUIRED if name not in settings]:
+        raise UserError(f"it lacks {', '.join(absent)}.")
+
+
+def _repeated(node: yaml.Node, what: str = "a key") -> Iterator[str]:
+    """Keys that stand twice in a mapping, of which YAML would take the last, and seeds that stand twice, with their lines."""
+    if isinstance(node, yaml.MappingNode):
+        yield from _twice([key for key, _ in node.value], what)
+        for key, value in node.value:
+            if key.value == "seeds":
+                for part in [value, *(own for _, own in value.value)] if isinstance(value, yaml.MappingNode) else [value]:
+                    if isinstance(part, yaml.SequenceNode):
+                        yield from _twice(part.value, "a seed")
+            yield from _repeated(value, "an arm" if key.value == "arms" else "a key")
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _repeated(value)
+
+
+def _twice(nodes: Sequence[yaml.Node], what: str) -> Iterator[str]:
+    lines: dict[Hashable, list[int]] = {}
+    for node in nodes:
+        if isinstance(node, yaml.ScalarNode):
+            lines.setdefault((node.tag, node.value), []).append(node.start_mark.line + 1)
+    for (_, value), found in lines.items():  # type: ignore[misc]
+        if len(found) > 1:
+            where = f"lines {' and '.join(map(str, found))}" if len(set(found)) > 1 else f"line {found[0]}"
+            yield f"{value!r} stands {len(found)} times as {what}, in {where}: leave one."
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
+_REQUIRED = tuple(f.name for f in fields(Study) if f.default is MISSING and f.default_factory is MISSING)
