@@ -4,20 +4,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """The class of an `evaluation`; the metric that is its `headline`; the `measures` by which arms are compared; what a study
-    may plan (`primary.metric`); its `samples`, and the `clusters` within which they are not independent."""
+    """What plans and tables need to know of an evaluation."""
 
     evaluation: str
+    """The dotted path of its class."""
     headline: str
+    """The metric that is its result."""
     measures: tuple[str, ...]
+    """By what arms are compared: names of `mgvq.analysis.statistics.measures`."""
     planned: tuple[str, ...]
+    """What a study may plan (`primary.metric`)."""
     samples: str = "questions"
+    """What it asks, in the plural."""
     clusters: str = "pictures"
+    """Within which its samples are not independent, in the plural."""
+    by_task: bool = False
+    """The samples belong to tasks that count alike; each has a column in tables, with the metric `TASK/accuracy`."""
+    headline_types: tuple[str, ...] = ()
+    """The types of questions that make the headline accuracy, each with the same weight; empty: all questions count alike."""
+    redraw: str | None = None
+    """The dotted path of a function from a row of `samples.parquet` to the image of its question; None: there is none."""
 
 
 PICTURES = Kind(
@@ -25,9 +37,15 @@ PICTURES = Kind(
     headline="tiny_vqa/accuracy",
     measures=("accuracy", "loss"),
     planned=("accuracy", "loss"),
+    headline_types=tuple(HEADLINE),
+    redraw="mgvq.data.tiny_vqa.redraw.redraw",
 )
 BENCHMARKS = Kind(
-    evaluation="mgvq.evaluation.suite.Suite", headline="suite/accuracy", measures=("accuracy",), planned=("accuracy",)
+    evaluation="mgvq.evaluation.suite.Suite",
+    headline="suite/accuracy",
+    measures=("accuracy",),
+    planned=("accuracy",),
+    by_task=True,
 )
 TEXT = Kind(
     evaluation="mgvq.evaluation.perplexity.Perplexity",

@@ -1,4 +1,4 @@
-"""How every picture of a study looks, and how it is written: equal numbers give equal bytes."""
+"""How every figure of a study looks, and how it is written: equal numbers give equal bytes."""
 
 import io
 import re
@@ -37,13 +37,13 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures are made and saved inside."""
+    """The common style: figures are made and saved inside of this context."""
     with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):  # type: ignore[arg-type]
         yield
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour and marker of the series `number`; no two of the first 49 alike."""
+    """The colour and the marker of the series `number`; no two of the first 49 are alike."""
     turn, colour = divmod(number, len(COLOURS))
     return {"color": COLOURS[colour], "marker": MARKERS[(colour + turn) % len(MARKERS)]}
 
@@ -55,16 +55,16 @@ def panels(num_rows: int, num_columns: int, height: float, **options: Any) -> tu
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """As SVG, without date and version."""
+    """Write a figure as SVG, without date and version, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    path.write_text(_settled(text.getvalue()))
+    path.write_text(_settled(text.getvalue()), encoding="utf-8")
     return path
 
 
 def _settled(svg: str) -> str:
-    """Without what differs between processors: the last bits of coordinates, and ids that are digests of them.
+    """An SVG without what differs between processors: the last bits of coordinates, and ids that are digests of them.
 
     Coordinates get three decimals (of a point: far below what a screen shows), ids are numbered.
     """
