@@ -266,8 +266,6 @@ def test_seeds_may_differ_between_values_of_the_grid() -> None:
     assert study.overrides("a", point) == ["model=n", "x=1", "budget=3"], "the arm's own word wins over the grid's"
     with pytest.raises(UserError, match="no key of the grid"):
         Study(**settings, seeds={"m": [0]})
-    with pytest.raises(UserError, match="seeds of n"):
-        Study(**settings, seeds={"m": [0], "n": 5})
 
 
 def test_a_stress_variant_and_a_moving_revision_stand_in_the_tables(tmp_path: Path) -> None:

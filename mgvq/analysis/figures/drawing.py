@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ QUIET = "#6b6b6b"
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "mgvq",
     "svg.fonttype": "none",  # text stays text: small, searchable, and read aloud
+    "text.parse_math": False,  # an arm may have dollars in its name
     "font.size": 8.5,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -58,7 +60,9 @@ def save(figure: Figure, path: Path) -> Path:
     """Write a figure as SVG, without date and version, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the viewer's font draws it
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     path.write_text(_settled(text.getvalue()), encoding="utf-8")
     return path
 

@@ -128,13 +128,18 @@ def _believable(metrics: Mapping[str, Any], samples: pd.DataFrame, kind: Kind) -
 
     Each of these columns of the samples becomes a flag.
     """
+    metrics = {name: None if _is_no_number(value) else value for name, value in metrics.items()}
     columns = ["loss", "kl"] if "accuracy" not in kind.measures else ["loss", "kl", "score"]  # prose has no scores
     broken = [name for name in columns if name in samples and not np.isfinite(samples[name].to_numpy(float)).all()]
     if not broken:
-        return dict(metrics)
+        return metrics
     lost = {name for name in metrics if any(_MADE_OF[column](name) for column in broken)}
     flags = [*metrics["flags"], *(f"non_finite_samples:{column}" for column in broken)]
     return {**metrics, **dict.fromkeys(lost), "flags": flags}
+
+
+def _is_no_number(value: Any) -> bool:
+    return isinstance(value, float) and not np.isfinite(value)
 
 
 # By the column of the samples: which metrics are made of it.

@@ -223,6 +223,7 @@ def write_record(record: StudyRecord, path: Path) -> None:
 
 
 def _lines(record: StudyRecord) -> Iterator[dict[str, object]]:
+    exact = all(run.scores.dtype == bool for run in record.runs)  # a column has one type
     for cell in record.cells:
         for run in cell.runs:
             yield {
@@ -235,7 +236,7 @@ def _lines(record: StudyRecord) -> Iterator[dict[str, object]]:
                 "samples": run.samples,
                 "metrics": json.dumps(run.metrics),
                 "identity": run.identity,
-                "scores": run.scores,
+                "scores": run.scores if exact else run.scores.astype("float32"),
                 **({} if run.losses is None else {"losses": run.losses}),
             }
 
