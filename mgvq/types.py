@@ -163,6 +163,22 @@ class Metric:
         return torch.stack(self.h_in).mean(0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerProblem:
+    """One layer's part of the quantisation problem: what is to be stored, and how its errors count.
+
+    Stages that change the problem (a shifted target, a rotation) give another one; nobody writes into its tensors, and none of
+    them is a view of the model's parameters, which the block loop overwrites.
+    """
+
+    site: Site
+    weight: Float[Tensor, "out in"]  # of full precision: what errors are measured against
+    target: Float[Tensor, "out in"]  # what is rounded: the weight itself, or the weight moved by a gradient
+    metric: Metric | None  # None: all errors count alike
+    score: Float[Tensor, "in"]  # sensitivity of the input channels, on the CPU
+    groups: Int[Tensor, "in"]  # the channel group of each input channel
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """One precision that a codebook offers: a name for people, and nominal index bits a weight."""

@@ -40,6 +40,20 @@ def declare_done(folder: Path) -> None:
     (folder / "DONE").write_text(json.dumps(digests))
 
 
+def layer_problems(sites, *, weights=None, metrics=None, scores=None, groups=None):
+    """A `LayerProblem` for every site; what is not given is zeros, no metric, and one group."""
+    from mgvq.types import LayerProblem
+
+    problems = {}
+    for s in sites:
+        weight = torch.zeros(()).expand(s.out_features, s.in_features) if weights is None else weights[s]
+        score = torch.zeros(s.in_features) if scores is None else scores[s]
+        group = torch.zeros(s.in_features, dtype=torch.long) if groups is None else groups[s]
+        metric = (metrics or {}).get(s)
+        problems[s] = LayerProblem(site=s, weight=weight, target=weight, metric=metric, score=score, groups=group)
+    return problems
+
+
 @pytest.fixture(scope="session", params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     """Each shipped model in turn."""

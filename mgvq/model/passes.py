@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
+from mgvq.model.hooks import after_forward
 from mgvq.model.pack import PackedBatch
 from mgvq.rng import generator
 from mgvq.types import Batch, Modality, Site
@@ -74,13 +75,8 @@ def forward(
 
         return record
 
-    handles = [model.get_submodule(s.name).register_forward_hook(hook(s)) for s in sites]
-    try:
-        with torch.enable_grad() if graph else torch.inference_mode():
-            logs = answer_logits(model, batch).log_softmax(-1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with after_forward(model, {s.name: hook(s) for s in sites}), torch.enable_grad() if graph else torch.inference_mode():
+        logs = answer_logits(model, batch).log_softmax(-1)
     return Forward(inputs, outputs, logs)
 
 

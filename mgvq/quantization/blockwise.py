@@ -1,7 +1,6 @@
 """Rounding block by block, towards targets that a gradient has moved; how far is chosen on held-out samples."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,24 +9,26 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
+from mgvq.model.blocks import Block, by_block, install, restored
 from mgvq.model.sites import linear
+from mgvq.model.walk import AnyBatch
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
-from mgvq.quantization.teacher import AnyBatch, Teacher, by_block
+from mgvq.quantization.teacher import Teacher
 from mgvq.types import Rate, Site, StatsBank
 
 
 @dataclass(frozen=True)
 class Samples:
-    """For gradients, and, disjoint from them, for choosing between steps."""
+    """The calibration samples of the block loop; the two parts share none."""
 
-    batches: Sequence[AnyBatch]
-    heldout: Sequence[AnyBatch]
+    batches: Sequence[AnyBatch]  # for gradients
+    heldout: Sequence[AnyBatch]  # for choosing between steps
 
 
-def shifted_rounding(
+def blockwise_rounding(
     model: PreTrainedModel,
     sites: Sequence[Site],
     bank: StatsBank,
@@ -35,29 +36,28 @@ def shifted_rounding(
     samples: Samples,
     cache: CodebookCache,
     rates: Sequence[Rate],
-    layers: LayerRounder,
+    rounder: LayerRounder,
     flags: list[str],
 ) -> tuple[Rounded, pd.DataFrame]:
-    """Block by block: take the gradient with the blocks before quantised, try the steps, keep the best on held-out samples.
+    """At every block: take the gradient with the blocks before it quantised, try the steps, keep the best on held-out samples.
 
-    With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that all but the first have
-    theirs without what the others of the n have cost. A block that comes before anything is quantised does not count: its
-    gradient is nothing that others could use.
+    With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that the later ones do not
+    see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n,
+    since its gradient is rounding noise.
 
     Steps are tried from the smallest up, until one is worse than the one before it. From the second sweep on all blocks are
     quantised, and the gradient holds the errors of the block itself and of those behind it too: the target that the block was
-    rounded to is moved once more, and what comes of that has to beat what there is.
+    rounded to is moved once more, and the result has to beat the one that is there.
 
-    Codebooks are fitted to the moved targets. `model` is as before in the end. The table has a row a sweep, block and step that
-    was tried: the gradient's norm, the change of the loss that it predicts, the loss on the held-out samples before (of the
-    blocks so far; NaN in the first sweep) and after. Flag `no_step`: all steps chosen were 0. Raises UserError for a gradient
-    that is zero.
+    Codebooks are fitted to the moved targets. `model` has its own weights again in the end. The table has a row for every sweep,
+    block and step that was tried: the gradient's norm, the change of the loss that it predicts to first order, the loss on the
+    held-out samples before the block was rounded (NaN in the first sweep) and after. Flag `no_step`: all steps that were chosen
+    are 0. Raises UserError for a gradient that is zero.
     """
     blocks = list(by_block(sites))
     teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
-    with _restored(model, sites) as weights:
-        # Fits to a copy: the model's own weights change as blocks are quantised.
-        loop = _Loop(model, bank, shift, teacher, cache.with_weights(weights), rates, layers, dict(weights))
+    with restored(model, {site: cache.problems[site].weight for site in sites}):
+        loop = _Loop(model, bank, shift, teacher, cache, rates, rounder)
         for sweep in range(shift.sweeps):
             teacher.unsettle()
             for number, block in enumerate(progress(blocks, f"blocks, sweep {sweep + 1}")):
@@ -75,19 +75,19 @@ def shifted_rounding(
 
 @dataclass(frozen=True)
 class _Trial:
-    """One step of one block: what came of it, its loss on the held-out samples, and the change that the gradient predicts."""
+    """One step of one block, and what came of it."""
 
     step: float
     targets: Mapping[Site, Tensor]
     rounded: Rounded
     flags: Sequence[str]
-    loss: float
-    first_order: float
+    loss: float  # on the held-out samples
+    first_order: float  # the change of the loss that the gradient predicts for the rounded weights
 
 
 @dataclass
 class _Loop:
-    """What the blocks have been rounded to so far: their `targets`, the trial `chosen` for each, and a row for every trial."""
+    """What the blocks have been rounded to so far."""
 
     model: PreTrainedModel
     bank: StatsBank
@@ -95,15 +95,14 @@ class _Loop:
     teacher: Teacher
     cache: CodebookCache
     rates: Sequence[Rate]
-    layers: LayerRounder
-    targets: dict[Site, Tensor]
+    rounder: LayerRounder
+    targets: dict[Site, Tensor] = field(default_factory=dict)  # of the layers whose chosen trial has moved theirs
     gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
-    chosen: dict[str, _Trial] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
+    rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
 
-    def visit(self, sweep: int, blocks: Sequence[Sequence[Site]]) -> None:
-        """Choose a step for the first of the blocks, which are those still to be visited, and leave it in the model as that
-        rounds it."""
+    def visit(self, sweep: int, blocks: Sequence[Block]) -> None:
+        """Choose a step for the first of the blocks that are still to be visited, and leave it rounded in the model."""
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
         gradient = self._gradient(blocks[:1] if untouched else blocks)
@@ -122,7 +121,7 @@ class _Loop:
         if improves:
             self.chosen[name] = best
             self.targets |= best.targets
-        _install(self.model, best.rounded.decoded if improves else present)
+        install(self.model, best.rounded.decoded if improves else present)
         for trial in trials:
             self.rows.append(
                 {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
@@ -130,10 +129,10 @@ class _Loop:
                 | {"chosen": improves and trial is best}
             )
 
-    def _gradient(self, blocks: Sequence[Sequence[Site]]) -> dict[Site, Tensor]:
-        """Of the first of the blocks: static, or what an earlier pass has left, or from a pass over as many as go together."""
+    def _gradient(self, blocks: Sequence[Block]) -> dict[Site, Tensor]:
+        """Of the first block: from full precision, or left by an earlier pass, or from a pass over as many as go together."""
         if not self.shift.refresh:
-            return _static(self.bank, blocks[0])
+            return {site: gradient for site in blocks[0] if (gradient := self.bank[site].gradient) is not None}
         if blocks[0][0] not in self.gradients:
             together = blocks[: int(self.shift.refresh)]
             self.gradients |= self.teacher.gradient([site for block in together for site in block])
@@ -141,7 +140,7 @@ class _Loop:
 
     def _trials(
         self,
-        block: Sequence[Site],
+        block: Block,
         gradient: Mapping[Site, Tensor],
         present: Mapping[Site, Tensor],
         steps: Sequence[float],
@@ -150,40 +149,21 @@ class _Loop:
         """Step after step, until one is worse than the one before it: larger ones would be worse still."""
         last = before
         for step in steps:
-            with_weights = {s: self.shift.target(self.targets[s], self.layers.metrics[s], gradient[s].to(w.device), step)
-                     for s, w in present.items()}  # fmt: skip
+            targets = {site: self._target(site, gradient[site], step) for site in block}
             flags: list[str] = []
-            cache, part = (self.cache.with_weights(with_weights), "shifted") if step else (self.cache, "feedback")
-            rounded = self.layers.round(cache, self.rates, block, flags, part)
-            _install(self.model, rounded.decoded)
-            first_order = sum(float((gradient[s] * (rounded.decoded[s] - w.float()).cpu()).sum()) for s, w in present.items())
+            cache, name = (self.cache.with_targets(targets), "shifted") if step else (self.cache, "feedback")
+            rounded = self.rounder.round(cache, self.rates, block, flags, name)
+            install(self.model, rounded.decoded)
+            change = {site: (rounded.decoded[site] - weight.float()).cpu() for site, weight in present.items()}
+            first_order = sum(float((gradient[site] * change[site]).sum()) for site in block)
             loss = self.teacher.heldout_loss()
-            yield _Trial(step, with_weights, rounded, flags, loss, first_order)
+            yield _Trial(step, targets, rounded, flags, loss, first_order)
             if loss > last:
                 return
             last = loss
 
-
-def _static(bank: StatsBank, block: Sequence[Site]) -> dict[Site, Tensor]:
-    gradients = {}
-    for site in block:
-        gradient = bank[site].gradient
-        assert gradient is not None
-        gradients[site] = gradient
-    return gradients
-
-
-def _install(model: PreTrainedModel, weights: Mapping[Site, Tensor]) -> None:
-    for site, weight in weights.items():
-        parameter = linear(model, site).weight
-        parameter.data.copy_(weight)
-
-
-@contextmanager
-def _restored(model: PreTrainedModel, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """A copy of the weights, which the model has back afterwards, whatever happens inside."""
-    kept = {site: linear(model, site).weight.detach().clone() for site in sites}
-    try:
-        yield kept
-    finally:
-        _install(model, kept)
+    def _target(self, site: Site, gradient: Tensor, step: float) -> Tensor:
+        problem = self.cache.problems[site]
+        assert problem.metric is not None, "the method's checks ask for a metric"
+        target = self.targets.get(site, problem.target)
+        return self.shift.target(target, problem.metric, gradient.to(target.device), step)

@@ -1,6 +1,7 @@
 """Codebooks fitted to table groups, each once; and what every rate costs and loses on each of them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -10,84 +11,77 @@ from torch import Tensor
 from mgvq.formats.vector import to_vectors
 from mgvq.protocols import Codebook, FittedCodebook
 from mgvq.quantization.table_groups import TableGroup
-from mgvq.types import ChannelSlice, Rate, RateTable, Site
-
-Importances = Mapping[Site, Float[Tensor, "_"] | Float[Tensor, "_ _"]]  # of channels, or of pairs of them (`Codebook.fit`)
+from mgvq.types import ChannelSlice, LayerProblem, Rate, RateTable, Site
 
 
 class CodebookCache:
-    """Codebooks of the units at the rates that are asked for, each fitted once; `flags` of a fit count when it is used."""
+    """The codebooks of all table groups at the rates that were asked for, each fitted once to the targets of `problems`."""
 
-    def __init__(
-        self, table_groups: Sequence[TableGroup], codebook: Codebook, weights: Mapping[Site, Tensor], importances: Importances
-    ) -> None:
-        self.table_groups, self.codebook, self.weights, self.importances = table_groups, codebook, weights, importances
-        self._kept: tuple[CodebookCache, frozenset[int]] | None = None  # whose tables to take, and for which units
-        self._done: dict[tuple[int, str], tuple[Sequence[FittedCodebook], list[str]]] = {}
+    def __init__(self, table_groups: Sequence[TableGroup], codebook: Codebook, problems: Mapping[Site, LayerProblem]) -> None:
+        self.table_groups, self.codebook, self.problems = table_groups, codebook, problems
+        self._fitted: dict[tuple[int, str], tuple[Sequence[FittedCodebook], list[str]]] = {}
+        self._borrowed: dict[int, CodebookCache] = {}  # whose codebooks a table group takes, where it does not fit its own
 
-    def __call__(self, table_group: int, rate: Rate) -> tuple[Sequence[FittedCodebook], list[str]]:
-        """One codebook a piece of the unit, and the fallbacks that were taken."""
-        if self._kept is not None and table_group in self._kept[1]:
-            return self._kept[0](table_group, rate)
-        if (table_group, rate.name) not in self._done:
-            slices, flags = self.table_groups[table_group].slices, []
-            weights = [self.columns(p) for p in slices]
-            importances = [_of_columns(self.importances[p.site], p) if p.site in self.importances else None for p in slices]
-            fitted = self.codebook.fit(self.table_groups[table_group].info.name, weights, rate, importances, flags)
-            self._done[table_group, rate.name] = fitted, flags
-        return self._done[table_group, rate.name]
+    def __call__(self, number: int, rate: Rate) -> tuple[Sequence[FittedCodebook], list[str]]:
+        """One codebook for each channel slice of a table group, and the flags of the fallbacks that its fit took."""
+        if number in self._borrowed:
+            return self._borrowed[number](number, rate)
+        if (number, rate.name) not in self._fitted:
+            table_group, flags = self.table_groups[number], []
+            targets = [self.target(s) for s in table_group.slices]
+            importances = [self._importance(s) for s in table_group.slices]
+            codebooks = self.codebook.fit(table_group.info.name, targets, rate, importances, flags)
+            self._fitted[number, rate.name] = codebooks, flags
+        return self._fitted[number, rate.name]
 
-    def with_weights(self, targets: Mapping[Site, Tensor]) -> "CodebookCache":
-        """The same with other weights for some layers, to which their units are fitted; a unit that other layers have a part in
-        keeps its tables."""
-        other = CodebookCache(self.table_groups, self.codebook, {**self.weights, **targets}, self.importances)
-        kept = (
-            u
-            for u, table_group in enumerate(self.table_groups)
-            if any(channel_slice.site not in targets for channel_slice in table_group.slices)
-        )
-        other._kept = self, frozenset(kept)
-        return other
+    def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]]) -> "CodebookCache":
+        """The same layers with other targets for some of them; codebooks are fitted to these.
 
-    def columns(self, channel_slice: ChannelSlice) -> Float[Tensor, "out c"]:
-        """The weights of a piece, float32."""
-        return self.weights[channel_slice.site][:, channel_slice.columns].float()
+        A table group in which other layers have slices too keeps the codebooks that it has here.
+        """
+        problems = {s: replace(self.problems[s], target=target) for s, target in targets.items()}
+        moved = CodebookCache(self.table_groups, self.codebook, {**self.problems, **problems})
+        for number, table_group in enumerate(self.table_groups):
+            if any(channel_slice.site not in targets for channel_slice in table_group.slices):
+                moved._borrowed[number] = self._borrowed.get(number, self)
+        return moved
 
-    def relative_error(self, table_group: int, rate: Rate) -> list[Float[Tensor, "_"]]:
-        """For every piece and channel, `|W_c - Q(W)_c|^2 / |W_c|^2` of plain rounding; 0 for a channel of zero weights."""
+    def target(self, channel_slice: ChannelSlice) -> Float[Tensor, "out c"]:
+        """What the columns of a slice are to be rounded to, float32."""
+        return self.problems[channel_slice.site].target[:, channel_slice.columns].float()
+
+    def _importance(self, channel_slice: ChannelSlice) -> Float[Tensor, "c"] | Float[Tensor, "c c"] | None:
+        """How much the channels of a slice count, or pairs of them; None without a metric (see `Codebook.fit`)."""
+        metric, columns = self.problems[channel_slice.site].metric, channel_slice.columns
+        if metric is None:
+            return None
+        return metric.mean_gram()[columns][:, columns] if self.codebook.needs_gram else metric.channel_importance()[columns]
+
+    def relative_error(self, number: int, rate: Rate) -> list[Float[Tensor, "_"]]:
+        """`|W_c - Q(W)_c|^2 / |W_c|^2` of every channel under plain rounding, slice by slice; 0 for a channel of zeros."""
         errors = []
-        for channel_slice, fitted in zip(self.table_groups[table_group].slices, self(table_group, rate)[0], strict=True):
-            weight = self.columns(channel_slice)
-            values = fitted.encode(to_vectors(weight, fitted.vector_length), 0, None)[1].flatten(1)[:, : weight.shape[1]]
-            importance = weight.square().sum(0)
-            errors.append(torch.where(importance > 0, (weight - values).square().sum(0) / importance.clamp(min=1e-30), 0.0))
+        for channel_slice, codebook in zip(self.table_groups[number].slices, self(number, rate)[0], strict=True):
+            weight = self.target(channel_slice)
+            values = codebook.encode(to_vectors(weight, codebook.vector_length), 0, None)[1].flatten(1)[:, : weight.shape[1]]
+            norm = weight.square().sum(0)
+            errors.append(torch.where(norm > 0, (weight - values).square().sum(0) / norm.clamp(min=1e-30), 0.0))
         return errors
 
 
-def _of_columns(importance: Float[Tensor, "_"] | Float[Tensor, "_ _"], channel_slice: ChannelSlice) -> Tensor:
-    return (
-        importance[channel_slice.columns] if importance.ndim == 1 else importance[channel_slice.columns][:, channel_slice.columns]
-    )
-
-
-def rate_table(
-    cache: CodebookCache, scores: Mapping[Site, Float[Tensor, "_"]], distortion: Literal["measured", "gaussian"] | None
-) -> RateTable:
-    """Costs of every unit at every rate, exact; losses as `distortion` asks, zeros where nobody looks at them.
+def rate_table(cache: CodebookCache, distortion: Literal["measured", "gaussian"] | None) -> RateTable:
+    """The stored bits of every table group at every rate, exact; and the loss as `distortion` predicts it, 0 where it is None.
 
     `gaussian`: `2^(-2 bits)`, the distortion-rate function of a Gaussian source. `measured`: of the fitted codebooks.
     """
-    rates, infos = sorted(cache.codebook.rates(), key=lambda r: r.index_bits), [u.info for u in cache.table_groups]
-    bits = torch.tensor(
-        [[cache.codebook.storage_bits(u.slices, r) for r in rates] for u in cache.table_groups], dtype=torch.int64
-    )
+    groups, rates = cache.table_groups, sorted(cache.codebook.rates(), key=lambda r: r.index_bits)
+    bits = torch.tensor([[cache.codebook.storage_bits(g.slices, r) for r in rates] for g in groups], dtype=torch.int64)
     loss = torch.zeros(bits.shape, dtype=torch.float64)
     if distortion == "gaussian":
-        loss = torch.tensor([[i.score * 4.0**-r.index_bits for r in rates] for i in infos], dtype=torch.float64)
+        loss = torch.tensor([[g.info.score * 4.0**-r.index_bits for r in rates] for g in groups], dtype=torch.float64)
     elif distortion == "measured":
-        for u, table_group in enumerate(cache.table_groups):
+        for g, table_group in enumerate(groups):
+            scores = [cache.problems[s.site].score[s.columns].double() for s in table_group.slices]
             for r, rate in enumerate(rates):
-                errors = cache.relative_error(u, rate)
-                parts = zip(table_group.slices, errors, strict=True)
-                loss[u, r] = sum(float((scores[p.site][p.columns].double().cpu() * e.double().cpu()).sum()) for p, e in parts)
-    return RateTable(infos, rates, bits, loss)
+                errors = cache.relative_error(g, rate)
+                loss[g, r] = sum(float((s * e.double().cpu()).sum()) for s, e in zip(scores, errors, strict=True))
+    return RateTable([g.info for g in groups], rates, bits, loss)

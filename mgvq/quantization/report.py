@@ -1,48 +1,46 @@
 """What a quantised model is reported with: its stored layers, their bits, and five tables."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
-from torch import Tensor
 
 from mgvq.protocols import QuantizedWeight
 from mgvq.quantization.rounding import Rounded
 from mgvq.quantization.table_groups import TableGroup
-from mgvq.types import RateTable, Site
+from mgvq.types import LayerProblem, RateTable, Site
 
 
 @dataclass(frozen=True)
 class QuantReport:
-    """The quantised layers; the bits they were predicted to take; tables by layer, part, piece, channel, block; fallbacks;
-    seconds."""
+    """What `quantize` gives; the columns of its tables are explained in docs/design.md."""
 
     weights: Mapping[Site, QuantizedWeight]
-    stored_bits: int
-    layers: pd.DataFrame
-    proxy: pd.DataFrame
-    allocation: pd.DataFrame
-    channels: pd.DataFrame
-    blocks: pd.DataFrame
-    flags: tuple[str, ...]
+    stored_bits: int  # predicted; the ledger of the checkpoint must count the same
+    layers: pd.DataFrame  # a row for every layer
+    proxy: pd.DataFrame  # a row for every layer and step of its rounding
+    allocation: pd.DataFrame  # a row for every channel slice
+    channels: pd.DataFrame  # a row for every input channel
+    blocks: pd.DataFrame  # a row for every trial of the block loop; empty without one
+    flags: tuple[str, ...]  # fallbacks that were taken
     seconds: float
 
 
-def layers_table(sites: Sequence[Site], weights: Mapping[Site, Tensor], rounded: Rounded) -> pd.DataFrame:
-    """Relative squared error of each layer's weight, and its proxy error in the end (NaN without a metric)."""
+def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.DataFrame:
+    """The relative squared error of each layer's weight, and its proxy error in the end (NaN without a metric)."""
     rows = []
-    for site in sites:
-        weight = weights[site].float()
+    for site, problem in problems.items():
+        weight = problem.weight.float()
         relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
         rows.append({**_place(site), "num_weights": site.num_weights, "relative_error": relative.item(), "proxy_error": proxy})
     return pd.DataFrame(rows)
 
 
-def proxy_table(sites: Sequence[Site], rounded: Rounded) -> pd.DataFrame:
-    """The proxy error of each layer by part (`Layers.round`), in the order of the parts; empty without a metric."""
+def proxy_table(sites: Iterable[Site], rounded: Rounded) -> pd.DataFrame:
+    """The proxy error of each layer after every step of `LayerRounder.round`, in their order; empty without a metric."""
     return pd.DataFrame(
-        [{**_place(site), "part": part, "proxy_error": error} for site in sites for part, error in rounded.proxy[site].items()]
+        [{**_place(site), "part": step, "proxy_error": error} for site in sites for step, error in rounded.proxy[site].items()]
     )
 
 
@@ -51,7 +49,7 @@ def _place(site: Site) -> dict[str, object]:
 
 
 def allocation_table(table_groups: Sequence[TableGroup], table: RateTable, chosen: Sequence[int]) -> pd.DataFrame:
-    """A row a piece; what belongs to the unit (`unit_bits`, `predicted_loss`, `score`) is the same in all rows of the unit."""
+    """A row for every channel slice; `unit_bits`, `predicted_loss` and `score` are of its whole table group (`unit`)."""
     rows = []
     for u, table_group in enumerate(table_groups):
         info, rate = table_group.info, table.rates[chosen[u]]
@@ -65,10 +63,10 @@ def allocation_table(table_groups: Sequence[TableGroup], table: RateTable, chose
     return pd.DataFrame(rows)
 
 
-def channels_table(scores: Mapping[Site, Tensor], groups: Mapping[Site, Tensor]) -> pd.DataFrame:
+def channels_table(problems: Mapping[Site, LayerProblem]) -> pd.DataFrame:
     """Score and group of every input channel."""
     parts = [
-        pd.DataFrame({"site": s.name, "channel": range(len(score)), "score": score.numpy(), "group": groups[s].numpy()})
-        for s, score in scores.items()
+        pd.DataFrame({"site": s.name, "channel": range(s.in_features), "score": p.score.numpy(), "group": p.groups.numpy()})
+        for s, p in problems.items()
     ]
     return pd.concat(parts, ignore_index=True)

@@ -5,33 +5,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
 from mgvq.protocols import Codebook
-from mgvq.types import ChannelSlice, Site, TableGroupInfo
+from mgvq.types import ChannelSlice, LayerProblem, Site, TableGroupInfo
 
 
 @dataclass(frozen=True)
 class TableGroup:
-    """The pieces in the order of the layers, and what an allocation may know of them."""
+    """Channel slices that share a codebook table, hence a rate."""
 
-    info: TableGroupInfo
-    slices: tuple[ChannelSlice, ...]
+    info: TableGroupInfo  # what an allocation may know of them
+    slices: tuple[ChannelSlice, ...]  # in the order of the layers
 
 
-def cut_table_groups(
-    groups: Mapping[Site, Int[Tensor, "_"]], scores: Mapping[Site, Float[Tensor, "_"]], codebook: Codebook
-) -> list[TableGroup]:
-    """All pieces of all layers, gathered by the codebook's rule; units in the order of their first piece."""
+def cut_table_groups(problems: Mapping[Site, LayerProblem], codebook: Codebook) -> list[TableGroup]:
+    """All channel slices of all layers, gathered by the codebook's rule; in the order of their first slices."""
     gathered: dict[str, list[ChannelSlice]] = defaultdict(list)
-    for site, group in groups.items():
-        for number in range(int(group.max()) + 1):
-            channel_slice = ChannelSlice(site, number, torch.nonzero(group == number).flatten())
+    for site, problem in problems.items():
+        for number in range(int(problem.groups.max()) + 1):
+            channel_slice = ChannelSlice(site, number, torch.nonzero(problem.groups == number).flatten())
             gathered[codebook.table_group(channel_slice)].append(channel_slice)
-    totals = {name: sum(float(scores[p.site][p.columns].double().sum()) for p in slices) for name, slices in gathered.items()}
+    totals = {
+        name: sum(float(problems[s.site].score[s.columns].double().sum()) for s in slices) for name, slices in gathered.items()
+    }
     quantiles = _quantiles(gathered, totals)
-    depths = _depths(list(groups))
+    depths = _depths(list(problems))
     return [
         TableGroup(
             TableGroupInfo(
@@ -41,7 +39,7 @@ def cut_table_groups(
                 block=slices[0].site.block,
                 depth=depths[slices[0].site],
                 group=slices[0].group,
-                num_weights=sum(p.num_weights for p in slices),
+                num_weights=sum(s.num_weights for s in slices),
                 score=totals[name],
                 quantile=quantiles[name],
             ),
@@ -52,13 +50,13 @@ def cut_table_groups(
 
 
 def _quantiles(gathered: Mapping[str, Sequence[ChannelSlice]], totals: Mapping[str, float]) -> dict[str, float]:
-    """Rank of a unit's mean channel score among those of its tower, 0 .. 1; a unit alone: .5."""
+    """The rank of a table group's mean channel score in its tower, 0 .. 1; .5 for one that is alone there."""
     towers: dict[str, list[str]] = defaultdict(list)
     for name, slices in gathered.items():
         towers[slices[0].site.tower].append(name)
     ranks: dict[str, float] = {}
     for names in towers.values():
-        names.sort(key=lambda name: totals[name] / sum(len(p.columns) for p in gathered[name]))
+        names.sort(key=lambda name: totals[name] / sum(len(s.columns) for s in gathered[name]))
         ranks |= {name: rank / (len(names) - 1) if len(names) > 1 else 0.5 for rank, name in enumerate(names)}
     return ranks
 

@@ -5,7 +5,7 @@ Predicted from the layers' shapes alone; that the prediction equals the bytes on
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, layer_problems
 from hydra import compose, initialize_config_dir
 
 from mgvq.formats.grouped import pack_groups
@@ -25,8 +25,9 @@ def stored_bits(method, sites, budget_bits):
     scores = {s: torch.randn(s.in_features, generator=draws).exp() for s in sites}
     groups = method.grouping(scores, {})
     ids = {s.reads: 8 * pack_groups(g).nbytes for s, g in groups.items() if g.max() > 0}
-    table_groups = cut_table_groups(groups, scores, method.codebook)
-    table = rate_table(CodebookCache(table_groups, method.codebook, {}, {}), scores, method.allocation.distortion)
+    problems = layer_problems(sites, scores=scores, groups=groups)
+    table_groups = cut_table_groups(problems, method.codebook)
+    table = rate_table(CodebookCache(table_groups, method.codebook, problems), method.allocation.distortion)
     chosen = method.allocation(table, budget_bits - sum(ids.values()))
     return sum(ids.values()) + int(table.bits[torch.arange(len(table_groups)), chosen].sum())
 

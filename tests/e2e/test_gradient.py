@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import layer_problems
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.codebook.kmeans import KMeans
@@ -10,7 +11,7 @@ from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.errors import UserError
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import list_sites, site_weights
-from mgvq.quantization.blockwise import Samples, shifted_rounding
+from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
@@ -32,21 +33,23 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def loop(loaded):
-    """Runs the block loop over two small layers of each of two blocks; returns what `shifted_rounding` does and the flags."""
+    """Runs the block loop over two small layers of each of two blocks; returns what `blockwise_rounding` does and the flags."""
     model = loaded.model
     sites = [s for s in list_sites(model, "language") if s.kind in ("k_proj", "v_proj") and s.block in (1, 2)]
     drawn, weights = draw(), site_weights(model, sites)
     batches, heldout = (list(packed_batches(loaded.processor, e, 2)) for e in (drawn.examples, drawn.heldout_examples))
     codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=2, sample=None, seed=0)
     scores = {s: torch.arange(s.in_features).float() for s in sites}
-    table_groups = cut_table_groups({s: torch.zeros(s.in_features, dtype=torch.long) for s in sites}, scores, codebook)
     metrics = {s: Metric((torch.eye(s.in_features),), torch.eye(s.out_features)) for s in sites}
+    problems = layer_problems(sites, weights={s: w.clone() for s, w in weights.items()}, metrics=metrics, scores=scores)
+    table_groups = cut_table_groups(problems, codebook)
     rates = [next(r for r in codebook.rates() if r.index_bits == 1.0)] * len(table_groups)
 
     def run(bank=None, **settings):
         shift, flags = GradientHessian(**GRADIENT | settings), []
-        layers, fits = LayerRounder(shift, None, weights, metrics, scores, {}), CodebookCache(table_groups, codebook, weights, {})
-        return *shifted_rounding(model, sites, bank or {}, shift, Samples(batches, heldout), fits, rates, layers, flags), flags
+        rounder, cache = LayerRounder(shift, None, {}), CodebookCache(table_groups, codebook, problems)
+        samples = Samples(batches, heldout)
+        return *blockwise_rounding(model, sites, bank or {}, shift, samples, cache, rates, rounder, flags), flags
 
     run.sites, run.model = sites, model
     return run
@@ -73,6 +76,17 @@ def test_a_step_of_zero_everywhere_is_flagged(loop) -> None:
     assert "no_step" in flags
     assert set(rounded.stored) == set(loop.sites)
     assert blocks.chosen.all()
+
+
+def test_proxy_errors_of_a_shifted_target_are_measured_against_full_precision(loop) -> None:
+    """Trials overwrite the model's weights: what the second of them, and a second sweep, measure against must not follow."""
+    before = {s: w.clone() for s, w in site_weights(loop.model, loop.sites).items()}
+    rounded, blocks, _ = loop(sweeps=2, steps=[0.0, 0.4])
+    assert blocks[blocks.chosen].step.max() > 0
+    for site, weight in before.items():
+        metric = Metric((torch.eye(site.in_features),), torch.eye(site.out_features))
+        expected = metric.loss(rounded.decoded[site] - weight) / metric.loss(weight)
+        assert list(rounded.proxy[site].values())[-1] == pytest.approx(expected)
 
 
 def test_later_sweeps_never_raise_the_heldout_loss(loop) -> None:

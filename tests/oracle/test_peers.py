@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import layer_problems
 from hydra import compose, initialize_config_dir
 
 from mgvq.allocation.uniform import Uniform
@@ -100,23 +101,19 @@ def quantized(method, *layers, bits=2.0):
     )
     metrics = method.curvature.fuse(bank) if method.curvature else {}
     scores = method.sensitivity(weights, bank)
-    table_groups = cut_table_groups(method.grouping(scores, bank), scores, method.codebook)
-    whole = method.codebook.needs_gram
-    cache = CodebookCache(
-        table_groups,
-        method.codebook,
-        weights,
-        {s: m.mean_gram() if whole else m.channel_importance() for s, m in metrics.items()},
-    )
+    groups = method.grouping(scores, bank)
+    problems = layer_problems(sites, weights=weights, metrics=metrics, scores=scores, groups=groups)
+    table_groups = cut_table_groups(problems, method.codebook)
+    cache = CodebookCache(table_groups, method.codebook, problems)
     rate = next(r for r in method.codebook.rates() if r.index_bits == bits)
     if shift := method.shift:
-        cache = cache.with_weights(
+        cache = cache.with_targets(
             {s: shift.target(w, metrics[s], bank[s].gradient, shift.steps[-1]) for s, w in weights.items()}
         )
     ids = {} if method.grouping.num_groups == 1 else {"qkv": group_ids(method, scores, bank, sites[0])}
     # Without a refit: that of GPTVQ has its own oracle (test_refit.py).
-    layers = LayerRounder(method.compensation, None, weights, metrics, scores, ids)
-    stored = layers.round(cache, [rate] * len(table_groups), sites, []).stored
+    rounder = LayerRounder(method.compensation, None, ids)
+    stored = rounder.round(cache, [rate] * len(table_groups), sites, []).stored
     return [stored[s].decode().double() for s in sites], [cache(u, rate)[0][0] for u in range(len(table_groups))]
 
 
@@ -521,10 +518,9 @@ def test_rsavq_mixed_bits_lose_less_than_uniform_ones_at_equal_bytes():
     sites = [Site(f"l{i}", "language", "up_proj", i, 128, 64) for i in range(6)]
     weights = {s: torch.randn(128, 64, generator=generator) for s in sites}
     scores = {s: (2.5 * torch.randn(64, generator=generator)).exp() for s in sites}
-    table_groups = cut_table_groups(method.grouping(scores, {}), scores, method.codebook)
-    table = rate_table(
-        CodebookCache(table_groups, replace(method.codebook, iterations=4, sample=32), weights, {}), scores, "measured"
-    )
+    problems = layer_problems(sites, weights=weights, scores=scores, groups=method.grouping(scores, {}))
+    table_groups = cut_table_groups(problems, method.codebook)
+    table = rate_table(CodebookCache(table_groups, replace(method.codebook, iterations=4, sample=32), problems), "measured")
     budget, index = int(2.6 * 6 * 128 * 64), torch.arange(len(table_groups))
     mixed, uniform = (rule(table, budget) for rule in (method.allocation, Uniform(tolerance=0.0, spread=True)))
     assert table.bits[index, mixed].sum() <= budget

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import layer_problems
 
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
@@ -34,13 +35,15 @@ def problem(share="layer", seed=0):
     metrics = {s: Metric((factor(14, seed + 10 * i),), factor(s.out_features, seed + 10 * i + 5)) for i, s in enumerate(sites)}
     codebook = KMeans(vector_length=2, share=share, table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
     scores = {s: normal(14, seed=seed).abs() for s in sites}
-    table_groups = cut_table_groups({s: torch.arange(14) % 2 for s in sites}, scores, codebook)
-    return sites, metrics, scores, CodebookCache(table_groups, codebook, weights, {}), [codebook.rates()[1]] * len(table_groups)
+    groups = {s: torch.arange(14) % 2 for s in sites}
+    problems = layer_problems(sites, weights=weights, metrics=metrics, scores=scores, groups=groups)
+    table_groups = cut_table_groups(problems, codebook)
+    return sites, CodebookCache(table_groups, codebook, problems), [codebook.rates()[1]] * len(table_groups)
 
 
 def rounded(parts, compensation, refit):
-    sites, metrics, scores, cache, rates = parts
-    return LayerRounder(compensation, refit, cache.weights, metrics, scores, ids_of(sites)).round(cache, rates, sites, [])
+    sites, cache, rates = parts
+    return LayerRounder(compensation, refit, ids_of(sites)).round(cache, rates, sites, [])
 
 
 def ids_of(sites):
@@ -48,7 +51,8 @@ def ids_of(sites):
 
 
 def loss(parts, result, sites=None):
-    return sum(parts[1][s].loss(result.decoded[s] - parts[3].weights[s]) for s in sites or parts[0])
+    problems = parts[1].problems
+    return sum(problems[s].metric.loss(result.decoded[s] - problems[s].weight) for s in sites or parts[0])
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3])
@@ -100,7 +104,7 @@ def test_proxy_errors_are_of_each_part() -> None:
     result = rounded(parts, Hessian(damping=0.01), ClosedForm(rounds=1))
     plain, feedback = (rounded(parts, c, None) for c in (NoCompensation(), Hessian(damping=0.01)))
     for site in parts[0]:
-        scale = parts[1][site].loss(parts[3].weights[site])
+        scale = parts[1].problems[site].metric.loss(parts[1].problems[site].weight)
         expected = {
             "nearest": loss(parts, plain, [site]),
             "feedback": loss(parts, feedback, [site]),
@@ -109,9 +113,21 @@ def test_proxy_errors_are_of_each_part() -> None:
         assert result.proxy[site] == pytest.approx({part: value / scale for part, value in expected.items()})
 
 
-def test_units_that_others_have_a_part_in_keep_their_tables_when_a_target_moves() -> None:
-    sites, _, _, cache, rates = problem("kind")
-    moved = cache.with_weights({sites[0]: 2 * cache.weights[sites[0]], sites[2]: 2 * cache.weights[sites[2]]})
+def test_a_moved_target_is_rounded_and_measured_against_full_precision() -> None:
+    """What is rounded is the target; what the proxy error compares with stays the weight of full precision."""
+    parts = problem()
+    site, cache = parts[0][0], parts[1]
+    moved = cache.with_targets({site: cache.problems[site].weight + normal(*SIZES["a"], seed=7)})
+    result = rounded(([site], moved, parts[2]), Hessian(damping=0.01), None)
+    own = cache.problems[site]
+    error = own.metric.loss(result.decoded[site] - own.weight) / own.metric.loss(own.weight)
+    assert result.proxy[site]["feedback"] == pytest.approx(error)
+    assert error > own.metric.loss(result.decoded[site] - moved.problems[site].target) / own.metric.loss(own.weight)
+
+
+def test_table_groups_in_which_others_have_slices_keep_their_tables_when_a_target_moves() -> None:
+    sites, cache, rates = problem("kind")
+    moved = cache.with_targets({s: 2 * cache.problems[s].weight for s in (sites[0], sites[2])})
     for u, table_group in enumerate(cache.table_groups):
         kept = cache(u, rates[u])[0][0] is moved(u, rates[u])[0][0]
         assert kept == any(channel_slice.site == sites[1] for channel_slice in table_group.slices)

@@ -7,10 +7,11 @@ from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
+from mgvq.model.blocks import block_name, by_block
 from mgvq.model.encode import batches
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import linear, list_sites
-from mgvq.quantization.teacher import Teacher, block_name, by_block
+from mgvq.quantization.teacher import Teacher
 from mgvq.types import Metric
 
 
@@ -51,7 +52,7 @@ def later_block(model):
 
 @pytest.mark.parametrize("drift", ["kl", "sft"], indirect=True)
 def test_gradients_are_finite_differences_of_the_loss(loaded, drift) -> None:
-    drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher  # the loss of the gradient's own samples
+    drift._heldout_walk, drift._taught_heldout = drift._walk, drift._taught  # the loss of the gradient's own samples
     block = later_block(loaded.model)
     gradient = drift.gradient(block)
     for site in block[::3]:
@@ -70,7 +71,7 @@ def test_gradients_are_finite_differences_of_the_loss(loaded, drift) -> None:
 def test_the_gradient_of_a_block_is_a_finite_difference_of_its_drift(loaded, drift) -> None:
     """The drift is written out here: the block's output and the gradient of the right answers' loss, by hooks of this test."""
     block = later_block(loaded.model)
-    module = loaded.model.get_submodule(block_name(block[0]))
+    module = loaded.model.get_submodule(block_name(block))
     disturbed = linear(loaded.model, list_sites(loaded.model, "language")[3])
     noisy = disturbed.weight.detach().clone()
 
@@ -120,7 +121,7 @@ def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
 
 
 def test_a_small_step_against_the_gradient_lowers_the_loss(loaded, drift) -> None:
-    drift.heldout, drift._heldout_teacher = drift.batches, drift._teacher
+    drift._heldout_walk, drift._taught_heldout = drift._walk, drift._taught
     block, before = later_block(loaded.model), drift.heldout_loss()
     gradient = drift.gradient(block)
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in block}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import layer_problems
 
 from mgvq.codebook.kmeans import KMeans
 from mgvq.errors import UserError
@@ -72,9 +73,10 @@ def test_a_number_that_makes_no_groups_is_named(number) -> None:
             variant(num_groups=number)
 
 
-def test_units_gather_pieces_that_share_a_table() -> None:
+def test_table_groups_gather_slices_that_share_a_table() -> None:
     groups = Score(num_groups=2)(SCORES, {})
-    own, shared = cut_table_groups(groups, SCORES, k_means()), cut_table_groups(groups, SCORES, k_means(share="input"))
+    problems = layer_problems(SCORES, scores=SCORES, groups=groups)
+    own, shared = cut_table_groups(problems, k_means()), cut_table_groups(problems, k_means(share="input"))
     assert [len(u.slices) for u in own] == [1] * 6
     assert [len(u.slices) for u in shared] == [2, 2, 1, 1]
     for table_groups in (own, shared):
@@ -93,13 +95,14 @@ def test_measured_losses_are_the_weighted_errors_of_the_fits() -> None:
     weights = {s: torch.randn(s.out_features, s.in_features, generator=draws) for s in SCORES}
     weights[DOWN][:, 3] = 0
     codebook = k_means()
-    fits = CodebookCache(cut_table_groups(groups, SCORES, codebook), codebook, weights, {})
-    table = rate_table(fits, SCORES, "measured")
+    problems = layer_problems(SCORES, weights=weights, scores=SCORES, groups=groups)
+    cache = CodebookCache(cut_table_groups(problems, codebook), codebook, problems)
+    table = rate_table(cache, "measured")
     assert table.bits.shape == table.loss.shape == (6, len(codebook.rates()))
     assert [r.index_bits for r in table.rates] == sorted(r.index_bits for r in table.rates)
-    for u, table_group in enumerate(fits.table_groups):
+    for u, table_group in enumerate(cache.table_groups):
         for r in (0, 2):
-            (channel_slice,), (fitted,) = table_group.slices, fits(u, table.rates[r])[0]
+            (channel_slice,), (fitted,) = table_group.slices, cache(u, table.rates[r])[0]
             weight = weights[channel_slice.site][:, channel_slice.columns]
             padded = torch.nn.functional.pad(weight, (0, weight.shape[1] % 2))
             stored = fitted.weight(fitted.encode(padded.unflatten(1, (-1, 2)), 0, None)[0]).decode()
@@ -111,6 +114,6 @@ def test_measured_losses_are_the_weighted_errors_of_the_fits() -> None:
                 t.nbytes for t in fitted.weight(fitted.encode(padded.unflatten(1, (-1, 2)), 0, None)[0]).tensors().values()
             )
             assert int(table.bits[u, r]) == 8 * stored_bytes
-    modelled = rate_table(fits, SCORES, "gaussian")
-    assert float(modelled.loss[0, 0]) == pytest.approx(fits.table_groups[0].info.score * 4.0 ** -table.rates[0].index_bits)
+    modelled = rate_table(cache, "gaussian")
+    assert float(modelled.loss[0, 0]) == pytest.approx(cache.table_groups[0].info.score * 4.0 ** -table.rates[0].index_bits)
     assert not rate_table(fits, SCORES, None).loss.any()

@@ -1,0 +1,81 @@
+"""Blocks: the layers of one transformer block, which are quantised together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from mgvq.model.hooks import after_forward
+from mgvq.model.sites import linear
+from mgvq.types import Site
+
+Block = Sequence[Site]
+
+
+def by_block(sites: Sequence[Site]) -> Iterator[list[Site]]:
+    """The sites of one block at a time, in order; a site outside the blocks is a block of its own."""
+    block: list[Site] = []
+    for site in sites:
+        same = block and site.block is not None and (site.tower, site.block) == (block[0].tower, block[0].block)
+        if block and not same:
+            yield block
+            block = []
+        block.append(site)
+    if block:
+        yield block
+
+
+def block_name(block: Block) -> str:
+    """The module that holds a block: a site's name up to the block's number; a site outside the blocks is one itself."""
+    site = block[0]
+    parts = site.name.split(".")
+    return site.name if site.block is None else ".".join(parts[: parts.index(str(site.block)) + 1])
+
+
+def rows_of_blocks(sites: Sequence[Site]) -> list[list[str]]:
+    """The names of the blocks of each tower, in order: each passes its output on to the next of its row."""
+    rows: dict[str, list[str]] = {}
+    for block in by_block(sites):
+        if block[0].block is not None:
+            rows.setdefault(block[0].tower, []).append(block_name(block))
+    return list(rows.values())
+
+
+@contextmanager
+def modules_before(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[list[str]]:
+    """Filled by a forward pass: the modules that the model is made of (a tower, say) and that ran before any site.
+
+    None of their weights is quantised, so that what they put out stays the same.
+    """
+    base = model.base_model
+    assert isinstance(base, torch.nn.Module)
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    calls: list[str] = []
+    before: list[str] = []
+    parts = [f"{prefix}.{name}" for name, _ in base.named_children()]
+    hooks = {name: lambda *_, name=name: calls.append(name) for name in parts}
+    handles = [linear(model, s).register_forward_pre_hook(lambda *_: calls.append("")) for s in sites]
+    try:
+        with after_forward(model, hooks):
+            yield before
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = calls.index("") if "" in calls else 0
+    before += [name for name in dict.fromkeys(calls[:first]) if name not in calls[first:]]
+
+
+def install(model: torch.nn.Module, weights: Mapping[Site, Tensor]) -> None:
+    """Copy weights into the model. Whoever calls this owns the model until the weights are back (`restored`)."""
+    for site, weight in weights.items():
+        linear(model, site).weight.data.copy_(weight)
+
+
+@contextmanager
+def restored(model: torch.nn.Module, weights: Mapping[Site, Tensor]) -> Iterator[None]:
+    """The model has these weights again afterwards, whatever happens inside."""
+    try:
+        yield
+    finally:
+        install(model, weights)

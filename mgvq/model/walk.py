@@ -1,0 +1,227 @@
+"""The block walk: what goes into and comes out of every block, over all batches, as the blocks are quantised one by one.
+
+Whatever looks at a model block by block goes through here (gradients, held-out losses, statistics of the quantised prefix): it
+never runs a model by itself, so that how a pass comes about can change in one place.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mgvq.model.answers import answer_states
+from mgvq.model.blocks import Block, block_name, install, modules_before, restored, rows_of_blocks
+from mgvq.model.hooks import before_forward
+from mgvq.model.pack import PackedBatch
+from mgvq.model.sites import linear
+from mgvq.types import Batch, Site
+
+AnyBatch = Batch | PackedBatch
+Prefix = Literal["full_precision", "quantized"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block in a forward pass."""
+
+    number: int  # of the batch
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states that go in."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """What a call of a block left behind."""
+
+    call: Call
+    inputs: Mapping[str, Tensor]  # of the watched modules, by their names inside the block
+    returned: Any  # the block's output as its class gives it: a tensor, or a tuple that begins with it
+
+    @property
+    def output(self) -> Tensor:
+        """The hidden states that come out."""
+        return self.returned if isinstance(self.returned, Tensor) else self.returned[0]
+
+
+@dataclass
+class _Kept:
+    """What is settled under one prefix, and the outputs of it: in every row those of the last settled module alone."""
+
+    settled: list[str]
+    outputs: dict[tuple[int, str], list[Any]] = field(default_factory=dict)  # by batch and name, call by call
+
+
+class BlockWalk:
+    """Walks the blocks of a model over `batches`, which it runs and no one else does.
+
+    A block is *settled* once its weights stay as they are. Passes then begin behind the last settled block of every tower: its
+    output is computed once more for every batch and kept, and neither it nor the blocks before it run again. Modules that ran
+    before any of `sites`, a tower out of scope say, are settled from the beginning and stay so.
+
+    Two prefixes are kept apart. `quantized` is the model as it is now, the blocks before quantised. `full_precision` is what the
+    blocks put out before they were: `visit` keeps it, for whoever compares the two.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[AnyBatch]) -> None:
+        self.model, self.batches = model, batches
+        self._static = self._static_modules(sites)
+        alone = [*self._static, *(site.name for site in sites if site.block is None)]
+        self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
+        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(Prefix)}
+
+    def _static_modules(self, sites: Sequence[Site]) -> list[str]:
+        if not self.batches:
+            return []
+        with torch.inference_mode(), modules_before(self.model, sites) as static:
+            answer_states(self.model, self.batches[-1])  # the batch with the most images: the first may have none
+        return static
+
+    def settle(self, block: Block) -> None:
+        """The weights of the block, and of all blocks before it, stay as they are until `unsettle`."""
+        if block[0].block is not None:
+            self._kept["quantized"].settled.append(block_name(block))
+
+    def unsettle(self) -> None:
+        """The weights of all blocks may change again, and the walk begins anew with the first block."""
+        for kept in self._kept.values():
+            kept.settled = list(self._static)
+            kept.outputs = {key: outputs for key, outputs in kept.outputs.items() if key[1] in self._static}
+
+    @contextmanager
+    def passing(self, number: int, prefix: Prefix = "quantized") -> Iterator[AnyBatch]:
+        """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
+        kept = self._kept[prefix]
+        modules = {name: self.model.get_submodule(name) for name in kept.settled}
+        for name, module in modules.items():
+            module.forward = _Player(kept, self._row[name], number, name, module.forward)
+        try:
+            yield self.batches[number]
+        finally:
+            for module in modules.values():
+                del module.forward  # the class has its own
+
+    def visit(self, block: Block, full_precision: Mapping[Site, Tensor]) -> "Visit":
+        """The block as it is called after the blocks before it, at full precision and as they are now.
+
+        Every block is visited once, in order, until `unsettle`; `full_precision` holds the weights of its own layers.
+        """
+        return Visit(self, block, full_precision)
+
+    @torch.inference_mode()
+    def calls(self, block: Block, prefix: Prefix) -> list[Call]:
+        """Every call of the block in passes over all batches, which end where the next block of its tower begins."""
+        calls: list[Call] = []
+        number = 0
+
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(number, args, kwargs))
+
+        def stop(*_: Any) -> None:
+            raise _Stop
+
+        name = block_name(block)
+        behind = self._row[name][self._row[name].index(name) + 1 :][:1]
+        hooks = {name: record, **dict.fromkeys(behind, stop)}
+        for number in range(len(self.batches)):
+            with self.passing(number, prefix) as batch, before_forward(self.model, hooks), suppress(_Stop):
+                answer_states(self.model, batch)
+        return calls
+
+
+class Visit:
+    """One block of a walk: its calls under both prefixes, and passes of the block alone."""
+
+    def __init__(self, walk: BlockWalk, block: Block, full_precision: Mapping[Site, Tensor]) -> None:
+        self._walk, self.name = walk, block_name(block)
+        self.module = walk.model.get_submodule(self.name)
+        self.calls: dict[Prefix, list[Call]] = {
+            "full_precision": walk.calls(block, "full_precision"),
+            "quantized": walk.calls(block, "quantized"),
+        }
+        self._full_precision = full_precision
+        self._settle_full_precision()
+
+    def _settle_full_precision(self) -> None:
+        kept, row = self._walk._kept["full_precision"], self._walk._row[self.name]
+        outputs: dict[int, list[Any]] = {}
+        for one in self.run("full_precision"):
+            outputs.setdefault(one.call.number, []).append(one.returned)
+        for number, calls in outputs.items():
+            _keep(kept, row, number, self.name, calls)
+        kept.settled.append(self.name)
+
+    def run(self, prefix: Prefix, watch: Sequence[str] = (), *, graph: bool = False) -> Iterator[BlockPass]:
+        """The block's passes, call by call: at full precision with its own weights, else with those that the model has now.
+
+        `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
+        output.
+        """
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                seen[name] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        with before_forward(self.module, {name: note(name) for name in watch}), self._weights_of(prefix):
+            for call in self.calls[prefix]:
+                seen.clear()
+                with torch.enable_grad() if graph else torch.inference_mode():
+                    returned = self.module(*call.args, **call.kwargs)
+                yield BlockPass(call, dict(seen), returned)
+
+    @contextmanager
+    def _weights_of(self, prefix: Prefix) -> Iterator[None]:
+        if prefix == "quantized":
+            yield
+            return
+        present = {site: linear(self._walk.model, site).weight.detach().clone() for site in self._full_precision}
+        with restored(self._walk.model, present):
+            install(self._walk.model, self._full_precision)
+            yield
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has seen what it was for."""
+
+
+class _Player:
+    """Stands in for the `forward` of a settled module in one pass; one that is called several times is played in that order."""
+
+    def __init__(self, kept: _Kept, row: Sequence[str], number: int, name: str, run: Any) -> None:
+        self._kept, self._row, self._number, self._name, self._run = kept, row, number, name, run
+        self._played = _find(kept, row, number, name)
+        self._outputs: list[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._run(*args, **kwargs) if self._played is None else self._played[len(self._outputs)]
+        self._outputs.append(output)
+        if self._played is None:
+            _keep(self._kept, self._row, self._number, self._name, self._outputs)
+        return _fresh(output)
+
+
+def _find(kept: _Kept, row: Sequence[str], number: int, name: str) -> list[Any] | None:
+    """The kept outputs of the module, or of one behind it in its row, whose input then does not matter."""
+    return next((kept.outputs[number, n] for n in row[row.index(name) :] if (number, n) in kept.outputs), None)
+
+
+def _keep(kept: _Kept, row: Sequence[str], number: int, name: str, outputs: list[Any]) -> None:
+    for earlier in row[: row.index(name)]:
+        kept.outputs.pop((number, earlier), None)
+    kept.outputs[number, name] = outputs
+
+
+def _fresh(output: Any) -> Any:
+    """Models write into what a part returns (Qwen2-VL splits its tower's features there): what is kept stays as it was."""
+    return output if isinstance(output, Tensor) else copy.copy(output)
