@@ -1,7 +1,7 @@
 """The least total loss under the budget: an integer programme (a multiple-choice knapsack), solved by HiGHS."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class Exact:
     time_limit: float
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.distortion not in ("measured", "gaussian"):

@@ -1,7 +1,7 @@
 """Upgrades by the loss they save for each stored bit, along the lower convex hull of every unit (method 3.7)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -22,6 +22,7 @@ class Greedy:
     distortion: Literal["measured", "gaussian"]
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.distortion not in ("measured", "gaussian"):

@@ -1,7 +1,7 @@
 """RSAVQ's rule: bits in proportion to the logarithm of the score, `b = B log2(I + 1) / mean log2(I + 1)` (method 2.1)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -25,6 +25,7 @@ class Ratio:
     within: Literal["model", "layer"]
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.within not in ("model", "layer"):

@@ -6,7 +6,7 @@ A reconstruction: what is known of MGVQ says mixed precision by sensitivity, not
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,7 @@ class Threshold:
     within: Literal["model", "layer"]
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (_rise(self.thresholds) and all(0 < t < 1 for t in self.thresholds)):

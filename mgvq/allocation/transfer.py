@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -34,6 +35,7 @@ class Transfer:
     quantile_bins: int
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for a source that cannot be read, before anything expensive."""

@@ -1,6 +1,7 @@
 """One rate for all units: the highest whose stored bits, tables and scales included, fit the budget; or two, blind to scores."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Int
@@ -23,6 +24,7 @@ class Uniform:
 
     tolerance: float
     spread: bool
+    uses_score: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance <= 0.5:

@@ -1,6 +1,7 @@
 """Reverse water-filling: `b_u = level + 1/2 log2(I_u / n_u)` minimises `sum I_u 2^(-2 b_u)` at `sum n_u b_u = B` (method 3.7)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Int
 from torch import Tensor
@@ -20,6 +21,7 @@ class WaterFilling:
 
     min_bits: float | None
     min_bits_kv: float | None
+    uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(min_bits=self.min_bits, min_bits_kv=self.min_bits_kv)

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,7 @@ class Drawn(ABC):
     batch_size: int
     seed: int
     label_seed: int
+    shows_images: ClassVar[bool] = True  # rows of text alone are allowed, which nobody knows before they are read
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("heldout_samples", 0), ("batch_size", 1)):

@@ -42,6 +42,7 @@ class Text:
     heldout_samples: int
     seed: int
     label_seed: int
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("heldout_samples", 0)):

@@ -39,6 +39,10 @@ class TinyVQA:
         if self.shown not in _SHOWN:
             raise UserError(f"calibration.shown must be one of {', '.join(_SHOWN)}, got {self.shown!r}")
 
+    @property
+    def shows_images(self) -> bool:
+        return self.shown != "text"
+
     def draw(self) -> ExampleSet:
         seed = entropy(self.seed, "calibration")
         pictures = draw_pictures("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)

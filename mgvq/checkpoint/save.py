@@ -1,7 +1,6 @@
 """Writing a packed checkpoint: `mgvq.safetensors`, `mgvq.json`, and the source's config, tokenizer and processor."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.ledger import Entry, Ledger
-from mgvq.formats.grouped import GroupedWeight
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
@@ -34,7 +32,7 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
     for site, weight in weights.items():
         roles = {}
-        num_weights = _num_weights(weight)
+        num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
             if id(tensor) not in named:
                 name = f"{site.name}.{role}"
@@ -61,13 +59,6 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     for file in loaded.code:
         shutil.copy(file, folder)
     return _close(folder, entries)
-
-
-def _num_weights(weight: QuantizedWeight) -> Mapping[str, int]:
-    """How many weights the codes of each role stand for."""
-    if isinstance(weight, GroupedWeight):
-        return {f"{g}.codes": math.prod(channel_slice.shape) for g, channel_slice in enumerate(weight.slices)}
-    return {"codes": math.prod(weight.shape)}
 
 
 def _persistent_buffers(loaded: Loaded) -> list[tuple[str, Tensor]]:

@@ -1,4 +1,5 @@
-"""`mgvq-report`: a study's record, tables and figures from its finished runs; the tables in READMEs; a report to read."""
+"""`mgvq-report`: a study's record, tables and figures from its finished runs (of a frozen study: from its record); the tables in
+READMEs; a report to read."""
 
 import argparse
 import sys
@@ -53,7 +54,7 @@ def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
     study = read_study(arguments.study)
     if arguments.partial:
         return _partial(study, results, html=arguments.html)
-    if not arguments.from_records:
+    if not (arguments.from_records or study.frozen):
         _write_records(study, results)
     return _write_report(study, results, html=arguments.html)
 

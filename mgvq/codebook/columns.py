@@ -58,6 +58,9 @@ class FittedColumns:
 class Columns(VectorCodebook):
     """One table; a vector counts in the fit with (its channel's energy)^weight_power (method 2.3: VPTQ has 1)."""
 
+    spans_rows: ClassVar[bool] = True
+    can_be_refitted: ClassVar[bool] = False
+
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         return Layout(vector_length, num_centroids)
 

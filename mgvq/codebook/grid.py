@@ -76,6 +76,8 @@ class Grid:
 
     needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
+    spans_rows: ClassVar[bool] = False
+    can_be_refitted: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):

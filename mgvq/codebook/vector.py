@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -123,6 +124,8 @@ class VectorCodebook(ABC):
     iterations: int
     sample: int | None
     seed: int
+    spans_rows: ClassVar[bool] = False
+    can_be_refitted: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         lengths = self._lengths()

@@ -10,7 +10,7 @@ from torch import Tensor
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.ldlq import ldlq
 from mgvq.errors import UserError
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 
@@ -28,6 +28,8 @@ class Foem:
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
+    corrects_rows: ClassVar[bool] = False
+    shift: ClassVar[TargetShift | None] = None
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -12,10 +12,10 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
-SOURCES = ("kl", "block", "sft")
+Source = Literal["kl", "block", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class GradientHessian:
 
     damping: float  # share of the mean diagonal of h_in that is added to it
     output_damping: float | None  # the same of h_out; None: errors are not corrected from row to row
-    source: str  # kl | block | sft
+    source: Source
     refresh: bool | int
     sweeps: int
     steps: list[float]
@@ -49,8 +49,8 @@ class GradientHessian:
 
     def __post_init__(self) -> None:
         assert self._rounding  # checks the dampings
-        if self.source not in SOURCES:
-            raise UserError(f"compensation.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+        if self.source not in get_args(Source):
+            raise UserError(f"compensation.source must be one of {', '.join(get_args(Source))}; got {self.source!r}")
         if self.source != "sft" and not self.refresh:
             raise UserError(
                 f"compensation.source={self.source} with refresh=false has no effect: at full precision that gradient is zero. "
@@ -78,6 +78,14 @@ class GradientHessian:
     @property
     def needs_output_metric(self) -> bool:
         return self.output_damping is not None
+
+    @property
+    def corrects_rows(self) -> bool:
+        return self.output_damping is not None
+
+    @property
+    def shift(self) -> TargetShift:
+        return self
 
     @property
     def _rounding(self) -> Hessian | HessianTwoSided:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.ldlq import ldlq
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 
@@ -31,6 +31,8 @@ class Hessian:
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
+    corrects_rows: ClassVar[bool] = False
+    shift: ClassVar[TargetShift | None] = None
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)

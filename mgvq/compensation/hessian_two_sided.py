@@ -12,7 +12,7 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.ldl import block_ldl
 from mgvq.compensation.ldlq import Coded, Encode, ldlq
 from mgvq.errors import UserError
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 
@@ -37,6 +37,8 @@ class HessianTwoSided:
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = True
     uses_score: ClassVar[bool] = True
+    corrects_rows: ClassVar[bool] = True
+    shift: ClassVar[TargetShift | None] = None
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)

@@ -1,7 +1,7 @@
 """RSAVQ's error direction: plain rounding, its target moved along the natural gradient of the answer loss (method 2.1)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,7 @@ from torch import Tensor
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.none import NoCompensation
 from mgvq.errors import UserError
+from mgvq.protocols import TargetShift
 from mgvq.types import Metric
 
 
@@ -30,8 +31,8 @@ class NaturalGradient(NoCompensation):
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = True
 
-    # As a `Shift`: one step, tried without another.
-    source: ClassVar[str] = "sft"
+    # As a `TargetShift`: one step, which has no other to beat.
+    source: ClassVar[Literal["sft"]] = "sft"
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
 
@@ -39,6 +40,10 @@ class NaturalGradient(NoCompensation):
         if not 0 < self.step <= 1:
             raise UserError(f"compensation.step must lie in (0, 1], got {self.step!r}; for none: compensation=none")
         check_damping("damping", self.damping)
+
+    @property
+    def shift(self) -> TargetShift:  # type: ignore[override]
+        return self  # type: ignore[return-value]
 
     @property
     def steps(self) -> list[float]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.vectors import columns_of
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 
@@ -19,6 +19,8 @@ class NoCompensation:
     needs_metric: ClassVar[bool] = False
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = False
+    corrects_rows: ClassVar[bool] = False
+    shift: ClassVar[TargetShift | None] = None
 
     def round(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mgvq.curvature.fusion import per_answer
 from mgvq.errors import UserError
@@ -18,6 +19,8 @@ class Guided:
     """
 
     num_groups: int
+    has_output_factor: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.num_groups, int) and self.num_groups >= 1):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mgvq.curvature.fusion import equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
@@ -16,6 +17,7 @@ class Input:
     """
 
     fusion: str  # none | mbq_ratio
+    has_output_factor: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.fusion not in ("none", "mbq_ratio"):
@@ -24,6 +26,10 @@ class Input:
     @property
     def needs(self) -> Needs:
         return Needs(gram=True, gradients=self.fusion == "mbq_ratio")
+
+    @property
+    def needs_images(self) -> bool:
+        return self.fusion == "mbq_ratio"
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
         weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -31,6 +32,7 @@ class KroneckerFisher:
     granularity: str  # token | sequence
     fusion: str  # none | mbq_ratio | kron | token
     rounds: int | None
+    has_output_factor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.granularity not in ("token", "sequence"):
@@ -59,6 +61,10 @@ class KroneckerFisher:
         if self.fusion == "token":
             return Needs(power_rounds=self.rounds or _ROUNDS)
         return Needs(gram=True, gradients=True)
+
+    @property
+    def needs_images(self) -> bool:
+        return self.fusion == "mbq_ratio"
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
         weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from mgvq.curvature.fusion import per_answer
 from mgvq.types import Metric, Needs, Site, StatsBank
@@ -15,6 +16,9 @@ class TokenWeighted:
     with one factor for all output channels, GuidedQuant with one group. Weights of mean 1 would give the same metric up to a
     factor; these give it in nats of the mean answer loss.
     """
+
+    has_output_factor: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     @property
     def needs(self) -> Needs:

@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
@@ -26,6 +26,7 @@ class Perplexity:
 
     num_passages: int
     seed: int
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.num_passages, int) and self.num_passages >= 1):

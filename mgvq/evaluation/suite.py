@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -32,6 +32,7 @@ class Suite:
     seed: int
     batch_size: int
     data: str | None
+    shows_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = ", ".join(BENCHMARKS)

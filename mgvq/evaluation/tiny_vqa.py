@@ -1,7 +1,7 @@
 """The tiny VQA: answers through lmms-eval's generation (or teacher-forced), answer loss, and KL to the full-precision model."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ class TinyVQA:
     num_questions: int
     seed: int
     answers: str  # generated | forced
+    shows_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (isinstance(self.num_questions, int) and self.num_questions >= 1):

@@ -30,6 +30,9 @@ class ColumnWeight:
     def tensors(self) -> Mapping[str, Tensor]:
         return self.transposed.tensors()
 
+    def num_weights(self) -> Mapping[str, int]:
+        return self.transposed.num_weights()
+
     def settings(self) -> Mapping[str, Any]:
         return {**self.transposed.settings(), "shape": list(self.shape)}
 

@@ -1,5 +1,6 @@
 """Symmetric uniform grids: `w = scale * (code - middle)`, the scale of each group of channels one of a few of the layer's."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,6 +51,9 @@ class GridWeight:
             "span": self.span,
         }
         return stored if self.channels is None else {**stored, "channels": self.channels}
+
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": math.prod(self.shape)}
 
     def settings(self) -> Mapping[str, Any]:
         sizes = {"bits": self.bits, "scale_bits": self.scale_bits, "group_size": self.group_size}

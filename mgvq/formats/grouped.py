@@ -51,6 +51,13 @@ class GroupedWeight:
         }
         return {**parts, "groups": self.groups}
 
+    def num_weights(self) -> Mapping[str, int]:
+        return {
+            f"{g}.{role}": number
+            for g, channel_slice in enumerate(self.slices)
+            for role, number in channel_slice.num_weights().items()
+        }
+
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "pieces": [{"format": p.format, **p.settings()} for p in self.slices]}
 

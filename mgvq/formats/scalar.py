@@ -1,5 +1,6 @@
 """Uniform grids: `w = scale * (code - zero)` with an fp16 scale and a packed zero point for each group of input channels."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -38,6 +39,9 @@ class ScalarWeight:
             "zeros": pack(self.zeros.flatten(), self.bits),
             "scales": self.scales,
         }
+
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": math.prod(self.shape)}
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits, "group_size": self.group_size}

@@ -1,5 +1,6 @@
 """Vector codes: each run of `d` input channels of a row is an index into a table of `k` centroids, or the sum of several."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -50,6 +51,9 @@ class VectorWeight:
         codes = pack(self.codes.flatten(), index_width(self.table.shape[1]))
         stored = {"codes": codes, "table": self.table, "step": self.step, "scale": self.scale}
         return {role: tensor for role, tensor in stored.items() if tensor is not None}
+
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": math.prod(self.shape)}
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "stages": self.codes.shape[2]}

@@ -23,6 +23,8 @@ class Modality:
 
     num_groups: int
     needs: ClassVar[Needs] = Needs(gram=True)
+    uses_score: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_num_groups(self.num_groups)

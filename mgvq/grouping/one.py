@@ -17,6 +17,8 @@ class One:
 
     num_groups: ClassVar[int] = 1
     needs: ClassVar[Needs] = Needs()
+    uses_score: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, scores: Mapping[Site, Float[Tensor, "_"]], bank: StatsBank) -> Mapping[Site, Int[Tensor, "_"]]:
         return {site: torch.zeros(site.in_features, dtype=torch.int32) for site in scores}

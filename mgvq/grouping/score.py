@@ -17,6 +17,8 @@ class Score:
 
     num_groups: int
     needs: ClassVar[Needs] = Needs()
+    uses_score: ClassVar[bool] = True
+    needs_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_num_groups(self.num_groups)

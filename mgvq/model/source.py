@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
 
 SHIPPED = Path(__file__).parent / "tiny"
@@ -162,6 +163,5 @@ def folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
         if file.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py"):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()

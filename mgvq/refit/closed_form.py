@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mgvq.codebook.columns import Columns
-from mgvq.codebook.vector import FittedTables, VectorCodebook
+from mgvq.codebook.vector import FittedTables
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.protocols import Codebook, CodedSlice
+from mgvq.protocols import CodedSlice
 
 Tables = Float[Tensor, "t k d"]
 
@@ -35,9 +34,6 @@ class ClosedForm:
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise UserError(f"refit.rounds must be a whole number >= 1, got {self.rounds!r}; refit=none leaves the tables alone.")
 
-    def can_refit(self, codebook: Codebook) -> bool:
-        return isinstance(codebook, VectorCodebook) and not isinstance(codebook, Columns)
-
     def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedTables]:
         fitted = [_tables(channel_slice) for channel_slice in slices]
         old = fitted[0]
@@ -59,7 +55,7 @@ class ClosedForm:
 
 def _tables(channel_slice: CodedSlice) -> FittedTables:
     codebook = channel_slice.fitted.codebook
-    assert isinstance(codebook, FittedTables), "can_refit says so"
+    assert isinstance(codebook, FittedTables), "Codebook.can_be_refitted says so"
     return codebook
 
 

@@ -17,27 +17,27 @@ from omegaconf import DictConfig, OmegaConf
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.load import Loaded, load, load_processor
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
-from mgvq.model.text import is_text_only
 from mgvq.protocols import CalibrationSet, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.report import QuantReport
-from mgvq.runs.build import TEXT_ONLY, build, chosen
+from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
-from mgvq.runs.digests import file_digest
+from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
-from mgvq.runs.method import build_method
+from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
 from mgvq.types import Site, SiteStats
 
 SCHEMA_VERSION = 1
-PICTURES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
+IMAGES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
 log = logging.getLogger(__name__)
 
 
@@ -52,7 +52,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    device = _device(cfg.device)
+    device = _device(cfg)
     with folder:
         if folder.is_done():  # by another process, while this one was starting
             return folder.metrics()
@@ -61,7 +61,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
         loaded = load(source, device)
-        check_pictures(loaded, cfg, "calibration", "evaluation")
+        check_images(loaded, calibration=calibration, evaluation=task)
         sites = list_sites(loaded.model, cfg.scope)
         clock = Clock()
         report = None
@@ -114,21 +114,10 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def check_pictures(loaded: Loaded, cfg: DictConfig, *groups: str) -> None:
-    """Raises UserError where one of the groups shows pictures to a model that reads nothing but text."""
-    words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
-    shown = [group for group in groups if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
-    if shown and is_text_only(loaded.model.config):
-        raise UserError(
-            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it "
-            f"pictures: set {' '.join(words[group] for group in shown)}."
-        )
-
-
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
     """Packed where the model allows it: a third of the tokens."""
     if drawn.packable and can_pack(loaded.model):
-        parts = (packed_batches(loaded.processor, e, PICTURES) for e in (drawn.examples, drawn.heldout_examples))
+        parts = (packed_batches(loaded.processor, e, IMAGES) for e in (drawn.examples, drawn.heldout_examples))
     else:
         parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))
     batches, heldout = map(list, parts)
@@ -158,7 +147,7 @@ def _statistics(
 ) -> Mapping[Site, SiteStats]:
     """From the cache that all runs of the results folder share, or by one pass over the calibration samples."""
     settings = scientific_settings(cfg)
-    kept = ("model", "calibration", "scope", "threads", "numerics")
+    kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
 
     def compute() -> Mapping[Site, SiteStats]:
@@ -169,21 +158,27 @@ def _statistics(
 
 
 def _rate(report: QuantReport | None) -> str:
-    """The rate's name, `mixed` where there are several."""
+    """The name of the rate of all layers, `mixed` where there are several."""
     if report is None:
         return "full_precision"
     rates = set(report.allocation.rate)
     return rates.pop() if len(rates) == 1 else "mixed"
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+def _device(cfg: DictConfig) -> torch.device:
+    """The device that the run is named by, its arithmetic set. Raises UserError where PyTorch has no such device."""
+    device = torch.device(device_name(cfg.device))
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UserError(
+            f"device={cfg.device} stands for {device}, but PyTorch finds {torch.cuda.device_count()} CUDA devices here: set "
+            "device=cpu, or one of those."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    return device
 
 
 def _peak_gb(device: torch.device) -> float:
-    """Of the accelerator where there is one, else of the process, in 10^9 bytes."""
+    """The most memory that the accelerator has held, or the process where there is none, in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -30,6 +30,10 @@ class LayerScore(ABC):
         if self.modality not in get_args(Choice):
             raise UserError(f"sensitivity.modality must be one of {', '.join(get_args(Choice))}; got {self.modality!r}")
 
+    @property
+    def needs_images(self) -> bool:
+        return self.modality == "image"
+
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {site: as_score(self.score(weight, bank[site])) for site, weight in weights.items()}
 

@@ -43,6 +43,10 @@ class GlobalLocal:
             raise UserError(f"sensitivity.alpha, the weight of the global side, must lie in [0, 1], got {self.alpha!r}")
         self._parts()  # check the rest
 
+    @property
+    def needs_images(self) -> bool:
+        return self.modality == "image"
+
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         whole, local = ({s: part.score(w, bank[s]) for s, w in weights.items()} for part in self._parts())
         if self.alpha is None:

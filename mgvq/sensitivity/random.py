@@ -18,6 +18,7 @@ class Random:
 
     seed: int
     needs: ClassVar[Needs] = Needs()
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {

@@ -16,6 +16,7 @@ class Uniform:
     """1 for every channel."""
 
     needs: ClassVar[Needs] = Needs()
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {site: torch.ones(weight.shape[1]) for site, weight in weights.items()}

@@ -16,6 +16,7 @@ class WeightNorm:
     """`||W_:c||^2`: the squared error that losing the channel makes in the weights."""
 
     needs: ClassVar[Needs] = Needs()
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {site: as_score(column_energy(weight)) for site, weight in weights.items()}

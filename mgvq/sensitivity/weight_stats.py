@@ -22,6 +22,7 @@ class WeightStats:
     """
 
     needs: ClassVar[Needs] = Needs()
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {site: as_score(_score(weight)) for site, weight in weights.items()}

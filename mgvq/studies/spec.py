@@ -46,9 +46,14 @@ class Study:
     of what is seen belongs to the model and how much to its quantising."""
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     """Arms that are run at some values of a grid key alone: `{arm: {key: [value, ...]}}`."""
+    frozen: str | None = None
+    """The commit whose code has run the study, which is not run again: it is reported from its record alone, since today's
+    code may give its runs other names or other numbers. None: the study is run."""
 
     def __post_init__(self) -> None:
         self._check_names()
+        if self.frozen is not None and not _COMMIT.fullmatch(self.frozen):
+            raise UserError(f"study {self.name}: frozen must be 7 to 40 hex digits of a commit, in quotes, got {self.frozen!r}.")
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
@@ -166,6 +171,14 @@ class Study:
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
+def frozen_line(commit: str) -> str:
+    """The first line of the page of a study that is frozen at the commit."""
+    return (
+        f"> **Frozen at `{commit}`.** This study is not run again: its tables and figures are made from its record, and commands "
+        "and settings on this page are those of that commit."
+    )
+
+
 def file_part(arm: str) -> str:
     """An arm's name as part of a file's name."""
     return re.sub("[^a-z0-9]+", "_", arm.lower())
@@ -186,3 +199,4 @@ def read_study(path: Path) -> Study:
 
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")

@@ -89,6 +89,7 @@ _SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "primary": ((dict, type(None)), "{arm: ..., metric: ...}"),
     "spread": ((str, type(None)), "text"),
     "trainings": ((str, type(None)), "text"),
+    "frozen": ((str, type(None)), "7 to 40 hex digits of a commit, in quotes"),
     "only": (dict, "a mapping {ARM: {KEY: [VALUE, ...]}}"),
 }
 

@@ -13,6 +13,7 @@ from conftest import declare_done
 from omegaconf import OmegaConf
 
 from mgvq.data.tiny_vqa.questions import HEADLINE
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
@@ -28,6 +29,8 @@ STUDY = Study(
     primary={"arm": "better", "metric": "loss"},
 )
 NUM_IMAGES = 10
+EVALUATION = OmegaConf.load(conf_folder() / "evaluation" / "tiny_vqa.yaml")
+CFG = OmegaConf.create({"evaluation": {**EVALUATION, "num_questions": 4 * NUM_IMAGES}})
 
 
 def write_run(folder: Path, arm: str, seed: int, skill: float) -> None:
@@ -72,7 +75,7 @@ def plan(results: Path, study: Study = STUDY) -> list[PlannedRun]:
                 if not folder.exists():
                     write_run(folder, "full" if number == 0 else arm, seed, skill[arm])
                 overrides = (f"model={point['model']}", f"arm={number}", f"seed={seed}")
-                runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+                runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), CFG))
     return runs
 
 

@@ -15,7 +15,7 @@ from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
 from mgvq.compensation.none import NoCompensation
-from mgvq.protocols import Compensation, FittedSlice, TargetShift
+from mgvq.protocols import Compensation, FittedSlice
 from mgvq.runs.build import build
 from mgvq.runs.places import conf_folder
 from mgvq.types import ChannelSlice, Metric, Site
@@ -120,8 +120,8 @@ def test_it_uses_what_it_says_it_uses(variant):
 
     def codes_of(metric, score):
         aim = weight
-        if isinstance(compensation, TargetShift) and compensation.needs_output_metric:
-            aim = compensation.target(weight, metric, normal(*weight.shape, seed=7), 1.0)
+        if compensation.shift and compensation.needs_output_metric:
+            aim = compensation.shift.target(weight, metric, normal(*weight.shape, seed=7), 1.0)
         return torch.cat(compensation.round(aim, metric, slices, score, []), 1)
 
     codes = codes_of(metric, score)

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgvq.curvature.statistics import collect
+from mgvq.errors import UserError
 from mgvq.model.sites import site_weights
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
@@ -92,16 +93,15 @@ def test_every_pair_is_tried() -> None:
 @pytest.mark.parametrize(("codebook", "allocation", "compensation"), in_pairs())
 def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook: str, allocation: str, compensation: str) -> None:
     model, sites, bank, samples = problem
-    method = Method(
-        **parts(),
-        codebook=built("codebook", codebook),
-        allocation=built("allocation", allocation),
-        compensation=built("compensation", compensation),
-    )
+    chosen = {"codebook": codebook, "allocation": allocation, "compensation": compensation}
+    stages = {**parts(), **{group: built(group, name) for group, name in chosen.items()}}
+    if stages["codebook"].spans_rows and stages["compensation"].corrects_rows:
+        with pytest.raises(UserError, match="several rows at once"):
+            Method(**stages)
+        return
+    method = Method(**stages)
     before = {s: w.clone() for s, w in site_weights(model, sites).items()}
-    if codebook == "columns" and compensation == "hessian_two_sided":
-        return  # refused when the method is built: tests/config
-    if refits := ClosedForm(rounds=2).can_refit(method.codebook):
+    if refits := method.codebook.can_be_refitted:
         method = dataclasses.replace(method, refit=ClosedForm(rounds=2))
     report = quantize(model, sites, bank, method, BITS, samples)
     assert list(report.weights) == sites

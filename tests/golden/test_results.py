@@ -18,11 +18,14 @@ from mgvq.analysis.tables.paper_tables import write_paper
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.model.source import SHIPPED
 from mgvq.studies.plan import distinct, expand
-from mgvq.studies.spec import read_study
+from mgvq.studies.spec import frozen_line, read_study
 
 RESULTS = ROOT / "results"
 TRAININGS = sorted(f.parent.name for f in SHIPPED.glob("trainings/*/model.safetensors"))
 STUDIES = sorted(p.stem for p in (RESULTS / "records").glob("*.parquet"))
+FROZEN = {s.name: s.frozen for p in ROOT.glob("experiments/*/study.yaml") if (s := read_study(p)).frozen}
+# As `sha256sum --check tests/golden/frozen.sha256` reads it in the root of the checkout.
+DIGESTS = {line[66:]: line[:64] for line in (ROOT / "tests/golden/frozen.sha256").read_text().splitlines()}
 
 
 def record(study: str) -> StudyRecord:
@@ -61,7 +64,23 @@ def test_records_stay_small() -> None:
     assert sum(file.stat().st_size for file in (RESULTS / "records").rglob("*.parquet")) < 10_000_000
 
 
-@pytest.mark.parametrize("study", STUDIES)
+def test_the_records_of_frozen_studies_are_what_they_were() -> None:
+    files = [path for name in FROZEN for path in (RESULTS / "records" / f"{name}.parquet", layers_path(RESULTS, name))]
+    assert {str(path.relative_to(ROOT)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files} == DIGESTS
+
+
+@pytest.mark.parametrize("study", sorted(FROZEN))
+def test_the_page_of_a_frozen_study_says_so_first(study: str) -> None:
+    page = (ROOT / "experiments" / study / "README.md").read_text()
+    assert page.partition("\n")[0] == frozen_line(FROZEN[study])
+
+
+def test_no_other_page_says_so() -> None:
+    pages = {p.parent.name for p in ROOT.glob("experiments/*/README.md") if p.read_text().startswith("> **Frozen")}
+    assert pages == set(FROZEN)
+
+
+@pytest.mark.parametrize("study", sorted(set(STUDIES) - set(FROZEN)))
 def test_records_are_of_the_runs_that_the_study_names_today(study: str) -> None:
     """A changed setting, weight file or question makes other runs: then the study has to be run and reported again."""
     planned = expand(read_study(ROOT / "experiments" / study / "study.yaml"))

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import declare_done
-from omegaconf import OmegaConf
 from PIL import Image
 
 from mgvq.analysis.examples import examples
@@ -99,7 +98,7 @@ def runs(results: Path) -> list[PlannedRun]:
                 if not folder.exists():
                     finish(folder, arm, seed)
                 overrides = (f"model={point['model']}", f"arm={arm}", f"seed={seed}")
-                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), OmegaConf.create({})))
+                planned.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return planned
 
 

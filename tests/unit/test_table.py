@@ -23,14 +23,15 @@ from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import latex, markdown
 from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
-from mgvq.studies.kinds import PICTURES
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
 TYPES = ("count", "count", "digit", "color")  # of the questions of a picture; color is no headline type
 HEADLINE = ("count", "digit")
 NUM_PICTURES = 30
+EVALUATION = OmegaConf.load(conf_folder() / "evaluation" / "tiny_vqa.yaml")
 SKILL = {"full": 0.95, "base": 0.5, "better": 0.8, "alike": 0.5, "fixed": 0.6}  # share of right answers
 STUDY = Study(
     name="made_up",
@@ -81,7 +82,7 @@ def plan(results: Path, study: Study = STUDY, done: bool = True) -> list[Planned
                 if done and not folder.exists():
                     finish(folder, arm, number, point["model"])
                 overrides = (f"model={point['model']}", f"arm={arm}", "list=[1, 2]", f"seed={seed}")
-                cfg = OmegaConf.create({"evaluation": {"_target_": PICTURES.evaluation, "num_questions": 4 * NUM_PICTURES}})
+                cfg = OmegaConf.create({"evaluation": {**EVALUATION, "num_questions": 4 * NUM_PICTURES}})
                 runs.append(PlannedRun(arm, point, seed, overrides, RunFolder(folder), cfg))
     return runs
 

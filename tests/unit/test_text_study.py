@@ -25,8 +25,8 @@ from mgvq.analysis.tables.render import markdown
 from mgvq.analysis.tables.table import rows
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
-from mgvq.studies.kinds import TEXT
 from mgvq.studies.plan import PlannedRun, expand
 from mgvq.studies.spec import Study
 
@@ -78,7 +78,7 @@ def finish(folder: Path, arm: str, seed: int, bits: float) -> None:
 
 def plan(results: Path) -> list[PlannedRun]:
     runs = []
-    evaluation = {"_target_": TEXT.evaluation, "num_passages": 4 * len(TOPICS)}
+    evaluation = {**OmegaConf.load(conf_folder() / "evaluation" / "perplexity.yaml"), "num_passages": 4 * len(TOPICS)}
     for point in STUDY.points():
         for arm in STUDY.arms_at(point):
             for seed in STUDY.seeds:

@@ -15,7 +15,7 @@ from mgvq.analysis.records.records import Cell, MissingRun, Point, RunRecord, St
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
 from mgvq.runs.store import RunFolder
-from mgvq.studies.kinds import Kind, kind_of_metrics
+from mgvq.studies.kinds import Kind
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
 
@@ -43,7 +43,7 @@ def collect(study: Study, runs: Sequence[PlannedRun], *, partial: bool = False) 
     folders = {run.folder.path.name: run.folder.path for run in runs}
     return StudyRecord(
         cells=tuple(_labelled(cells)),
-        kind=kind_of_metrics(found[0].metrics),
+        kind=_kind(runs[0]),
         questions=_described(_samples(folders[found[0].run])),
         baselines=tuple(study.baselines),
         baseline=next(iter(study.baselines), None),
@@ -102,10 +102,12 @@ def _why_missing(folder: RunFolder) -> str:
 def _run_record(run: PlannedRun, seeds: tuple[int, ...]) -> RunRecord:
     path = run.folder.path
     metrics, samples = run.folder.metrics(), _samples(path)
-    try:
-        kind = kind_of_metrics(metrics)
-    except UserError as error:
-        raise UserError(f"arm {run.arm}: {error} They are in {path}/metrics.json.") from error
+    kind = _kind(run)
+    if kind.headline not in metrics:
+        raise UserError(
+            f"arm {run.arm}: tables are of runs that measured {kind.headline}; this one has {', '.join(sorted(metrics))}. They are "
+            f"in {path}/metrics.json."
+        )
     return RunRecord(
         run=path.name,
         seeds=seeds,
@@ -117,6 +119,12 @@ def _run_record(run: PlannedRun, seeds: tuple[int, ...]) -> RunRecord:
         scores=_scores(samples, kind),
         losses=samples.loss.round(3).to_numpy("float32") if "loss" in samples else None,
     )
+
+
+def _kind(run: PlannedRun) -> Kind:
+    if run.kind is None:
+        raise UserError(f"arm {run.arm}: evaluation={run.cfg.variants.evaluation} declares no kind, so that no table knows it.")
+    return run.kind
 
 
 def _samples(run: Path) -> pd.DataFrame:

@@ -16,7 +16,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from mgvq.errors import UserError
-from mgvq.studies.kinds import Kind, kind_of_metrics
+from mgvq.studies.kinds import Kind, kind_from, kind_of_metrics
 
 COLUMNS = ("run", "arm", "point", "seeds", "overrides", "num_samples", "samples", "metrics", "identity", "scores")
 
@@ -216,6 +216,7 @@ def write_record(record: StudyRecord, path: Path) -> None:
         "primary": record.primary,
         "spread": record.spread,
         "trainings": record.trainings,
+        "kind": record.kind.settings(),
         "questions": questions,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +252,7 @@ def read_record(path: Path) -> StudyRecord:
         cells = _cells(frame)
         return StudyRecord(
             cells=cells,
-            kind=kind_of_metrics(cells[0].runs[0].metrics),
+            kind=kind_from(told["kind"]) if told.get("kind") else kind_of_metrics(cells[0].runs[0].metrics),
             questions=_questions(told["questions"]),
             baselines=tuple(told.get("baselines") or ()),
             baseline=told.get("baseline"),
