@@ -51,7 +51,6 @@ class Kind:
     image is no longer known; None where the evaluation has no such function."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "headline_types", tuple(self.headline_types))
         for name, words in (("measures", get_args(Measure)), ("planned", get_args(Planned))):
             if unknown := sorted(set(getattr(self, name)) - set(words)):
                 raise UserError(f"{KEY}.kind.{name} of {self.headline} has {', '.join(unknown)}; there are {', '.join(words)}.")
@@ -69,7 +68,7 @@ def kind_of_config(evaluation: Mapping[str, Any]) -> Kind | None:
 
 def kind_from(settings: Mapping[str, Any]) -> Kind:
     """Raises UserError for settings that are not those of a kind."""
-    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned")}
+    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned", "headline_types")}
     try:
         return Kind(**{**settings, **lists})
     except TypeError as error:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import declare_done
+from omegaconf import OmegaConf
 from PIL import Image
 
 from mgvq.analysis.examples import examples
@@ -26,6 +27,7 @@ from mgvq.analysis.tables.table import rows
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
@@ -90,6 +92,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(results: Path) -> list[PlannedRun]:
+    cfg = OmegaConf.create({"evaluation": OmegaConf.load(conf_folder() / "evaluation" / "tiny_vqa.yaml")})
     planned = []
     for point in STUDY.points():
         for arm in STUDY.arms:

@@ -105,8 +105,8 @@ def _run_record(run: PlannedRun, seeds: tuple[int, ...]) -> RunRecord:
     kind = _kind(run)
     if kind.headline not in metrics:
         raise UserError(
-            f"arm {run.arm}: tables are of runs that measured {kind.headline}; this one has {', '.join(sorted(metrics))}. They are "
-            f"in {path}/metrics.json."
+            f"arm {run.arm}: tables are of runs that measured {kind.headline}; this one has {', '.join(sorted(metrics))}. "
+            f"They are in {path}/metrics.json."
         )
     return RunRecord(
         run=path.name,

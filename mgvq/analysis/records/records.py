@@ -250,9 +250,12 @@ def read_record(path: Path) -> StudyRecord:
         raise UserError(f"{path} is no record of a study: it has no {', '.join(absent)}. mgvq-report STUDY.yaml writes one.")
     try:
         cells = _cells(frame)
+        kind = kind_from(told["kind"]) if told.get("kind") else kind_of_metrics(cells[0].runs[0].metrics)
+        if not all(kind.headline in run.metrics for cell in cells for run in cell.runs):
+            raise ValueError(f"a run in it has not measured {kind.headline}")
         return StudyRecord(
             cells=cells,
-            kind=kind_from(told["kind"]) if told.get("kind") else kind_of_metrics(cells[0].runs[0].metrics),
+            kind=kind,
             questions=_questions(told["questions"]),
             baselines=tuple(told.get("baselines") or ()),
             baseline=told.get("baseline"),
