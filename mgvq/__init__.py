@@ -5,13 +5,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mgvq.checkpoint.load import load
 
-__all__ = ["load"]
+    __version__: str
+
+__all__ = ["__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`mgvq.load` on first use: importing the package stays free of torch."""
+    """`mgvq.load` and `mgvq.__version__` on first use: importing the package stays free of torch."""
     if name == "load":
         from mgvq.checkpoint.load import load
 
         return load
+    if name == "__version__":
+        return _version()
     raise AttributeError(f"module 'mgvq' has no attribute {name!r}")
+
+
+def _version() -> str:
+    """That of the installed package; of a checkout that is not installed, what its pyproject.toml says."""
+    import tomllib
+    from importlib import metadata
+    from pathlib import Path
+
+    try:
+        return metadata.version("mgvq")
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        return tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else "unknown"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 
 register_resolvers()
 torch.set_num_threads(1)
+
+
+def documented_columns(table: str) -> list[str]:
+    """The columns of a file of a run folder, `blocks.parquet` say, in the order in which docs/run_folder.md explains them."""
+    section = (ROOT / "docs" / "run_folder.md").read_text().split(f"\n## {table} ")[1].split("\n## ")[0]
+    return [name for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
 
 
 def run_command(module: str, *arguments: str, results: Path, check: bool = True) -> subprocess.CompletedProcess[str]:

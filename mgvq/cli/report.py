@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__, epilog=EPILOG)
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
-    parser.add_argument("--partial", action="store_true", help="of the runs that are there, as STUDY_partial; changes no record")
+    parser.add_argument("--partial", action="store_true", help="report on the runs that are there, as STUDY_partial")
     parser.add_argument("--html", action="store_true", help="results/reports/STUDY/index.html too: one file, no server")
     parser.add_argument("--paper", action="store_true", help="instead of a study: our numbers beside the published ones")
     arguments = parser.parse_args()

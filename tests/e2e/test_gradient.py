@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import layer_problems
+from conftest import documented_columns, layer_problems
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.codebook.kmeans import KMeans
@@ -87,6 +87,10 @@ def test_proxy_errors_of_a_shifted_target_are_measured_against_full_precision(lo
         metric = Metric((torch.eye(site.in_features),), torch.eye(site.out_features))
         expected = metric.loss(rounded.decoded[site] - weight) / metric.loss(weight)
         assert list(rounded.proxy[site].values())[-1] == pytest.approx(expected)
+
+
+def test_every_column_of_the_blocks_is_documented(loop) -> None:
+    assert list(loop(steps=[0.0])[1].columns) == documented_columns("blocks.parquet")
 
 
 def test_later_sweeps_never_raise_the_heldout_loss(loop) -> None:

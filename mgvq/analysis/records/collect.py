@@ -1,4 +1,4 @@
-"""From the folders of finished runs to the record of their study."""
+"""Collects the record of a study from the folders of its finished runs."""
 
 import hashlib
 import json

@@ -74,7 +74,7 @@ def _tables(folder: RunFolder) -> Iterator[pd.DataFrame]:
 
 
 def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
-    """By layer and channel group: the `evenness` of its codes. Groups without a codebook have no entry."""
+    """The `evenness` of the codes by layer and channel group. Groups without a codebook have no entry."""
     from mgvq.checkpoint.load import FORMATS, read  # here: torch takes seconds to import, and records need none of it
 
     usage = {}

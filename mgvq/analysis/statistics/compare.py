@@ -16,9 +16,9 @@ class Procedure:
     """How a difference is tested, and how its p value is corrected for the other arms of its grid point."""
 
     test: Callable[[Float[np.ndarray, "seeds clusters"]], Effect]
-    """From the differences of two arms, paired by seed and cluster of questions, to the effect."""
+    """The test: it makes an effect of the differences of two arms, paired by seed and cluster of questions."""
     correct: Callable[[Float[np.ndarray, "tests"]], Float[np.ndarray, "tests"]]
-    """From p values to adjusted ones; NaN is no test, and stays NaN."""
+    """The correction: it adjusts the p values of a grid point; NaN is no test, and stays NaN."""
     test_name: str
     """The test in the note under a table."""
     correction_name: str

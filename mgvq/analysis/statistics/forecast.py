@@ -55,7 +55,7 @@ class _Variation:
     """How much differences between arms vary."""
 
     components: dict[str, Components]
-    """Of the median arm, by measure."""
+    """The components of the median arm, by measure."""
     questions: int
     """How many questions were asked."""
     per_cluster: float

@@ -27,7 +27,7 @@ class Measure:
     scale: str
     """The unit of the metric itself, after `factor`."""
     factor: int
-    """By what the metric is multiplied before it is shown."""
+    """The number that the metric is multiplied by before it is shown."""
     decimals: int
     """How many digits are shown after the point."""
     better: str

@@ -18,7 +18,7 @@ class Column:
     metric: str
     """Its name in `metrics.json`."""
     factor: int
-    """By what it is multiplied before it is shown."""
+    """The number that it is multiplied by before it is shown."""
     decimals: int
     """How many digits are shown after the point."""
     better: str | None = None
@@ -55,9 +55,9 @@ class Row:
     arm: str
     """The arm's name."""
     values: Mapping[str, np.ndarray]
-    """By column: the metric of every run times the column's factor, NaN where a run has none that is finite."""
+    """The metric of every run times the column's factor, by column; NaN where a run has none that is finite."""
     comparisons: Mapping[str, Comparison]
-    """By column: the difference to the baseline. The baseline has none, nor has an arm or baseline without values."""
+    """The difference to the baseline, by column. The baseline has none, and no arm has one where either lacks a value."""
     gap_closed: float | None
     """How much, in percent, of the baseline's loss above full precision the arm avoids. None where the point has no
     full-precision arm or the baseline loses nothing, for those two themselves, and where a loss is missing."""
@@ -70,7 +70,7 @@ class Row:
     flags: int
     """How many fallbacks the runs took."""
     lacking: Mapping[str, tuple[int, ...]]
-    """By column: the seeds whose runs have no finite value. Such a column has no mean."""
+    """The seeds whose runs have no finite value, by column. Such a column has no mean."""
     missing: tuple[MissingRun, ...]
     """Runs that are not there: the row is of the others."""
 
@@ -86,7 +86,7 @@ class Row:
 
 
 def columns_of(record: StudyRecord) -> dict[str, Column]:
-    """Those of `COLUMNS` that the runs have measured; of benchmarks also every task's accuracy."""
+    """The columns that the runs have measured: those of `COLUMNS`, and for benchmarks the accuracy of every task."""
     metrics = dict.fromkeys(name for run in record.runs for name in run.metrics)
     accuracy = replace(COLUMNS["accuracy %"], metric=record.kind.headline)
     columns = {"accuracy %": accuracy} if "accuracy" in record.kind.measures else {}
@@ -137,7 +137,7 @@ def _compared(
 
 
 def _lacking(cell: Cell, values: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    """By column: the seeds without a value."""
+    """The seeds without a value, by column."""
     seeds = {
         name: tuple(seed for run, value in zip(cell.runs, found, strict=True) if not np.isfinite(value) for seed in run.seeds)
         for name, found in values.items()
@@ -146,7 +146,7 @@ def _lacking(cell: Cell, values: Mapping[str, np.ndarray]) -> dict[str, tuple[in
 
 
 def _gaps_closed(cells: Mapping[str, Cell], baseline: str | None) -> dict[str, float]:
-    """`Row.gap_closed` by arm."""
+    """The value of `Row.gap_closed` for every arm that has one."""
     full = [arm for arm, cell in cells.items() if cell.is_full_precision]
     if baseline is None or baseline not in cells or len(full) != 1:
         return {}
