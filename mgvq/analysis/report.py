@@ -4,7 +4,7 @@
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,20 +120,20 @@ FIGURES = (
 )
 
 
-def write_tables(name: str, record: StudyRecord, results: Path) -> list[Path]:
-    """Write `tables/NAME*.md`, `.csv` and `.tex` under `results`, those of `TABLES` that the study has, and `NAME_verdict.md`.
+def write_tables(name: str, record: StudyRecord, results: Path, tables: Sequence[TableOf] = TABLES) -> list[Path]:
+    """Write `tables/NAME*.md`, `.csv` and `.tex` under `results`, those of `tables` that the study has, and `NAME_verdict.md`.
 
     Returns the files. Equal records give equal bytes.
     """
-    tables: dict[str, Table] = {}
-    for entry in TABLES:
+    made: dict[str, Table] = {}
+    for entry in tables:
         if entry.condition(record):
-            tables["_".join(filter(None, (name, entry.name)))] = entry.make(record)
+            made["_".join(filter(None, (name, entry.name)))] = entry.make(record)
             for baseline in record.baselines[1:] if entry.each_baseline else ():
                 parts = (name, entry.name, "vs", file_part(baseline))
-                tables["_".join(filter(None, parts))] = entry.make(record.against(baseline))
+                made["_".join(filter(None, parts))] = entry.make(record.against(baseline))
     texts = {f"{name}_verdict.md": "".join(f"* {sentence}\n" for sentence in verdict(record))}
-    texts |= {f"{file}{suffix}": write(table) for file, table in tables.items() for suffix, write in FORMATS.items()}
+    texts |= {f"{file}{suffix}": write(table) for file, table in made.items() for suffix, write in FORMATS.items()}
     folder = results / "tables"
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
@@ -146,8 +146,10 @@ def figure_path(results: Path, name: str, figure: FigureOf) -> Path:
     return results / "figures" / f"{name}_{figure.name}.svg"
 
 
-def write_figures(name: str, record: StudyRecord, layers: pd.DataFrame, results: Path) -> list[Path]:
-    """Write `figures/NAME_*.svg` under `results`, those of `FIGURES` for which the study has something to show.
+def write_figures(
+    name: str, record: StudyRecord, layers: pd.DataFrame, results: Path, figures: Sequence[FigureOf] = FIGURES
+) -> list[Path]:
+    """Write `figures/NAME_*.svg` under `results`, those of `figures` for which the study has something to show.
 
     Figures of an earlier report that it no longer has are removed. Equal records and layers give equal bytes, as long as
     matplotlib is the same.
@@ -155,7 +157,7 @@ def write_figures(name: str, record: StudyRecord, layers: pd.DataFrame, results:
     shown = Results(record=record, layers=layers)
     written = []
     with style():
-        for entry in FIGURES:
+        for entry in figures:
             path = figure_path(results, name, entry)
             path.unlink(missing_ok=True)
             if entry.condition(shown):
