@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 from mgvq.model.source import SHIPPED
+from mgvq.runs.compose import composer
 from mgvq.runs.execute import execute
 from mgvq.runs.identity import run_id
-from mgvq.runs.places import conf_folder, register_resolvers
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 
 FAMILIES = ("tiny_internvl", "tiny_llava_onevision", "tiny_qwen2_vl", "tiny_smolvlm")
@@ -33,14 +32,13 @@ def presets() -> list[str]:
 def digests(models: Sequence[str], methods: Sequence[str], results: Path) -> Iterator[tuple[str, str, str]]:
     """Model, preset and digest, one after the other; the runs lie in `results`."""
     assert (SHIPPED / models[0]).is_dir()
-    register_resolvers()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with composer() as compose:
         for model in models:
             for method in methods:
                 words = [f"model={model}", f"method={method}", f"paths.results={results}", QUESTIONS]
-                cfg = compose("config", words)
+                cfg = compose(*words)
                 if "num_images" in cfg.calibration:
-                    cfg = compose("config", [*words, *SHORT])
+                    cfg = compose(*words, *SHORT)
                 metrics = execute(cfg, RunFolder(results / "runs" / run_id(cfg)))
                 yield model, method, metrics["checkpoint_sha256"]
 

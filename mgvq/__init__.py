@@ -3,19 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mgvq.checkpoint.load import load
+    from mgvq.checkpoint.load import load, load_processor
 
     __version__: str
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "load_processor"]
 
 
 def __getattr__(name: str) -> Any:
-    """`mgvq.load` and `mgvq.__version__` on first use: importing the package stays free of torch."""
-    if name == "load":
-        from mgvq.checkpoint.load import load
+    """`mgvq.load`, `mgvq.load_processor`, `mgvq.__version__` on first use: importing the package stays free of torch."""
+    if name in ("load", "load_processor"):
+        from mgvq.checkpoint import load as reading
 
-        return load
+        return getattr(reading, name)
     if name == "__version__":
         return _version()
     raise AttributeError(f"module 'mgvq' has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """What the variants of every stage have to offer; the carriers that they take and give are in `mgvq.types`.
 
-Dimension names are those of `mgvq.types`.
+A variant *declares* what others must know of it: whoever checks that the stages of a method fit together asks for these
+properties and knows no class. Dimension names are those of `mgvq.types`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,58 +23,90 @@ class QuantizedWeight(Protocol):
     """
 
     format: ClassVar[str]
+    """The name under which a checkpoint stores the weight and finds its class again."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
     def decode(self) -> Float[Tensor, "out in"]: ...
     def tensors(self) -> Mapping[str, Tensor]: ...
+    def num_weights(self) -> Mapping[str, int]:
+        """The number of weights that each of the tensors stands for; a tensor that is left out stands for none, as a table."""
+        ...
+
     def settings(self) -> Mapping[str, Any]: ...
 
 
 @runtime_checkable
 class FittedCodebook(Protocol):
-    """A codebook fitted to one piece. Its columns are encoded in runs of `vector_length`, the last one padded with zeros."""
+    """A codebook fitted to one channel slice, whose columns are encoded in runs of `vector_length`, padded with zeros."""
 
-    vector_length: int
-
+    @property
+    def vector_length(self) -> int: ...
     def encode(
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
-        """Codes (integers, "out v" or "out v stages") of the vectors `first`, `first + 1`, ... of every row, and what they stand
-        for.
+        """Return the codes of the vectors `first`, `first + 1`, ... of every row, and what they stand for.
 
-        Each vector x takes the code c that is nearest in |root (x - c)|; None: as the codebook itself weighs its channels.
+        Codes are integers of shape "out v stages" ("runs v stages" where one code stands for a run of rows). Each vector x takes
+        the code c that is nearest in |root (x - c)|; with None, as the codebook itself weighs its channels.
         """
         ...
 
     def rows(self, part: slice) -> "FittedCodebook":
-        """The same for a run of the piece's rows."""
+        """Return the same for a run of the slice's rows."""
         ...
 
     def weight(self, codes: Tensor) -> QuantizedWeight:
-        """The stored piece from the codes of all its vectors."""
+        """Return the stored slice from the codes of all its vectors."""
         ...
 
 
 @runtime_checkable
 class Codebook(Protocol):
-    """Offers rates; fits the pieces of a unit at one of them, and predicts the exact bits of that from the shapes alone.
-
-    `energy` is how much an input channel counts (`Metric.channel_energy`), None: all alike; where `needs_gram`, how the errors of
-    two channels count together (`Metric.mean_gram`). `needs_energy` says whether it is looked at. `name` names the unit: the
-    random stream of the fit. Fallbacks that were taken are appended to `flags`.
+    """Offers rates, fits the channel slices of a table group at one of them, and predicts from the shapes alone how many bits
+    that takes, exactly.
     """
 
     @property
-    def needs_importance(self) -> bool: ...
-    @property
-    def needs_gram(self) -> bool: ...
-    def rates(self) -> Sequence[Rate]: ...
-    def table_group(self, channel_slice: ChannelSlice) -> str:
-        """Pieces of one name share a table and a rate."""
+    def spans_rows(self) -> bool:
+        """Whether one vector holds weights of several rows, so that no row can be rounded after another."""
         ...
 
-    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int: ...
+    @property
+    def can_be_refitted(self) -> bool:
+        """Whether the fitted slices are `mgvq.codebook.vector.FittedTables`, whose centroids a refit may move."""
+        ...
+
+    @property
+    def needs_importance(self) -> bool:
+        """Whether `fit` reads the importance of the channels, for which the run needs a curvature."""
+        ...
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the importance is a matrix, how the errors of two channels count together (`Metric.mean_gram`), and not one
+        number a channel (`Metric.channel_importance`)."""
+        ...
+
+    @property
+    def follows_metric(self) -> bool:
+        """Whether `FittedCodebook.encode` looks for the nearest code in the metric of its root; False: the Euclidean nearest
+        always, as of a lattice."""
+        ...
+
+    def rates(self) -> Sequence[Rate]: ...
+    def distortion(self, rate: Rate) -> float:
+        """The mean squared error on a Gaussian of variance 1 by which an allocation predicts losses."""
+        ...
+
+    def table_group(self, channel_slice: ChannelSlice) -> str:
+        """The name of the slice's table group; slices of one name share a table and a rate."""
+        ...
+
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
+        """The exact bits that the slices of one table group take, tables and scales included."""
+        ...
+
     def fit(
         self,
         name: str,
@@ -81,7 +114,13 @@ class Codebook(Protocol):
         rate: Rate,
         importance: Sequence[Float[Tensor, "c"] | Float[Tensor, "c c"] | None],
         flags: list[str],
-    ) -> Sequence[FittedCodebook]: ...
+    ) -> Sequence[FittedCodebook]:
+        """One fitted codebook for each of the weights.
+
+        `name` is that of the table group and names the random stream of the fit. An `importance` of None: all channels count
+        alike. Fallbacks that were taken are appended to `flags`.
+        """
+        ...
 
 
 @runtime_checkable
@@ -113,13 +152,18 @@ class Transform(Protocol):
 
 @runtime_checkable
 class Sensitivity(Protocol):
-    """A score >= 0 for every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
+    """Gives a score >= 0 to every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
 
-    Read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
+    A score is read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
     """
 
     @property
     def needs(self) -> Needs: ...
+    @property
+    def needs_images(self) -> bool:
+        """Whether the score turns on image tokens, so that a calibration which shows none leaves it nothing to go by."""
+        ...
+
     def __call__(
         self, weights: Mapping[Site, Float[Tensor, "out in"]], bank: StatsBank
     ) -> Mapping[Site, Float[Tensor, "in"]]: ...
@@ -135,90 +179,104 @@ class Grouping(Protocol):
     num_groups: int
 
     @property
+    def uses_score(self) -> bool:
+        """Whether the groups follow the channels' sensitivity."""
+        ...
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the groups turn on image tokens, so that a calibration which shows none leaves nothing to go by."""
+        ...
+
+    @property
     def needs(self) -> Needs: ...
     def __call__(self, scores: Mapping[Site, Float[Tensor, "in"]], bank: StatsBank) -> Mapping[Site, Int[Tensor, "in"]]: ...
 
 
 @runtime_checkable
 class Allocation(Protocol):
-    """The rate of every unit (an index into `table.rates`), all of them within `budget_bits` stored bits.
+    """Gives every table group its rate (an index into `table.rates`), all of them within `budget_bits` stored bits.
 
-    `distortion`: how the table's loss is to be predicted, None where it is not looked at. Raises UserError where no choice fits.
+    Raises UserError where no choice fits.
     """
 
     @property
-    def distortion(self) -> Literal["measured", "gaussian"] | None: ...
+    def uses_score(self) -> bool:
+        """Whether the rates follow the channels' sensitivity."""
+        ...
+
+    @property
+    def distortion(self) -> Literal["measured", "gaussian"] | None:
+        """How the table's loss is to be predicted; None where it is not looked at."""
+        ...
+
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class FittedSlice:
-    """A piece with its codebook."""
+    """A channel slice with the codebook that was fitted to it."""
 
     channel_slice: ChannelSlice
+    """Which columns of which layer."""
     codebook: FittedCodebook
+    """What they are rounded to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodedSlice:
-    """A piece whose codes are chosen.
-
-    `target` is what its layer lacks without it: the layer's weights, less what the other pieces stand for. In the piece's own
-    columns these are the weights as they were rounded; in the others the errors made there, which move the optimum of this
-    piece through the metric.
-    """
+    """A channel slice whose codes are chosen."""
 
     fitted: FittedSlice
-    codes: Tensor
+    """The slice and its codebook."""
+    codes: Int[Tensor, "_ v stages"]
+    """The codes of all its vectors."""
     target: Float[Tensor, "out in"]
+    """The layer's weights less what its other slices stand for. In the slice's own columns these are the weights as they were
+    rounded; in the others the errors that were made there, which move the optimum of this slice through the metric."""
     metric: Metric
+    """The metric of the whole layer."""
 
 
 @runtime_checkable
 class Refit(Protocol):
-    """Moves the tables of one unit to where its chosen codes serve best: one codebook a piece, never a worse one.
+    """Moves the tables of one table group to where its chosen codes serve best.
 
-    All pieces share their tables and are of different layers. `rounds`: how often the layers are rounded, and refitted after.
+    It is asked only where the codebook says `can_be_refitted`.
     """
 
     rounds: int
+    """How often the layers are rounded, and refitted after that."""
 
-    def can_refit(self, codebook: Codebook) -> bool: ...
-    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]: ...
-
-
-@runtime_checkable
-class Compensation(Protocol):
-    """Rounds one layer: the codes of every piece. `score` (one a channel) gives the order; flags are appended to.
-
-    `needs_output_metric`: the metric must have an `h_out`. One that is a `Shift` too is rounded block by block.
-    """
-
-    @property
-    def needs_metric(self) -> bool: ...
-    @property
-    def needs_output_metric(self) -> bool: ...
-    @property
-    def uses_score(self) -> bool: ...
-    def round(
-        self,
-        weight: Float[Tensor, "out in"],
-        metric: Metric | None,
-        slices: Sequence[FittedSlice],
-        score: Float[Tensor, "in"],
-        flags: list[str],
-    ) -> Sequence[Tensor]: ...
+    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]:
+        """One codebook for each slice, never a worse one. The slices share their tables and are of different layers."""
+        ...
 
 
 @runtime_checkable
 class TargetShift(Protocol):
-    """Moves the target of rounding by a gradient: its `source` (kl | block | sft), taken again at every block (true), every so
-    many blocks or not at all (false), the steps to try, and how often all blocks are gone through."""
+    """Moves the target of rounding by a gradient, block by block."""
 
-    source: str
-    refresh: bool | int
-    steps: list[float]
-    sweeps: int
+    @property
+    def source(self) -> Literal["kl", "block", "sft"]:
+        """Whose gradient it is: `kl`, the divergence from the full-precision model; `block`, the drift of a block's output;
+        `sft`, the loss of the right answers."""
+        ...
+
+    @property
+    def refresh(self) -> bool | int:
+        """The gradient is taken again at every block (true), at every so many blocks, or never (false)."""
+        ...
+
+    @property
+    def steps(self) -> Sequence[float]:
+        """The steps to try, as shares of a layer's norm."""
+        ...
+
+    @property
+    def sweeps(self) -> int:
+        """How often all blocks are gone through."""
+        ...
 
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
@@ -226,17 +284,83 @@ class TargetShift(Protocol):
 
 
 @runtime_checkable
+class PrefixShift(Protocol):
+    """Moves the target of rounding by what the quantised layers before it have lost, layer by layer."""
+
+    of: Literal["stream", "output"]
+    """What is brought back to full precision: the residual stream behind the layer, or the layer's own output."""
+
+    def correction(
+        self,
+        lacking: Float[Tensor, "out in"],
+        gram: Float[Tensor, "in in"],
+        heldout: tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]] | None,
+    ) -> Float[Tensor, "out in"]:
+        """What is added to the weight, from `E[r x~^T]` and `E[x~ x~^T]`, r what is lacking and x~ the layer's present input."""
+        ...
+
+
+@runtime_checkable
+class Compensation(Protocol):
+    """Rounds one layer."""
+
+    @property
+    def needs_metric(self) -> bool:
+        """Whether it weighs errors by the metric, for which the run needs a curvature."""
+        ...
+
+    @property
+    def needs_output_metric(self) -> bool:
+        """Whether that metric must have an output factor (`Metric.h_out`)."""
+        ...
+
+    @property
+    def uses_score(self) -> bool:
+        """Whether the channels' sensitivity decides what is rounded first."""
+        ...
+
+    @property
+    def corrects_rows(self) -> bool:
+        """Whether an error of one row is corrected in other rows, which a codebook that `spans_rows` cannot have."""
+        ...
+
+    @property
+    def shift(self) -> TargetShift | None:
+        """What moves the targets of rounding, block by block; None: the weights themselves are the targets."""
+        ...
+
+    @property
+    def prefix_shifts(self) -> Sequence[PrefixShift] | None:
+        """Layers are rounded in the order of the data, each in the metric of the inputs that the quantised ones before it give,
+        and their targets moved by the first of these that is made for them; None: on statistics of full precision."""
+        ...
+
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric | None,
+        slices: Sequence[FittedSlice],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+    ) -> Sequence[Tensor]:
+        """The codes of every slice. `score` is that of the channels; fallbacks that were taken are appended to `flags`."""
+        ...
+
+
+@runtime_checkable
 class CalibrationSet(Protocol):
-    """The gradient samples and the held-out samples, disjoint from each other and from every test question.
-
-    `label_seed`: of the answers that are sampled from the model where the statistics ask for them. `packable`: the samples are
-    questions about one image each, so that those about the same can share a row.
-    """
+    """The gradient samples and the held-out samples, disjoint from each other and from every test question."""
 
     @property
-    def label_seed(self) -> int: ...
+    def label_seed(self) -> int:
+        """The seed of the answers that are sampled from the model where the statistics ask for them."""
+        ...
+
     @property
-    def packable(self) -> bool: ...
+    def packable(self) -> bool:
+        """Whether the samples are questions about one image each, so that those about the same image can share a row."""
+        ...
+
     @property
     def examples(self) -> Sequence[Any]: ...
     @property
@@ -247,9 +371,16 @@ class CalibrationSet(Protocol):
 
 @runtime_checkable
 class Calibration(Protocol):
-    """Draws the samples; bad data is reported here, before a model is loaded."""
+    """Draws the samples."""
 
-    def draw(self) -> CalibrationSet: ...
+    @property
+    def shows_images(self) -> bool:
+        """Whether samples may show images: a model that reads only text cannot take them."""
+        ...
+
+    def draw(self) -> CalibrationSet:
+        """Raises UserError for bad data, before a model is loaded."""
+        ...
 
 
 @runtime_checkable
@@ -257,13 +388,31 @@ class Curvature(Protocol):
     """Turns the statistics of all layers into the metric that rounding minimises."""
 
     @property
+    def has_output_factor(self) -> bool:
+        """Whether every metric has an `h_out`, and a single `h_in`."""
+        ...
+
+    @property
     def needs(self) -> Needs: ...
+    @property
+    def needs_images(self) -> bool:
+        """Whether the metric turns on image tokens, so that a calibration which shows none leaves it nothing to go by."""
+        ...
+
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]: ...
 
 
 @runtime_checkable
 class Task(Protocol):
-    """Evaluates a model against its full-precision reference."""
+    """Evaluates a model against its full-precision reference.
+
+    What tables and plans make of its metrics is declared in its yaml (`mgvq.studies.kinds`).
+    """
+
+    @property
+    def shows_images(self) -> bool:
+        """Whether the questions show images: a model that reads only text cannot answer them."""
+        ...
 
     def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...
 
@@ -273,3 +422,10 @@ class ReadsData(Task, Protocol):
     """A task whose questions may be missing. `check` raises UserError where they are; called before a model is loaded."""
 
     def check(self) -> None: ...
+
+
+@runtime_checkable
+class DrawsSamples(Task, Protocol):
+    """A task that knows its samples without a model: those that are too long for one are refused before its weights are read."""
+
+    def draw(self) -> Sequence[Any]: ...

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from mgvq.data.tiny_vqa.dataset import Picture
+from mgvq.data.tiny_vqa.dataset import DrawnImage
 from mgvq.data.tiny_vqa.questions import Question
 
 IGNORE = -100
@@ -56,7 +56,7 @@ class Packer:
         asked = [*self.encode(question.text), self.assistant]
         return [*asked, *self.encode(question.answer), self.end], len(asked)
 
-    def __call__(self, pictures: list[Picture]) -> PackedBatch:
+    def __call__(self, pictures: list[DrawnImage]) -> PackedBatch:
         rows = [[self.segment(q) for q in p.questions] for p in pictures]
         num_prefix = len(self.prefix)
         length = num_prefix + max(sum(len(tokens) for tokens, _ in row) for row in rows)

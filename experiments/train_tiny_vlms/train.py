@@ -21,7 +21,7 @@ from build import FAMILIES, build
 from packing import IGNORE, PackedBatch, Packer
 from torch.nn.functional import cross_entropy
 
-from mgvq.data.tiny_vqa.dataset import Picture, draw_picture, draw_test
+from mgvq.data.tiny_vqa.dataset import DrawnImage, draw_image, draw_test
 from mgvq.data.tiny_vqa.questions import HEADLINE, TRAINING_MIX, Question, ask
 from mgvq.data.tiny_vqa.scene import COLORS, GRID, KINDS, NUMBERS, Scene
 
@@ -115,16 +115,16 @@ class Trainer:
         ).last_hidden_state
         return self.model.lm_head(hidden[batch.labels != IGNORE]).float()
 
-    def pictures(self, step: int, count: int, caption: bool) -> list[Picture]:
+    def pictures(self, step: int, count: int, caption: bool) -> list[DrawnImage]:
         """Fresh pictures at every step; with `caption` the first question describes the whole scene."""
         drawn = []
         for index in range(step * 64, step * 64 + count):
-            p = draw_picture("train", self.recipe.seed, index, self.recipe.questions - caption, self.recipe.mix)
+            p = draw_image("train", self.recipe.seed, index, self.recipe.questions - caption, self.recipe.mix)
             if caption:
                 whole = ask(p.scene, "list_all", np.random.default_rng(0))
                 assert isinstance(whole, Question)
                 rest = tuple(q for q in p.questions if q.type != "list_all")
-                p = Picture(p.index, p.scene, p.pixels, (whole, *rest))
+                p = DrawnImage(p.index, p.scene, p.pixels, (whole, *rest))
             drawn.append(p)
         return drawn
 
@@ -206,7 +206,7 @@ class Trainer:
         """Packed logits equal the official processor and forward pass, one question at a time."""
         self.model.eval()
         torch.compiler.set_stance("force_eager")
-        picture = draw_picture("validation", 1, 0, 5)
+        picture = draw_image("validation", 1, 0, 5)
         batch = self.packer([picture])
         packed = self.answer_logits(batch, self.family.features(self.model, batch.pixels))
         single = []

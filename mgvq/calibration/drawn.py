@@ -1,15 +1,17 @@
-"""What the calibration sets of given rows share: a seeded draw of conversations, the held-out ones with images of their own."""
+"""The base class of calibration sets that are given as rows: a seeded draw, held-out rows with images of their own."""
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 import torch
 
 from mgvq.calibration.examples import ExampleSet
 from mgvq.calibration.rows import Row
+from mgvq.checks import whole_number
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat, Turn
 from mgvq.rng import generator
@@ -17,31 +19,30 @@ from mgvq.rng import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(ABC):
-    """`num_samples` rows of `path`, drawn without replacement, then `heldout_samples` more that share no image with them.
+    """A calibration set of rows that are drawn without replacement; held-out rows share no image with the others.
 
-    Rows without images must differ in their texts. At most `batch_size` samples go through the model together. `label_seed` draws
-    the answers that are sampled from the model for its Fisher.
+    Rows without images must differ in their texts.
     """
 
-    path: str
-    num_samples: int
-    heldout_samples: int
-    batch_size: int
-    seed: int
-    label_seed: int
+    path: str  # the file of the rows, or the data set
+    num_samples: int  # rows for the statistics
+    heldout_samples: int  # rows that choose the gradient step, drawn after the others
+    batch_size: int  # samples that go through the model together, at most
+    seed: int  # draws the rows
+    label_seed: int  # draws the answers that are sampled from the model for its Fisher
+    shows_images: ClassVar[bool] = True  # rows of text alone are allowed, which nobody knows before they are read
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("heldout_samples", 0), ("batch_size", 1)):
-            if not (type(value := getattr(self, name)) is int and value >= least):
-                raise UserError(f"calibration.{name} must be a whole number >= {least}, got {value!r}.")
+        for name, least in (("num_samples", 1), ("heldout_samples", 0), ("batch_size", 1), ("seed", 0), ("label_seed", 0)):
+            whole_number(f"calibration.{name}", getattr(self, name), least=least)
 
     @abstractmethod
     def rows(self) -> Sequence[Row]:
-        """All that can be drawn. Raises UserError where `path` is not what it should be."""
+        """All rows that can be drawn. Raises UserError where `path` is not what it should be."""
 
     @abstractmethod
     def turns(self, row: Row) -> tuple[Turn, ...]:
-        """What one row says. Raises UserError with its place where it is bad."""
+        """The conversation of one row. Raises UserError with its place where it is bad."""
 
     def draw(self) -> ExampleSet:
         """Raises UserError for too few rows, and as `rows` and `turns` do."""
@@ -69,6 +70,6 @@ class Drawn(ABC):
 
 
 def _marks(chat: Chat) -> set[str]:
-    """What no two samples of different parts may share."""
+    """Digests of the images, or of the text where there are none: no sample for the statistics shares one with a held-out one."""
     shown = [image.tobytes() for image in chat.images] or ["\n".join(turn.text for turn in chat.turns).encode()]
     return {hashlib.sha256(content).hexdigest() for content in shown}

@@ -10,6 +10,7 @@ from typing import Any
 
 from mgvq.calibration.drawn import Drawn
 from mgvq.calibration.rows import Row, chat_turns, open_image, question_turns
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 from mgvq.model.chat import Turn
 
@@ -68,28 +69,28 @@ class Hub(Drawn):
         images = images if isinstance(images, list) else [] if images is None else [images]
         if "messages" in found:
             return chat_turns(row, found["messages"], images, Path(self.path))
-        pictures = [open_image(row, image, Path(self.path)) for image in images]
-        return question_turns(row, pictures, found.get("question"), found["answer"])
+        images = [open_image(row, image, Path(self.path)) for image in images]
+        return question_turns(row, images, found.get("question"), found["answer"])
 
     def _load(self) -> Any:
         import datasets  # here: it takes a second
-        from datasets.exceptions import DatasetsError
+        from datasets.config import HF_DATASETS_CACHE
 
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         splits: dict[Any, Any]
-        try:
+        what = f"calibration.path={self.path} (subset {self.subset}, split {self.split}) cannot be loaded"
+        advice = (
+            "A hub name needs the network once, or its files in the local cache; a folder needs nothing. What it is read into is "
+            f"{HF_DATASETS_CACHE}, which must be writable: HF_HOME says where that is."
+        )
+        with told_as(what, advice):
             if self._is_saved():
                 data = datasets.load_from_disk(self.path)
                 splits = data if isinstance(data, datasets.DatasetDict) else {None: data}
             else:
                 data = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision)
                 splits = data if isinstance(data, datasets.DatasetDict) else {self.split: data}
-        except (OSError, ValueError, DatasetsError) as error:
-            raise UserError(
-                f"calibration.path={self.path} (subset {self.subset}, split {self.split}) cannot be loaded: {error!r}. A hub "
-                "name needs the network once, or its files in the local cache; a folder needs nothing."
-            ) from error
         if self.split not in splits:
             named = ", ".join("null (no splits)" if name is None else str(name) for name in splits)
             raise UserError(f"calibration.split={self.split}: in {self.path} there is {named}.")

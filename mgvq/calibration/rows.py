@@ -1,6 +1,5 @@
 """Rows of calibration data: reading them from files, and making conversations of what they say; errors name their place."""
 
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from typing import Any
 
 from PIL import Image
 
+from mgvq.calibration.images import read_image, whole_images_only
+from mgvq.checks import short_words, told_as
 from mgvq.errors import UserError
 from mgvq.model.chat import Turn
 
@@ -19,65 +20,82 @@ _IMAGE_KEYS = ("image", "images")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of `source` (a file, a data set), not yet read; `where` in it: `line 3`."""
+    """One row of calibration data, which is read when it is asked for."""
 
-    source: str
-    where: str
-    read: Callable[[], Any]
+    source: str  # the file or the data set
+    where: str  # the row's place in it: `line 3`
+    read: Callable[[], Any]  # gives the content; raises what the library that reads it raises
 
     @property
     def sample_id(self) -> str:
-        """The same wherever the file lies."""
+        """The row's name, which is the same wherever its file lies."""
         return f"{Path(self.source).name}, {self.where}"
 
     def error(self, text: str) -> UserError:
-        """With the row's place in front."""
+        """The error of this row, its place in front of the text."""
         return UserError(f"{self.source}, {self.where}: {text}")
 
     def content(self, *keys: str) -> dict[str, Any]:
-        """What stands in it. Raises UserError where it cannot be read, or one of `keys` is missing."""
-        try:
+        """What stands in the row. Raises UserError where it cannot be read (no JSON, a broken image in an image column), where a
+        text in it is no Unicode, or where one of `keys` is missing."""
+        with told_as(f"{self.source}, {self.where}: cannot be read", "Fix the row or take it out."), whole_images_only():
             content = self.read()
-        except (ValueError, OSError) as error:  # no JSON, or no image in an image column
-            raise self.error(f"cannot be read ({error}). Fix the row or take it out.") from error
         if not isinstance(content, dict):
             raise self.error(f"must be an object with {', '.join(keys)}, got {_short(content)}.")
         if missing := [key for key in keys if key not in content]:
             raise self.error(f"has no {' and no '.join(missing)}; its keys are {', '.join(map(str, content))}. Rename them.")
+        if bad := next((text for text in _texts(content) if not _is_unicode(text)), None):
+            raise self.error(f"holds half of a surrogate pair, which is no character: {_short(bad)}. Take it out.")
         return content
 
 
 def json_lines(path: str) -> list[Row]:
-    """A row for every line of `calibration.path` that is not blank. Raises UserError where it is no text file."""
-    lines = enumerate(read_text(path).splitlines(), start=1)
-    return [Row(path, f"line {number}", lambda line=line: json.loads(line)) for number, line in lines if line.strip()]
+    """A row for every line of `calibration.path` that is not blank. Raises UserError where it is no UTF-8 text."""
+    numbered = enumerate(lines(read_text(path)), start=1)
+    return [Row(path, f"line {number}", lambda line=line: json.loads(line)) for number, line in numbered if line.strip()]
+
+
+def lines(text: str) -> list[str]:
+    """The lines of a JSON-lines file: they end at a newline, with or without a carriage return before it, and nowhere else.
+
+    Characters such as U+2028, where `str.splitlines` cuts too, may stand in the strings of a row.
+    """
+    return [line.removesuffix("\r") for line in text.split("\n")]
 
 
 def read_text(path: str) -> str:
-    """The file `calibration.path`. Raises UserError where there is none, or no text in it."""
+    """The file `calibration.path`, in UTF-8 whatever the locale, without a byte-order mark.
+
+    Raises UserError where there is none, or no such text in it.
+    """
     if not Path(path).is_file():
         raise UserError(f"calibration.path={path} is not a file; give the one that holds the rows.")
     try:
-        return Path(path).read_text()
+        return Path(path).read_bytes().decode("utf-8-sig")  # bytes: universal newlines would turn a lone \r into a line's end
     except UnicodeDecodeError as error:
-        raise UserError(f"calibration.path={path} is not a text file ({error}); give JSON.") from error
+        raise UserError(f"calibration.path={path} is not a text file in UTF-8 ({error}); give JSON.") from error
+    except OSError as error:
+        raise UserError(f"calibration.path={path} cannot be read ({short_words(error)}).") from error
 
 
 def open_image(row: Row, image: Any, folder: Path) -> Image.Image:
-    """In RGB, from a file name in `folder`, a picture, or `{"bytes": ..}` as data sets store them."""
-    try:
-        if isinstance(image, Image.Image):
-            return image.convert("RGB")
-        if isinstance(image, dict) and image.get("bytes"):
-            image = io.BytesIO(image["bytes"])
-        elif isinstance(image, str) and image:
-            image = folder / image
-        else:
-            raise row.error(f"an image must be a file name or a picture, got {_short(image)}.")
-        with Image.open(image) as opened:
-            return opened.convert("RGB")
-    except OSError as error:
-        raise row.error(f"{image} cannot be read as an image ({error}). Fix the path or the file.") from error
+    """In RGB (`images.read_image`), from a file name in `folder`, the image itself, or `{"bytes": ..}` as data sets store them.
+
+    Raises UserError, with the row's place, for a file that is not there and for whatever Pillow raises.
+    """
+    if isinstance(image, Image.Image):
+        source, shown = image, f"the image of {image.size}"
+    elif isinstance(image, dict) and isinstance(image.get("bytes"), bytes) and image["bytes"]:
+        source, shown = image["bytes"], f"the image of {len(image['bytes'])} bytes"
+    elif isinstance(image, str) and image:
+        source = shown = folder / image
+        with told_as(f"{row.source}, {row.where}: {shown!s:.200} cannot be looked for", "Fix the path."):
+            if not source.is_file():
+                raise row.error(f"{shown!s:.200} cannot be read as an image: there is no such file. Fix the path.")
+    else:
+        raise row.error(f"an image must be a file name or the image itself, got {_short(image)}.")
+    with told_as(f"{row.source}, {row.where}: {shown!s:.200} cannot be read as an image", "Fix the path or the file."):
+        return read_image(source)
 
 
 def question_turns(row: Row, images: Sequence[Image.Image], question: Any, answer: Any) -> tuple[Turn, ...]:
@@ -187,6 +205,23 @@ def _checked(row: Row, turns: Sequence[Turn]) -> tuple[Turn, ...]:
         if not turn.parts:
             raise row.error(f"message {number} is empty. Give it a text or an image, or leave it out.")
     return tuple(turns[:last])
+
+
+def _texts(content: Any) -> Iterator[str]:
+    """All texts of a row of JSON, keys included."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            yield from (*_texts(key), *_texts(value))
+    elif isinstance(content, list):
+        for value in content:
+            yield from _texts(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written: JSON may name half of a surrogate pair (`\\ud800`), which no tokenizer takes."""
+    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mgvq.calibration.drawn import Drawn
 from mgvq.calibration.rows import Row, chat_turns, read_text
@@ -26,7 +27,7 @@ class ShareGPT4V(Drawn):
         if not Path(self.images).is_dir():
             raise UserError(f"calibration.images={self.images} is not a folder; give the one that {self.prefix!r} stands for.")
         entries = _entries(self.path)
-        names = [str(entry.get("image", "")) if isinstance(entry := row.read(), dict) else "" for row in entries]
+        names = [_image_name(row.read()) for row in entries]
         rows = [row for row, name in zip(entries, names, strict=True) if name and name.startswith(self.prefix)]
         if entries and not rows:
             raise UserError(
@@ -40,8 +41,13 @@ class ShareGPT4V(Drawn):
         return chat_turns(row, content["conversations"], [content["image"].removeprefix(self.prefix)], Path(self.images))
 
 
+def _image_name(entry: Any) -> str:
+    name = entry.get("image") if isinstance(entry, dict) else None
+    return name if isinstance(name, str) else ""
+
+
 def _entries(path: str) -> list[Row]:
-    """Of a JSON list, with their lines. Raises UserError where it is none."""
+    """The entries of a JSON list, with their lines. Raises UserError where `path` holds no such list."""
     text, decoder, rows = read_text(path), json.JSONDecoder(), []
     at, line = 0, 1
     while gap := _BEFORE_ENTRY.match(text, at):
@@ -50,6 +56,8 @@ def _entries(path: str) -> list[Row]:
             entry, at = decoder.raw_decode(text, gap.end())
         except json.JSONDecodeError as error:
             raise UserError(f"{path}, line {error.lineno}: {error.msg}. It must be the published JSON list, whole.") from error
+        except RecursionError as error:
+            raise UserError(f"{path}, line {line}: brackets within brackets without end. Take the entry out.") from error
         rows.append(Row(path, f"entry {len(rows) + 1} (line {line})", lambda entry=entry: entry))
         line += text.count("\n", gap.end(), at)
     if text[at:].strip() != "]":

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from mgvq.checks import whole_number
 from mgvq.data.english import docstrings
 from mgvq.errors import UserError
 from mgvq.model.text import Passage, text_batches
@@ -17,7 +18,7 @@ MICRO_BATCH = 2  # fixed: statistics would move in the last digit with it; the h
 
 @dataclass(frozen=True)
 class PassageSet:
-    """The drawn passages."""
+    """The passages that were drawn, for the statistics and held out."""
 
     examples: Sequence[Passage]
     heldout_examples: Sequence[Passage]
@@ -33,22 +34,17 @@ class PassageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """`num_samples` passages drawn without replacement, then `heldout_samples` more.
+    """Passages of prose, drawn without replacement."""
 
-    `label_seed` draws the tokens that are sampled from the model for its Fisher.
-    """
-
-    num_samples: int
-    heldout_samples: int
-    seed: int
-    label_seed: int
+    num_samples: int  # passages for the statistics
+    heldout_samples: int  # passages that choose the gradient step, drawn after the others
+    seed: int  # draws the passages
+    label_seed: int  # draws the tokens that are sampled from the model for its Fisher
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("heldout_samples", 0)):
-            if not (isinstance(value := getattr(self, name), int) and value >= least):
-                raise UserError(
-                    f"calibration.{name} must be a whole number >= {least}, got {value!r}; an empty set cannot calibrate."
-                )
+        for name, least in (("num_samples", 1), ("heldout_samples", 0), ("seed", 0), ("label_seed", 0)):
+            whole_number(f"calibration.{name}", getattr(self, name), least=least)
 
     @property
     def texts(self) -> Mapping[str, str]:

@@ -1,11 +1,12 @@
-"""Calibration on the project's own visual question answering; pictures and handwriting that no test question uses."""
+"""Calibration on the project's own visual question answering; images and handwriting that no test question uses."""
 
 from dataclasses import dataclass
 
 from PIL import Image
 
 from mgvq.calibration.examples import ExampleSet
-from mgvq.data.tiny_vqa.dataset import Picture, draw_pictures
+from mgvq.checks import whole_number
+from mgvq.data.tiny_vqa.dataset import MOST_QUESTIONS, DrawnImage, draw_images
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat, Turn
 from mgvq.model.encode import Example, Sample
@@ -16,41 +17,44 @@ _SHOWN = ("both", "text", "image")
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVQA:
-    """`num_images` pictures with `questions_per_image` questions each, then `heldout_images` more.
+    """Images of the tiny VQA with their questions."""
 
-    `shown` leaves out a part of the prompts: `text`, the questions without their pictures, as of a corpus of text; `image`, the
-    pictures without questions. The answers stay. `label_seed` draws the answers that are sampled from the model for its Fisher.
-    """
-
-    num_images: int
+    num_images: int  # images for the statistics
     questions_per_image: int
-    heldout_images: int
-    shown: str
-    seed: int
-    label_seed: int
+    heldout_images: int  # images that choose the gradient step, drawn after the others
+    shown: str  # both | text: questions without their images, as in a corpus of text | image: images without questions
+    seed: int  # draws images and questions
+    label_seed: int  # draws the answers that are sampled from the model for its Fisher
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "questions_per_image", "heldout_images"):
-            least = 0 if name == "heldout_images" else 1
-            if not (isinstance(value := getattr(self, name), int) and value >= least):
-                raise UserError(
-                    f"calibration.{name} must be a whole number >= {least}, got {value!r}; an empty set cannot calibrate."
-                )
+        for name, least in (("num_images", 1), ("questions_per_image", 1), ("heldout_images", 0)):
+            whole_number(f"calibration.{name}", getattr(self, name), least=least, most=MOST_QUESTIONS)
+        for name in ("seed", "label_seed"):
+            whole_number(f"calibration.{name}", getattr(self, name))
+        if (number := (self.num_images + self.heldout_images) * self.questions_per_image) > MOST_QUESTIONS:
+            raise UserError(
+                f"calibration asks {number:,} questions (num_images and heldout_images times questions_per_image); at most "
+                f"{MOST_QUESTIONS:,} fit into memory. Lower one of them."
+            )
         if self.shown not in _SHOWN:
             raise UserError(f"calibration.shown must be one of {', '.join(_SHOWN)}, got {self.shown!r}")
 
+    @property
+    def shows_images(self) -> bool:
+        return self.shown != "text"
+
     def draw(self) -> ExampleSet:
         seed = entropy(self.seed, "calibration")
-        pictures = draw_pictures("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
-        parts = pictures[: self.num_images], pictures[self.num_images :]
-        examples, heldout = ([e for p in part for e in self._examples(p)] for part in parts)
+        images = draw_images("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
+        parts = images[: self.num_images], images[self.num_images :]
+        examples, heldout = ([e for drawn in part for e in self._examples(drawn)] for part in parts)
         return ExampleSet(examples, heldout, self.label_seed)
 
-    def _examples(self, picture: Picture) -> list[Sample]:
-        image = Image.fromarray(picture.pixels)
+    def _examples(self, drawn: DrawnImage) -> list[Sample]:
+        image = Image.fromarray(drawn.pixels)
         samples: list[Sample] = []
-        for number, q in enumerate(picture.questions):
-            name = f"calibration-{picture.index}-{number}"
+        for number, q in enumerate(drawn.questions):
+            name = f"calibration-{drawn.index}-{number}"
             if self.shown == "both":
                 samples.append(Example(name, image, q.text, q.answer))
             else:

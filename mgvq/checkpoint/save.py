@@ -1,23 +1,24 @@
 """Writing a packed checkpoint: `mgvq.safetensors`, `mgvq.json`, and the source's config, tokenizer and processor."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mgvq.checkpoint.digests import write_digests
 from mgvq.checkpoint.ledger import Entry, Ledger
-from mgvq.formats.grouped import GroupedWeight
-from mgvq.formats.rotated import RotatedWeight
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
 from mgvq.types import Site
 
-VERSION = 2
+VERSION = 3  # provisional: 2 had no digests; the tensors are as they were
+TENSORS_VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
 
 
@@ -35,7 +36,7 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
     for site, weight in weights.items():
         roles = {}
-        num_weights = _num_weights(weight)
+        num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
             if id(tensor) not in named:
                 name = f"{site.name}.{role}"
@@ -48,29 +49,39 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     packed = {f"{s.name}.weight" for s in weights}
     for name, parameter in [*loaded.model.named_parameters(), *_persistent_buffers(loaded)]:
         if name not in packed:
-            stored = parameter.detach().to(loaded.stored_dtype) if parameter.is_floating_point() else parameter
+            stored = _as_stored(parameter.detach(), loaded.stored_dtype)
             tensors[name] = stored.contiguous().cpu()
             part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
     # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
-    save_file(tensors, folder / TENSORS, metadata={"mgvq": str(VERSION)})
+    save_file(tensors, folder / TENSORS, metadata={"mgvq": str(TENSORS_VERSION)})
     index = {"version": VERSION, "layers": layers, "source_dtype": str(loaded.stored_dtype).removeprefix("torch.")}
     (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
     loaded.model.config.save_pretrained(folder)
-    loaded.model.generation_config.save_pretrained(folder)
+    _save_generation(folder, loaded)
     loaded.processor.save_pretrained(folder)
     for file in loaded.code:
         shutil.copy(file, folder)
+    write_digests(folder)
     return _close(folder, entries)
 
 
-def _num_weights(weight: QuantizedWeight) -> Mapping[str, int]:
-    """How many weights the codes of each role stand for."""
-    if isinstance(weight, RotatedWeight):
-        return _num_weights(weight.inner)
-    if isinstance(weight, GroupedWeight):
-        return {f"{g}.codes": math.prod(channel_slice.shape) for g, channel_slice in enumerate(weight.slices)}
-    return {"codes": math.prod(weight.shape)}
+def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that the source's config names, if no number changes by that: a few may be wider there."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _save_generation(folder: Path, loaded: Loaded) -> None:
+    """The source's own generation settings: those of its file, with the end and pad token that it may lack.
+
+    `GenerationConfig.save_pretrained` refuses settings that have no effect (a temperature without sampling), which some sources
+    have.
+    """
+    settings: Any = loaded.model.generation_config
+    settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
 def _persistent_buffers(loaded: Loaded) -> list[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from mgvq.analysis.tables.bits import bits_by_kind
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
+from mgvq.runs.compose import with_variants
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
@@ -31,6 +32,7 @@ def hydra_main(cfg: DictConfig) -> None:
     """One job of Hydra: skipped where its run is done."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
+        with_variants(cfg, HydraConfig.get().runtime.choices)
         if cfg.dry:
             from mgvq.runs.dry import report  # here, as below
 

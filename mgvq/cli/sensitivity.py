@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
 from mgvq.runs.build import SCOPES, build
-from mgvq.runs.places import conf_folder, register_resolvers, results_folder
+from mgvq.runs.compose import composer
+from mgvq.runs.places import conf_folder, results_folder
 
-register_resolvers()
 _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibration.path=rows.jsonl"
 
 
@@ -65,14 +64,15 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     import torch  # here, with what imports it: help and bad arguments need none of it
 
     from mgvq.analysis.figures.sensitivity_figures import draw_figures
-    from mgvq.analysis.sensitivity import score, write_tables
+    from mgvq.analysis.tables.sensitivity_tables import write_tables
     from mgvq.model.load import load
-    from mgvq.runs.execute import check_pictures
+    from mgvq.quantization.scoring import score
+    from mgvq.runs.method import check_images
 
     torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load(source, device)
-    check_pictures(loaded, cfg, "calibration")
+    check_images(loaded.model.config, calibration=calibrations[0])
     scores = score(loaded, arguments.scope, calibrations, metrics)
     results = arguments.out or results_folder()
     name = "_".join([arguments.model, *(flag.removeprefix(FLAG).replace(" ", "_") for flag in source.flags())])
@@ -87,8 +87,8 @@ def _variants(group: str) -> list[str]:
 
 def _composed(*overrides: str) -> DictConfig:
     try:
-        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-            cfg = compose("config", list(overrides))
+        with composer() as compose:
+            cfg = compose(*overrides)
     except HydraException as error:
         raise UserError(f"{' '.join(overrides)}: {error}") from error
     if missing := sorted(OmegaConf.missing_keys(cfg)):
@@ -97,7 +97,7 @@ def _composed(*overrides: str) -> DictConfig:
 
 
 def _over_seeds(cfg: DictConfig, group: str, num_seeds: int) -> list[Any]:
-    """The component of one group, for every seed."""
+    """The component of one group, once for every seed."""
     return [build(cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed})), group) for seed in range(num_seeds)]
 
 

@@ -5,11 +5,13 @@ import signal
 import sys
 from pathlib import Path
 
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
 from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
+from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import markdown
 from mgvq.errors import UserError
 from mgvq.runs.build import build
+from mgvq.runs.device import device_type
 from mgvq.runs.places import results_folder
 from mgvq.runs.tracking import track
 from mgvq.studies.launch import LAUNCHERS, choose, launch
@@ -66,6 +68,10 @@ def main() -> None:
     try:
         launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
+        if study.frozen and arguments.dry:
+            record = results_folder() / "records" / f"{study.name}.parquet"
+            print(f"{study.name}: {study.question}\nfrozen at {study.frozen}: nothing is run, mgvq-report reads {record}")
+            return
         runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []))
     except UserError as error:
         print(f"mgvq-study: {error}", file=sys.stderr)
@@ -76,6 +82,8 @@ def main() -> None:
     duration = "unknown, no run has finished here yet" if seconds is None else f"about {seconds / 60:.1f} min"
     if arguments.launcher != "local":
         duration += f" with room for {jobs}"
+        if any(run.cfg.device == "auto" for run in runs):
+            duration += f"; device=auto is {device_type('auto')} here, which the runs get too; common: [device=cuda] changes it"
     print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
     print(detectable(study, runs, results_folder() / "records"), flush=True)
     if arguments.dry:
@@ -99,16 +107,20 @@ def main() -> None:
         if run.folder.is_done() and (tracker := build(run.cfg, "tracker")):
             track(tracker, run.folder)
     for failure in failures:
-        words = " ".join(failure.run.overrides)
-        print(f"\nFAILED ({failure.returncode}) {words}\n{failure.output}\nall of it: {failure.log}", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
-        sys.exit(1)
+        run = failure.run
+        print(
+            f"\nFAILED ({failure.returncode}) arm {run.arm}, seed {run.seed}: {' '.join(run.overrides)}\n{failure.output}\n"
+            f"all of it: {failure.log}",
+            file=sys.stderr,
+        )
     try:
-        table = markdown(collect(study, runs))
+        table = markdown(arms_table(collect(study, runs, partial=bool(failures))))
     except UserError as error:
         table = f"no table: {error}\n"
     print(f"\n{table}\nrun folders: {runs[0].folder.path.parent}")
+    if failures:
+        print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -62,21 +62,20 @@ class Trellis:
     """
 
     state_bits: int
+    """L: a code has 2^L states, and a weight's values depend on L bits of the sequence."""
     values: Values
+    """How a state's number gives its values: `hybrid`, by a small table of Gaussian quantiles; `computed`, in closed form."""
+    spans_rows: ClassVar[bool] = True
+    can_be_refitted: ClassVar[bool] = False
+    needs_importance: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = False
+    follows_metric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (type(self.state_bits) is int and 5 <= self.state_bits <= MAX_STATE_BITS):
             raise UserError(f"codebook.state_bits must be a whole number of 5 to {MAX_STATE_BITS}, got {self.state_bits!r}")
         if self.values not in ("computed", "hybrid"):
             raise UserError(f"codebook.values must be computed or hybrid, got {self.values!r}")
-
-    @property
-    def needs_importance(self) -> bool:
-        return False
-
-    @property
-    def needs_gram(self) -> bool:
-        return False
 
     def rates(self) -> Sequence[Rate]:
         return [Rate(f"L{self.state_bits}x{bits:g}", bits) for bits in STEPS]

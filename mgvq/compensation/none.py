@@ -8,17 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.vectors import columns_of
-from mgvq.protocols import FittedSlice
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoCompensation:
-    """Nearest as the codebook weighs its channels; the metric and the order are not looked at."""
+    """Each vector takes the code that is nearest as the codebook weighs its channels; metric and order are not looked at."""
 
     needs_metric: ClassVar[bool] = False
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = False
+    corrects_rows: ClassVar[bool] = False
+    shift: ClassVar[TargetShift | None] = None
+    prefix_shifts: ClassVar[None] = None
 
     def round(
         self,

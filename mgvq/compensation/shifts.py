@@ -8,18 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.errors import UserError
+from mgvq.linalg import damped_solve
 
 
 @dataclass(frozen=True, kw_only=True)
 class Regression:
     """What the residual and the asymmetric shift share: the choice of the ridge, and the solution."""
 
-    ridge: Sequence[float]  # shares of the mean diagonal of E[x~ x~^T] to choose from, by the error on held-out samples
+    ridge: Sequence[float]
+    """l as shares of the mean diagonal of E[x~ x~^T] to choose from, by the error on held-out samples."""
 
     def __post_init__(self) -> None:
         if not self.ridge or not all(isinstance(r, int | float) and r > 0 for r in self.ridge):
@@ -35,22 +36,16 @@ class Regression:
 
         Of several ridges the one with the least `E|r - C x~|^2` on the held-out samples is taken.
         """
-        tries = [_solved(lacking, gram, ridge) for ridge in self.ridge]
+        tries = [damped_solve(gram, lacking.T, ridge).T for ridge in self.ridge]
         if len(tries) == 1 or heldout is None:
             return tries[0]
         held, moment = (m.double() for m in heldout)
         return min(tries, key=lambda c: float(((c @ moment - 2 * held) * c).sum()))
 
 
-def _solved(lacking: Tensor, gram: Tensor, ridge: float) -> Tensor:
-    wide = gram.double()
-    damped = wide + ridge * wide.diagonal().mean().clamp(min=1e-30) * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return torch.cholesky_solve(lacking.double().T, torch.linalg.cholesky(damped)).T
-
-
 @dataclass(frozen=True, kw_only=True)
 class Residual(Regression):
-    """Brings the residual stream back to full precision: for layers whose output is added to the stream, `o_proj` and `down_proj`.
+    """Brings the residual stream back to full precision, at layers whose output is added to it: `o_proj` and `down_proj`.
 
     r is the full-precision stream behind the layer, less the present stream before it, less `W x~`. Where a norm stands between
     the projection and the stream (Gemma), r is the layer's own full-precision output less `W x~`.

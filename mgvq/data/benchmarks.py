@@ -1,6 +1,11 @@
 """The public benchmarks that `evaluation=suite` asks: where lmms-eval keeps the task, and which dataset of the hub it reads."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,3 +61,21 @@ BENCHMARKS = {
     ),
     "mmstar": Benchmark(recipe="mmstar/mmstar.yaml", dataset="Lin-Chen/MMStar", split="val", metric="average"),
 }
+
+
+def tokens_that_count(max_new_tokens: Mapping[str, int], fields: Mapping[str, Any]) -> dict[str, int | None]:
+    """The limits of the tasks that are asked: those of others leave a run as it is."""
+    return {task: max_new_tokens.get(task) for task in fields["tasks"]}
+
+
+def datasets_that_count(folder: str | None, fields: Mapping[str, Any]) -> dict[str, str] | None:
+    """By task that is asked a digest of its dataset in `folder`; None for datasets from the library's cache."""
+    if folder is None:
+        return None
+    return {task: _listing(Path(folder) / BENCHMARKS[task].dataset) for task in fields["tasks"] if task in BENCHMARKS}
+
+
+def _listing(folder: Path) -> str:
+    """The digest of names and sizes of a dataset's files, which are too large to read; a missing folder is reported later."""
+    files = sorted((f.relative_to(folder).as_posix(), f.stat().st_size) for f in folder.rglob("*.parquet"))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()

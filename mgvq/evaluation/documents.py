@@ -7,28 +7,28 @@ from typing import Any
 
 from PIL import Image
 
-from mgvq.data.tiny_vqa.dataset import Picture, draw_test
+from mgvq.data.tiny_vqa.dataset import DrawnImage, draw_test
 from mgvq.data.tiny_vqa.questions import HEADLINE
 
 
 def documents(seed: int, num_questions: int) -> list[dict[str, Any]]:
     """One document a question: `sample_id, sample_hash, type, question, answer, image`."""
-    return [doc for picture in draw_test("test", seed, num_questions) for doc in _documents(picture, seed)]
+    return [doc for drawn in draw_test("test", seed, num_questions) for doc in _documents(drawn, seed)]
 
 
-def _documents(picture: Picture, seed: int) -> list[dict[str, Any]]:
-    image = Image.fromarray(picture.pixels)
-    pixels = picture.pixels.tobytes()
+def _documents(drawn: DrawnImage, seed: int) -> list[dict[str, Any]]:
+    image = Image.fromarray(drawn.pixels)
+    pixels = drawn.pixels.tobytes()
     return [
         {
-            "sample_id": f"test-{seed}-{picture.index}-{number}",
+            "sample_id": f"test-{seed}-{drawn.index}-{number}",
             "sample_hash": hashlib.sha256(pixels + f"{q.text}\n{q.answer}".encode()).hexdigest()[:16],
             "type": q.type,
             "question": q.text,
             "answer": q.answer,
             "image": image,
         }
-        for number, q in enumerate(picture.questions)
+        for number, q in enumerate(drawn.questions)
     ]
 
 

@@ -3,10 +3,13 @@
 Exact match of all answer tokens equals the exact match of greedy decoding, at the cost of one forward pass.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_logits
@@ -17,32 +20,39 @@ from mgvq.types import Batch
 
 @dataclass(frozen=True, slots=True)
 class Forced:
-    """One answer: nats summed over its tokens, how many they are, whether each is the model's first choice, and its words."""
+    """What a model makes of one right answer."""
 
-    loss: float
-    kl: float
-    num_tokens: int
-    exact: bool
-    predicted: tuple[int, ...]  # the first choices, end-of-sequence token included
+    loss: float  # nats, summed over the answer's tokens; NaN where a logit is NaN or infinite
+    kl: float  # KL(reference || model) in nats, summed likewise; 0 without a reference
+    num_tokens: int  # tokens of the answer, its end token included
+    exact: bool  # whether each of them is the model's first choice, of finite logits
+    predicted: tuple[int, ...]  # the first choices
 
 
 @torch.inference_mode()
 def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: Iterable[Batch | PackedBatch]) -> dict[str, Forced]:
-    """By sample id. `kl` is KL(reference || model), 0 without a reference."""
+    """What `model` makes of the right answers, by sample id; `reference` is the full-precision model that it is compared with."""
     scored: dict[str, Forced] = {}
     for batch in progress(batches, "answers"):
         batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
-        logs = answer_logits(model, batch).log_softmax(-1)
+        logs = _log_probabilities(answer_logits(model, batch))
         losses = -logs.gather(1, targets[:, None])[:, 0]
         divergence = torch.zeros_like(losses)
         if reference is not None and reference is not model:
-            expected = answer_logits(reference, batch).log_softmax(-1)
+            expected = _log_probabilities(answer_logits(reference, batch))
             divergence = (expected.exp() * (expected - logs)).sum(-1)
         chosen = logs.argmax(-1)
         sizes = list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask.sum(1).tolist()
         columns = (t.split(sizes) for t in (losses, divergence, chosen, targets))
         for sample_id, loss, kl, choice, target in zip(batch.sample_ids, *columns, strict=True):
-            exact = bool(torch.equal(choice, target))
-            scored[sample_id] = Forced(loss.sum().item(), kl.sum().item(), len(loss), exact, tuple(choice.tolist()))
+            total = loss.sum().item()
+            exact = bool(torch.equal(choice, target)) and math.isfinite(total)
+            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()))
     return scored
+
+
+def _log_probabilities(logits: Float[Tensor, "answers vocabulary"]) -> Float[Tensor, "answers vocabulary"]:
+    """NaN for all tokens of a position where one logit is not finite: an infinite one would leave others looking sound."""
+    sound = torch.isfinite(logits).all(-1, keepdim=True)
+    return (logits if sound.all() else logits.masked_fill(~sound, torch.nan)).log_softmax(-1)

@@ -22,8 +22,9 @@ from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.tasks import TaskManager
 from transformers import PreTrainedModel
 
-from mgvq.model.generate import generate
-from mgvq.model.picture import Question
+from mgvq.checks import short_words
+from mgvq.model.generate import Reply, generate
+from mgvq.model.image import Question, Unaskable
 
 _GENERATION_KEYS = ("max_new_tokens", "do_sample", "temperature", "top_p", "num_beams")
 
@@ -36,6 +37,7 @@ class InProcessModel(lmms):
     def __init__(self, model: PreTrainedModel, processor: Any, batch_size: int) -> None:
         super().__init__()
         self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.replies: dict[int, Reply] = {}  # by document number
 
     def clean(self) -> None:
         """Keep the model: the base class strips every module off the wrapper after a run."""
@@ -45,7 +47,9 @@ class InProcessModel(lmms):
         settings: dict[str, Any] = requests[0].args[1]  # type: ignore[misc]
         questions = _Questions(self.task_dict, requests)
         known = {k: settings[k] for k in _GENERATION_KEYS if k in settings}
-        answers = generate(self.model, self.processor, questions, self.batch_size, known)
+        replies = generate(self.model, self.processor, questions, self.batch_size, known)
+        self.replies |= {request.args[3]: reply for request, reply in zip(requests, replies, strict=True)}  # type: ignore[misc]
+        answers = [reply.text for reply in replies]
         for stop in settings.get("until", []):
             answers = [text.split(stop)[0] for text in answers]
         return [text.strip() for text in answers]
@@ -58,7 +62,7 @@ class InProcessModel(lmms):
 
 
 class _Questions(Sequence[Question]):
-    """Pictures are decoded when a question is looked at: those of a whole benchmark would not fit into memory."""
+    """Images are decoded when a question is looked at: those of a whole benchmark would not fit into memory."""
 
     def __init__(self, task_dict: dict[str, Any], requests: Sequence[Instance]) -> None:
         self._task_dict, self._requests = task_dict, requests
@@ -68,21 +72,29 @@ class _Questions(Sequence[Question]):
 
     def __getitem__(self, index: int) -> Question:  # type: ignore[override]  # no slices
         text, _, to_visual, doc_id, task, split = self._requests[index].args  # type: ignore[misc]
-        images = to_visual(self._task_dict[task][split][doc_id])
+        try:
+            images = to_visual(self._task_dict[task][split][doc_id])
+        except Exception as error:  # whatever Pillow raises on a damaged image, or one that is too large
+            raise Unaskable(f"question {doc_id} of {task}: its image cannot be read ({short_words(error)})") from error
         if not images:
-            raise TypeError(f"question {doc_id} of {task} has no picture: such questions are not supported")
+            raise TypeError(f"question {doc_id} of {task} has no image: such questions are not supported")
         return images[0] if len(images) == 1 else tuple(images), text
 
 
 def evaluate(
     model: PreTrainedModel, processor: Any, task: Task, label: str, batch_size: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """lmms-eval's results and its per-sample rows for one task object; `label` (the weights' digest) is recorded with them."""
+    """lmms-eval's results and its per-sample rows for one task object; `label` (the weights' digest) is recorded with them.
+
+    Each row has the model's `reply` too, as `generate` gave it: whether the question could be asked, and answered in finite
+    numbers.
+    """
     raise_at_once()
     name = task.config.task
+    answering = InProcessModel(model, processor, batch_size)
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as scratch:
         output = simple_evaluate(
-            model=InProcessModel(model, processor, batch_size),
+            model=answering,
             model_args=f"weights={label}",
             tasks=[task],
             task_manager=TaskManager(include_defaults=False, verbosity="ERROR"),
@@ -94,7 +106,8 @@ def evaluate(
         )
     assert output is not None
     results = {k.split(",")[0]: v for k, v in output["results"][name].items() if isinstance(v, float)}
-    return results, output["samples"][name]
+    rows = [{**row, "reply": answering.replies[row["doc_id"]]} for row in output["samples"][name]]
+    return results, rows
 
 
 def raise_at_once() -> None:

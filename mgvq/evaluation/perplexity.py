@@ -4,15 +4,17 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
+from mgvq.checks import whole_number
 from mgvq.data.english import language_reference
 from mgvq.errors import UserError
 from mgvq.evaluation.forced import score
+from mgvq.evaluation.means import missing_flags, num_broken, weighted
 from mgvq.model.text import Passage, text_batches
 from mgvq.rng import generator
 from mgvq.types import EvalResult
@@ -22,16 +24,15 @@ _BATCH = 2  # fixed: the last digits of the losses move with it
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """On `num_passages` passages drawn by `seed`, each read by itself and all its tokens but the first predicted."""
+    """Passages of English prose, each read by itself; all its tokens are predicted but a first one that nothing precedes."""
 
     num_passages: int
-    seed: int
+    seed: int  # draws the passages; not the run's, so that all runs read the same
+    shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_passages, int) and self.num_passages >= 1):
-            raise UserError(f"evaluation.num_passages must be a whole number >= 1, got {self.num_passages!r}")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise UserError(f"evaluation.seed must be a whole number >= 0, got {self.seed!r}")
+        whole_number("evaluation.num_passages", self.num_passages, least=1)
+        whole_number("evaluation.seed", self.seed)
         if self.num_passages > (number := len(language_reference().passages)):
             raise UserError(f"evaluation.num_passages={self.num_passages}, but there are {number} passages; lower it.")
 
@@ -49,7 +50,10 @@ class Perplexity:
         samples = pd.DataFrame([_row(p) for p in passages])
         for name in ("loss", "kl", "num_tokens"):
             samples[name] = [getattr(scored[p.sample_id], name) for p in passages]
-        return EvalResult(metrics(samples), samples)
+        found = metrics(samples)
+        return EvalResult(
+            found, samples, missing_flags(found, lambda n: num_broken(samples["kl" if n.startswith("kl/") else "loss"]))
+        )
 
     def draw(self) -> list[Passage]:
         """In the order of the reference."""
@@ -66,11 +70,10 @@ def _row(passage: Passage) -> dict[str, Any]:
 
 
 def metrics(samples: pd.DataFrame) -> dict[str, float]:
-    """Of all tokens alike."""
-    tokens = samples.num_tokens.sum()
-    loss = float(samples.loss.sum() / tokens)
+    """The loss, KL and perplexity of all tokens alike; NaN as soon as one passage has no finite loss (or KL)."""
+    loss = weighted(samples.loss, samples.num_tokens)
     return {
-        "text/perplexity": math.exp(min(loss, 700.0)),
+        "text/perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.nan,
         "loss/answer": loss,
-        "kl/full_precision": float(samples.kl.sum() / tokens),
+        "kl/full_precision": weighted(samples.kl, samples.num_tokens),
     }

@@ -2,36 +2,38 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import pandas as pd
 from transformers import PreTrainedModel
 
+from mgvq.checks import whole_number
 from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
+from mgvq.evaluation.means import missing_flags, num_broken
+from mgvq.evaluation.suite_metrics import averages, metrics
 from mgvq.types import EvalResult
 
 if TYPE_CHECKING:
     from mgvq.evaluation.tasks.benchmark import BenchmarkTask
+    from mgvq.model.generate import Reply
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """`tasks` by lmms-eval's names; `max_new_tokens` by task, one number for every model; `limit` questions of each, by `seed`.
+    """Public benchmarks, asked and scored as lmms-eval does."""
 
-    `data`: a folder with copies of the hub's datasets, `ORGANISATION/NAME` below it; None: what the datasets library has cached.
-    """
-
-    tasks: list[str]
-    max_new_tokens: dict[str, int]
-    limit: int | None
-    seed: int
-    batch_size: int
-    data: str | None
+    tasks: list[str]  # lmms-eval's names
+    max_new_tokens: dict[str, int]  # by task; one number for every model
+    limit: int | None  # questions of each task; None: all
+    seed: int  # draws the questions where there is a limit
+    batch_size: int  # images that are looked at together
+    data: str | None  # a folder with copies of the hub's datasets, ORGANISATION/NAME below it; None: what is cached of them
+    shows_images: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         known = ", ".join(BENCHMARKS)
@@ -40,18 +42,13 @@ class Suite:
         if unknown := sorted({*self.tasks, *self.max_new_tokens} - set(BENCHMARKS)):
             raise UserError(f"evaluation.tasks, evaluation.max_new_tokens: no {', '.join(unknown)} here; there are {known}.")
         for task in self.tasks:
-            if not _is_count(self.max_new_tokens.get(task)):
-                raise UserError(
-                    f"evaluation.max_new_tokens.{task} must be a whole number >= 1, got {self.max_new_tokens.get(task)!r}"
-                )
-        if not (self.limit is None or _is_count(self.limit)):
-            raise UserError(f"evaluation.limit must be a whole number >= 1, or null for all questions; got {self.limit!r}")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise UserError(f"evaluation.seed must be a whole number >= 0, got {self.seed!r}")
+            whole_number(f"evaluation.max_new_tokens.{task}", self.max_new_tokens.get(task), least=1)
+        if self.limit is not None:
+            whole_number("evaluation.limit", self.limit, least=1, why="null asks all questions.")
+        whole_number("evaluation.seed", self.seed)
         if self.seed and self.limit is None:
             raise UserError(f"evaluation.seed={self.seed} draws the questions of evaluation.limit; without one it has no effect.")
-        if not _is_count(self.batch_size):
-            raise UserError(f"evaluation.batch_size must be a whole number >= 1, got {self.batch_size!r}")
+        whole_number("evaluation.batch_size", self.batch_size, least=1)
 
     def check(self) -> None:
         """Open every dataset, and read its first row as it will be asked and scored. Raises UserError for all that fail."""
@@ -61,7 +58,7 @@ class Suite:
                 task = self._load(name)
                 next(_rows(name, task))
                 task.doc_to_visual(task.task_docs[0])
-            except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
+            except Exception as error:  # whatever the libraries raise on a folder that is no such dataset
                 problems[name] = f"\n  {name} reads {_place(name)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if problems:
             where = f"{self.data}/ORGANISATION/NAME (evaluation.data)" if self.data else "the cache of the datasets library"
@@ -81,16 +78,25 @@ class Suite:
         """
         from mgvq.evaluation.harness import evaluate  # here: lmms-eval takes seconds to import
 
-        frames, found = [], {}
+        frames: list[pd.DataFrame] = []
+        found: dict[str, float] = {}
+        flags: tuple[str, ...] = ()
         for name in self.tasks:
             task = self._load(name)
             results, rows = evaluate(model, processor, task, label, self.batch_size)
             answers = {row["doc_id"]: row["filtered_resps"][0] for row in rows}
-            samples = pd.DataFrame(_judged(name, task, answers))
-            found |= {f"{name}/raw": results[task.benchmark.metric] / task.benchmark.full, **metrics(name, samples)}
-            frames.append(samples)
+            samples = pd.DataFrame(_judged(name, task, answers, {row["doc_id"]: row["reply"] for row in rows}))
+            broken, unasked = num_broken(samples.score), int((~samples.asked).sum())
+            raw = math.nan if broken else results[task.benchmark.metric] / task.benchmark.full
+            measured = {f"{name}/raw": raw, **metrics(name, samples)}
+            flags += missing_flags(measured, lambda _, broken=broken: broken)
+            flags += (f"unanswered:{name}:{unasked}",) if unasked else ()
+            found |= measured
+            frames.append(samples.drop(columns="asked"))
         everything = pd.concat(frames, ignore_index=True)
-        return EvalResult({**averages(everything), **found}, everything)
+        over_tasks = averages(everything)
+        flags += missing_flags(over_tasks, lambda _: num_broken(everything.score))
+        return EvalResult({**over_tasks, **found}, everything, flags)
 
     def _load(self, name: str) -> "BenchmarkTask":
         from mgvq.evaluation.harness import raise_at_once
@@ -101,10 +107,6 @@ class Suite:
         return BenchmarkTask(name, self.max_new_tokens[name], data, self.limit, self.seed)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _place(name: str) -> str:
     benchmark = BENCHMARKS[name]
     part = f" ({benchmark.part})" if benchmark.part else ""
@@ -112,9 +114,9 @@ def _place(name: str) -> str:
 
 
 def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
-    """Of every question: its row as far as no answer is needed, its document without pictures, its options.
+    """Of every question: its row as far as no answer is needed, its document without images, its options.
 
-    Rows that share a picture have sample ids that differ in their last part alone; the hash is of all that the dataset holds of
+    Rows that share an image have sample ids that differ in their last part alone; the hash is of all that the dataset holds of
     a question.
     """
     from mgvq.evaluation.tasks.judges import JUDGES
@@ -124,7 +126,7 @@ def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], di
         options = judge.options(doc)
         row = {
             "task": name,
-            "sample_id": f"{name}-{_digest(list(_pictures(raw)))}-{number}",
+            "sample_id": f"{name}-{_digest(list(_images(raw)))}-{number}",
             "sample_hash": _digest(raw),
             "type": judge.type(doc),
             "question": doc["question"],
@@ -134,13 +136,17 @@ def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], di
         yield row, doc, dict(options)
 
 
-def _judged(name: str, task: "BenchmarkTask", answers: dict[int, str]) -> Iterator[dict[str, Any]]:
-    """The rows with the answers, which come by document number."""
+def _judged(name: str, task: "BenchmarkTask", answers: dict[int, str], replies: dict[int, "Reply"]) -> Iterator[dict[str, Any]]:
+    """The rows with the answers, which come by document number.
+
+    An answer that was chosen from numbers that are none (NaN or infinite logits) has no score. A question that could not be
+    asked is one without an answer.
+    """
     from mgvq.evaluation.tasks.judges import JUDGES
 
     judge = JUDGES[name]
     for doc_id, (row, doc, options) in enumerate(_rows(name, task)):
-        text = answers[doc_id]
+        text, reply = answers[doc_id], replies[doc_id]
         if options:
             letter = judge.chosen(doc, text)
             parsed, score = letter is not None, float(letter == row["answer"])
@@ -149,30 +155,12 @@ def _judged(name: str, task: "BenchmarkTask", answers: dict[int, str]) -> Iterat
         else:
             parsed, score = bool(text.strip()), float(judge.scores(doc, text))
             corrected = score
-        yield {**row, "prediction": text, "parsed": parsed, "score": score, "corrected": corrected}
-
-
-def metrics(name: str, samples: pd.DataFrame) -> dict[str, float]:
-    """Of one task: `accuracy`, the mean score (also by type), with no point for an answer that names none; `unparsed`.
-
-    Where there are options to choose from, also `chance`, what choosing blindly would score, and `corrected`: a wrong choice of k
-    options costs 1/(k - 1), so that blind choices and unreadable answers both come to 0 and right ones to 1.
-    """
-    by_type = samples.groupby("type").score.mean()
-    guessing = {f"{name}/chance": float(samples.chance.mean()), f"{name}/corrected": float(samples.corrected.mean())}
-    return {
-        f"{name}/accuracy": float(samples.score.mean()),
-        **{f"{name}/accuracy/{kind}": float(value) for kind, value in by_type.items()},
-        f"{name}/unparsed": float(1 - samples.parsed.mean()),
-        **(guessing if samples.chance.any() else {}),
-    }
-
-
-def averages(samples: pd.DataFrame) -> dict[str, float]:
-    """Of all tasks, each counting alike: accuracy, `corrected` (where there is nothing to choose from, the score), `unparsed`."""
-    by_task = samples.groupby("task")[["score", "corrected", "parsed"]].mean()
-    score, corrected, parsed = map(float, np.asarray(by_task).mean(0))
-    return {"suite/accuracy": score, "suite/corrected": corrected, "suite/unparsed": 1 - parsed}
+        if reply.refused is not None:
+            parsed, score, corrected = False, 0.0, 0.0
+        if not reply.finite:
+            parsed, score, corrected = False, math.nan, math.nan
+        asked = {"asked": reply.refused is None}
+        yield {**row, "prediction": text, "parsed": parsed, "score": score, "corrected": corrected, **asked}
 
 
 def _digest(value: Any) -> str:
@@ -180,10 +168,10 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _pictures(value: Any) -> Iterator[bytes]:
-    """The bytes of the pictures in a row as it is stored."""
+def _images(value: Any) -> Iterator[bytes]:
+    """The bytes of the images in a row as it is stored."""
     if isinstance(value, bytes):
         yield value
     elif isinstance(value, dict | list):
         for part in value.values() if isinstance(value, dict) else value:
-            yield from _pictures(part)
+            yield from _images(part)

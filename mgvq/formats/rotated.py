@@ -54,6 +54,9 @@ class RotatedWeight:
         signs = {"signs_in": self.signs_in, "signs_out": self.signs_out}
         return {**self.inner.tensors(), **{role: tensor for role, tensor in signs.items() if tensor is not None}}
 
+    def num_weights(self) -> Mapping[str, int]:
+        return self.inner.num_weights()
+
     def settings(self) -> Mapping[str, Any]:
         inner = {"format": self.inner.format, **self.inner.settings()}
         return {"shape": list(self.shape), "within": self.within, "inner": inner}

@@ -38,6 +38,9 @@ class TrellisWeight:
     def tensors(self) -> Mapping[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}
 
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": self.num_out * self.num_in}
+
     def settings(self) -> Mapping[str, Any]:
         code = self.code
         sizes = {"state_bits": code.state_bits, "step_bits": code.step_bits, "step_weights": code.step_weights}

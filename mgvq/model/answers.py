@@ -6,12 +6,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.errors import UserError
+from mgvq.model.classes import num_positions
 from mgvq.model.pack import PackedBatch
 from mgvq.types import Batch
 
 
 def answer_states(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answers hidden"]:
-    """What the head of a transformers model reads where it predicts the answer tokens, row by row."""
+    """What the head of a transformers model reads where it predicts the answer tokens, row by row.
+
+    Raises UserError for rows that are longer than the model has positions.
+    """
+    limit, length = num_positions(model.config), _length(batch)
+    if limit is not None and length > limit:
+        raise UserError(
+            f"a sample has {length} tokens, and {type(model).__name__} was made for {limit} positions (max_position_embeddings): "
+            f"shorten or leave out the longest of {', '.join(batch.sample_ids[:3])}, ..."
+        )
     hidden = model.base_model(**batch.inputs, use_cache=False).last_hidden_state
     before = torch.nn.functional.pad(batch.loss_mask[:, 1:], (0, 1))
     return hidden[before]
@@ -25,3 +36,10 @@ def logits(model: Any, states: Float[Tensor, "answers hidden"]) -> Float[Tensor,
 def answer_logits(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answers vocabulary"]:
     """float32, row by row, of a transformers model with a language head. The head is applied at the answer positions only."""
     return logits(model, answer_states(model, batch))
+
+
+def _length(batch: Batch | PackedBatch) -> int:
+    """Tokens of the longest sample; the samples of a packed row have positions of their own, which start again."""
+    if isinstance(batch, PackedBatch):
+        return int(batch.inputs["position_ids"].max()) + 1
+    return batch.valid_mask.shape[1]

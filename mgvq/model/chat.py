@@ -1,76 +1,79 @@
 """Conversations of texts and images, and what a processor's chat template makes of them."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
 from PIL.Image import Image
 
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """`role` is system, user or assistant; `parts` are its texts and images in their order."""
+    """One message of a conversation."""
 
-    role: str
-    parts: tuple[str | Image, ...]
+    role: str  # system | user | assistant
+    parts: tuple[str | Image, ...]  # texts and images, in their order
 
     @property
     def text(self) -> str:
-        """The texts alone."""
+        """The texts, one behind the other, without the images."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     def message(self) -> dict[str, Any]:
-        """As chat templates read it."""
+        """The message as chat templates read it."""
         content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in self.parts]
         return {"role": self.role, "content": content}
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Characters `start` to `stop` (exclusive) of a rendered text; `num_images` stand before them."""
+    """Where an answer stands in a rendered text."""
 
-    start: int
-    stop: int
-    num_images: int
+    start: int  # its first character
+    stop: int  # the character behind its last one
+    num_images: int  # how many images are shown before it
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """The text that a processor takes, each image still one token in it, and the answers in it."""
+    """A sample as a processor takes it."""
 
-    text: str
-    answers: tuple[Answer, ...]
+    text: str  # each image is still one token in it
+    answers: tuple[Answer, ...]  # where the answers are, which the loss is about
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation that ends with an answer. `sample_id` says where it comes from, in errors too."""
+    """A conversation that ends with an answer."""
 
-    sample_id: str
+    sample_id: str  # where it comes from; errors begin with it
     turns: tuple[Turn, ...]
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """In the order in which they are shown."""
+        """All images, in the order in which they are shown."""
         return tuple(p for turn in self.turns for p in turn.parts if not isinstance(p, str))
 
     @property
     def num_words(self) -> int:
-        """Of all turns; images do not count."""
+        """The number of words of all turns; images do not count."""
         return sum(len(turn.text.split()) for turn in self.turns)
 
     def render(self, processor: Any) -> Rendered:
         """The last answer stands behind the generation prompt, where the model would write it; all before it is the template's.
 
-        An answer goes from there to the end-of-sequence token. Where the template writes none, it ends before the white space
-        that the template closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the
-        template refuses the conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or
-        not at all, and where a text holds the image token.
+        An answer goes from there to its end token. Where the template writes none, it ends before the white space that the
+        template closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the template
+        refuses the conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or not at
+        all, and where a text holds a special token, that of an image for instance.
         """
-        end = processor.tokenizer.eos_token
+        check_texts(processor, self.sample_id, [turn.text for turn in self.turns])
+        end = end_token(processor)
         last = len(self.turns) - 1
         text, answers, num_images = self._written(processor, last, add_generation_prompt=True), [], 0
         for number, turn in enumerate(self.turns):
@@ -101,16 +104,61 @@ class Chat:
 
     def _written(self, processor: Any, num_turns: int, **settings: Any) -> str:
         messages = [turn.message() for turn in self.turns[:num_turns]]
-        try:
-            return processor.apply_chat_template(messages, tokenize=False, **settings)
-        except TemplateError as error:
-            raise UserError(f"{self.sample_id}: the chat template of {type(processor).__name__} refuses it: {error}") from error
+        return write_chat(processor, messages, self.sample_id, **settings)
+
+
+def write_chat(processor: Any, messages: Sequence[dict[str, Any]], sample_id: str, **settings: Any) -> str:
+    """What the chat template makes of the messages. Raises UserError where it raises anything at all."""
+    what = (
+        f"{sample_id}: the chat template of {type(processor).__name__} refuses it"
+        if sample_id
+        else (f"the chat template of {type(processor).__name__} refuses a plain question")
+    )
+    with told_as(
+        what, "Set model.chat_template=FILE, a .jinja file that takes messages whose content is a list of texts and images."
+    ):
+        return processor.apply_chat_template(list(messages), tokenize=False, **settings)
+
+
+def end_token(processor: Any) -> str:
+    """The token behind an answer: of several end tokens the one that the chat template writes there (processor.py finds it)."""
+    tokenizer = processor.tokenizer
+    found = getattr(tokenizer, "end_of_answer", None) or tokenizer.eos_token
+    if found is None:
+        raise UserError(f"{type(tokenizer).__name__} has no end token, and an answer ends with it: set model.end_token=TOKEN.")
+    return found
+
+
+def begins_itself(processor: Any, text: str) -> dict[str, bool]:
+    """Settings for a tokenizer that begins texts with a token of its own: not again where the chat template has written it."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if first is not None and text.startswith(first) else {}
+
+
+def check_texts(processor: Any, sample_id: str, texts: Iterable[str]) -> None:
+    """Raises UserError where a text holds a special token of the tokenizer: the model would take it for an image, or an end."""
+    special = _special(processor.tokenizer, getattr(processor, "image_token", None))
+    for text in texts:
+        if found := special.search(text):
+            raise UserError(
+                f"{sample_id}: {found[0]!r} in a text is a special token of {type(processor.tokenizer).__name__}, and the model "
+                f"would not read it as words. Take it out of {text[:60]!r}."
+            )
+
+
+@lru_cache(maxsize=4)
+def _special(tokenizer: Any, image_token: str | None) -> re.Pattern[str]:
+    """Whatever the tokenizer takes for more than its characters."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    names = {*added, *tokenizer.all_special_tokens, *([image_token] if image_token else [])}
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or r"(?!)")
 
 
 def _behind(prompt: str, whole: str) -> int:
-    """Where `whole` goes on behind the prompt, or behind the same words with other white space between (LLaVA-OneVision's).
+    """Where `whole` goes on behind the prompt, or behind the same words with other white space between (LLaVA-OneVision's
+    template).
 
-    The end of `whole` where it begins with neither.
+    It is the end of `whole` where that begins with neither.
     """
     if whole.startswith(prompt):
         return len(prompt)

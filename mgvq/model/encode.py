@@ -9,33 +9,34 @@ import torch
 from PIL.Image import Image
 
 from mgvq.errors import UserError
-from mgvq.model.chat import Answer, Chat, Rendered
+from mgvq.model.chat import Answer, Chat, Rendered, begins_itself, check_texts, end_token, write_chat
 from mgvq.types import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One question with its right answer; `image` may be shared between examples."""
+    """One question about one image, with its right answer."""
 
     sample_id: str
-    image: Image
+    image: Image  # may be the same object as that of other examples, which then share what the model sees of it
     question: str
     answer: str
 
     @property
     def images(self) -> tuple[Image, ...]:
-        """The one image."""
+        """The image, as the only one."""
         return (self.image,)
 
     @property
     def num_words(self) -> int:
-        """Of question and answer."""
+        """The number of words of question and answer."""
         return len(self.question.split()) + len(self.answer.split())
 
     def render(self, processor: Any) -> Rendered:
-        """Prompt, answer, end-of-sequence token."""
+        """The prompt, the answer and its end token. Raises UserError for a text with a special token in it."""
+        check_texts(processor, self.sample_id, (self.question, self.answer))
         prompt = chat_prompt(processor, self.question)
-        text = f"{prompt}{self.answer}{processor.tokenizer.eos_token}"
+        text = f"{prompt}{self.answer}{end_token(processor)}"
         return Rendered(text, (Answer(len(prompt), len(text), 1),))
 
 
@@ -45,7 +46,7 @@ Sample = Example | Chat
 def chat_prompt(processor: Any, question: str, num_images: int = 1) -> str:
     """The text up to where the answer begins, with the images before the question."""
     content = [*({"type": "image"} for _ in range(num_images)), {"type": "text", "text": question}]
-    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
+    return write_chat(processor, [{"role": "user", "content": content}], "", add_generation_prompt=True)
 
 
 def image_token_id(processor: Any) -> int:
@@ -83,15 +84,16 @@ def encode(processor: Any, samples: Sequence[Sample]) -> Batch:
 
 def _processed(processor: Any, texts: Sequence[str], images: Sequence[Sequence[Image]]) -> Any:
     shown = [list(i) for i in images] if images[0] else None
-    return processor(images=shown, text=list(texts), return_tensors="pt", padding=True)
+    return processor(images=shown, text=list(texts), return_tensors="pt", padding=True, **begins_itself(processor, texts[0]))
 
 
 def _answers(processor: Any, sample: Sample, rendered: Rendered, row: list[int]) -> Iterator[tuple[slice, list[int]]]:
     """Where each answer lies, counted from the end of the row, and its tokens. `row` is without padding."""
     text, tokenizer = rendered.text, processor.tokenizer
-    whole = tokenizer(text).input_ids
+    settings = begins_itself(processor, text)
+    whole = tokenizer(text, **settings).input_ids
     for answer in rendered.answers:
-        prompt, begun = (tokenizer(text[:at]).input_ids for at in (answer.start, answer.stop))
+        prompt, begun = (tokenizer(text[:at], **settings).input_ids for at in (answer.start, answer.stop))
         expected = whole[len(prompt) : len(begun)]
         # Images add as many tokens to a part of the text as to the whole, so those before the answer need not be counted.
         start = len(prompt) - len(whole)

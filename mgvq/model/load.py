@@ -1,77 +1,102 @@
 """A model with its processor, from files that are here."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.answers import answer_logits
-from mgvq.model.encode import Example, encode, image_token_id
+from mgvq.model.classes import model_class
+from mgvq.model.family import Family, declare
+from mgvq.model.files import missing_files, read_json, reading_folder
+from mgvq.model.health import check_complete, check_finite
+from mgvq.model.probe import check_predictions, probe
+from mgvq.model.processor import adjust, check_processor, load_processor
 from mgvq.model.source import Source
 from mgvq.model.stress import inject
-from mgvq.model.text import Passage, encode_text, is_text_only
-from mgvq.types import Batch
+
+
+@dataclass(frozen=True)
+class Described:
+    """What is known of a model before its weights are read."""
+
+    config: PretrainedConfig
+    processor: Any  # the tokenizer where the model reads nothing but text
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """`stored_dtype` is the width that the source stores its weights in; what is not quantised is stored so again. `code`: the
-    Python files of a repository whose own class the model is, which a checkpoint needs too. `processor` is the tokenizer where
-    the model reads nothing but text.
-    """
+    """A model that is in memory."""
 
     model: PreTrainedModel
-    processor: Any
-    stored_dtype: torch.dtype
-    code: tuple[Path, ...] = ()
+    processor: Any  # the tokenizer where the model reads nothing but text
+    stored_dtype: torch.dtype  # in which the source stores its weights; what is not quantised is stored so again
+    code: tuple[Path, ...] = ()  # the Python files of a repository whose own class the model is; a checkpoint needs them too
 
 
-def load(source: Source, device: torch.device) -> Loaded:
-    """The model in `source.dtype` in evaluation mode, without gradients; the processor pads on the left.
+def describe(source: Source) -> Described:
+    """Config and processor, with the source's settings in them; quick, so that bad input is refused before weights are read.
 
-    Answers are greedy, whatever the repository's generation settings say. Raises UserError as `Source.identity`, `check_code`
-    and `inject` do, and where teacher forcing or the image mask would be wrong (`_check`).
+    Raises UserError as `Source.identity`, `check_code` and `check_processor` do, and for a source that is quantised already.
     """
     source.identity()
-    folder = str(source.folder)
+    folder = source.folder
+    missing = missing_files(folder)
+    if missing and not (missing == ["model.safetensors"] and any(folder.glob("*.bin"))):
+        raise UserError(f"{source.path} is incomplete: {', '.join(missing[:3])} missing. Get the files again.")
+    _check_unquantised(source, read_json(folder / "config.json"))
     check_code(source)
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+    with reading_folder(source.path, folder):
+        config = AutoConfig.from_pretrained(str(folder), **where)
+    processor = load_processor(str(folder), **where)
+    adjust(processor, config, source)
+    declare(config, Family(**source.family))
+    check_processor(processor, config, source)
+    return Described(config, processor)
+
+
+def load(source: Source, device: torch.device, described: Described | None = None) -> Loaded:
+    """The model in `source.dtype` in evaluation mode, without gradients; the processor pads on the left.
+
+    `described` saves reading config and processor twice. Raises UserError as `describe` does, for weights that are missing,
+    unexpected, of another shape, NaN or infinite, for answers that teacher forcing would score wrongly, and as `inject` does.
+    """
+    known = described or describe(source)
+    folder = source.folder
     attention = {"attn_implementation": source.attention} if source.attention else {}
-    config = AutoConfig.from_pretrained(folder, **where)
-    model = model_class(config).from_pretrained(folder, dtype=getattr(torch, source.dtype), **attention, **where)
-    stored = config.dtype
-    assert stored is None or isinstance(stored, torch.dtype)
+    where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+    with reading_folder(source.path, folder), _without_warnings():
+        model, info = model_class(known.config).from_pretrained(
+            str(folder),
+            config=known.config,
+            dtype=getattr(torch, source.dtype),
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **attention,
+            **where,
+        )
+    check_complete(source.path, info)
+    check_finite(model, source.path, folder)
+    stored = _stored_dtype(known.config, model)
     model = model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
-    _make_greedy(model.generation_config)
-    code = tuple(sorted(source.folder.glob("*.py"))) if source.trust_remote_code else ()
-    loaded = Loaded(model, load_processor(folder, **where), stored or torch.float32, code)
-    _adjust(loaded.processor, source)
-    _check(loaded, source.path)
+    _give_tokens(model, known.processor)
+    code = tuple(sorted(folder.glob("*.py"))) if source.trust_remote_code else ()
+    check_predictions(model, known.processor, source.path)
     if source.stress.sigma is not None:
-        inject(model, _probe(loaded, "yes"), source.stress)
-    return loaded
+        inject(model, probe(model, known.processor), source.stress)
+    return Loaded(model, known.processor, stored, code)
 
 
 def check_code(source: Source) -> None:
     """Raises UserError where transformers has no class for the model, unless the repository's own code has one and is trusted."""
-    described = json.loads((source.folder / "config.json").read_text())
+    described = read_json(source.folder / "config.json")
     kind, code = described.get("model_type"), described.get("auto_map", {})
     if kind in CONFIG_MAPPING:
         return
@@ -88,64 +113,40 @@ def check_code(source: Source) -> None:
     raise UserError(known + (f" What to do:\n{source.setup}" if source.setup else ""))
 
 
-def _make_greedy(settings: GenerationConfig | None) -> None:
-    """Sampling, its temperature and penalties come with some repositories; with them no two runs would answer alike."""
-    assert settings is not None
-    settings.do_sample = False
-    for name in ("temperature", "top_p", "top_k", "repetition_penalty", "num_beams"):
-        setattr(settings, name, None)
-
-
-def _adjust(processor: Any, source: Source) -> None:
-    """Put in the source's settings. Raises UserError for one that the image processor does not have."""
-    for name, value in source.processor.items():
-        if not hasattr(processor.image_processor, name):
-            raise UserError(
-                f"model.processor.{name} has no effect: {type(processor.image_processor).__name__} has "
-                f"{', '.join(sorted(processor.image_processor.to_dict()))}."
-            )
-        setattr(processor.image_processor, name, value)
-    if source.chat_template:
-        processor.chat_template = Path(source.chat_template).read_text()
-
-
-def model_class(config: PretrainedConfig) -> Any:
-    """The auto class of transformers that makes a model of it."""
-    return AutoModelForCausalLM if is_text_only(config) else AutoModelForImageTextToText
-
-
-def _probe(loaded: Loaded, answer: str) -> Batch:
-    """A question with a short answer, as the model reads it."""
-    model, processor = loaded.model, loaded.processor
-    if is_text_only(model.config):
-        probe = encode_text(processor, [Passage("", f"Is it? {answer}")])
-    else:
-        probe = encode(processor, [Example("", Image.new("RGB", (64, 64), (128, 128, 128)), "Is it ?", answer)])
-    return probe.to(model.device)
-
-
-def _check(loaded: Loaded, path: str) -> None:
-    """Model and processor mean the same image token, and no answer token sees later ones (as in a bidirectional prefix)."""
-    model, processor = loaded.model, loaded.processor
-    expected = getattr(model.config, "image_token_id", None)
-    if expected is not None and image_token_id(processor) != expected:
+def _check_unquantised(source: Source, described: dict[str, Any]) -> None:
+    parts = [described, *(part for part in described.values() if isinstance(part, dict))]
+    if how := next((part["quantization_config"] for part in parts if part.get("quantization_config")), None):
+        method = how.get("quant_method", "an unnamed method") if isinstance(how, dict) else how
         raise UserError(
-            f"{path}: the model puts image features in the places of token {expected}, its processor "
-            f"({type(processor).__name__}) marks them by token {image_token_id(processor)}. Processor and config.json do not fit."
-        )
-    with torch.inference_mode():
-        yes, no = (answer_logits(model, _probe(loaded, answer))[0] for answer in ("yes", "no"))
-    if (yes - no).abs().max() > 0.05 * yes.std():
-        raise UserError(
-            f"{path}: {type(model).__name__} predicts the first token of an answer from the whole answer: its tokens see later "
-            "ones, so that calibration and teacher-forced scores would be those of a model that is shown what it is asked for."
+            f"{source.path} is quantised already ({method}, says quantization_config in its config.json): give the model that "
+            "it was made of, in 16 or 32 bits."
         )
 
 
-def load_processor(path: str, **where: Any) -> Any:
-    """The processor, set to pad on the left as generation needs it; the tokenizer of a model that reads nothing but text."""
-    if is_text_only(AutoConfig.from_pretrained(path, **where)):
-        return AutoTokenizer.from_pretrained(path, padding_side="left", **where)
-    processor = AutoProcessor.from_pretrained(path, **where)
-    processor.tokenizer.padding_side = "left"
-    return processor
+def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dtype:
+    """The dtype that config.json says the weights have, in its own part or in that of the language model; else the model's."""
+    for part in (config, config.get_text_config(decoder=True)):
+        if isinstance(part.dtype, torch.dtype):
+            return part.dtype
+    return model.dtype
+
+
+def _give_tokens(model: PreTrainedModel, processor: Any) -> None:
+    """Where the generation settings name no end or pad token, they are those of the tokenizer; all else stays as it comes."""
+    settings, tokenizer = model.generation_config, getattr(processor, "tokenizer", processor)
+    if settings is None:
+        return
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(settings, name) is None:
+            setattr(settings, name, getattr(tokenizer, name))
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Inside, transformers prints no report of missing weights: it is told as one error."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)

@@ -1,7 +1,7 @@
-"""All questions of a picture in one row: the picture is looked at once, and each question sees it and itself.
+"""All questions of an image in one row: the image is looked at once, and each question sees it and itself.
 
-Row = [prompt up to the picture's end] [question, answer, end] [question, answer, end] ...; positions start again behind the
-picture, and a mask keeps the questions apart. That equals one row a question (a test holds it), at less than half of the tokens.
+Row = [prompt up to the image's end] [question, answer, end] [question, answer, end] ...; positions start again behind the
+image, and a mask keeps the questions apart. That equals one row a question (a test holds it), at less than half of the tokens.
 """
 
 import inspect
@@ -15,19 +15,22 @@ from jaxtyping import Bool
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.model.chat import check_texts, end_token
+from mgvq.model.classes import is_text_only
 from mgvq.model.encode import Example
-from mgvq.model.picture import prefix_inputs, split_prompt, tokens
-from mgvq.model.text import is_text_only
+from mgvq.model.family import family_of
+from mgvq.model.image import prefix_inputs, split_prompt, tokens
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Pictures `b`, positions `s`; `sizes` are the answer tokens of each sample, in the order of `loss_mask`, row by row."""
+    """Images `b`, positions `s`; `sizes` are the answer tokens of each sample, in the order of `loss_mask`, row by row."""
 
     inputs: dict[str, Tensor]
     loss_mask: Bool[Tensor, "b s"]
+    valid_mask: Bool[Tensor, "b s"]
     sample_ids: tuple[str, ...]
     sizes: tuple[int, ...]
 
@@ -35,31 +38,33 @@ class PackedBatch:
         """On `device`, with the mask in the model's `dtype`."""
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
-        return PackedBatch(inputs, self.loss_mask.to(device), self.sample_ids, self.sizes)
+        return PackedBatch(inputs, self.loss_mask.to(device), self.valid_mask.to(device), self.sample_ids, self.sizes)
 
 
 def can_pack(model: PreTrainedModel) -> bool:
-    """Whether a question sees its picture and itself through nothing but the mask, and positions are plain counts.
+    """Whether a question sees its image and itself through nothing but the mask, and positions are plain counts.
 
-    Not so with rotary positions of a picture's height and width (Qwen2-VL), where the model itself tells image from text tokens
-    (Gemma 3), and where layers see a window or keep a state. A model of text alone has no pictures to share.
+    Not so with rotary positions of an image's height and width (Qwen2-VL), where the model itself tells image from text tokens
+    (Gemma 3), and where layers see a window or keep a state. A model of text alone has no images to share.
     """
     if is_text_only(model.config):
         return False
+    if (declared := family_of(model.config).packable) is not None:
+        return declared
     text = model.config.get_text_config(decoder=True)
     mrope = "mrope_section" in (getattr(text, "rope_parameters", None) or {})
     typed = any("token_type_ids" in name for name in inspect.signature(model.base_model.forward).parameters)
     return not mrope and not typed and set(getattr(text, "layer_types", None) or ()) <= {"full_attention"}
 
 
-def packed_batches(processor: Any, examples: Sequence[Example], num_pictures: int) -> Iterator[PackedBatch]:
-    """`num_pictures` rows at a time; examples that follow each other with the same image object share a row.
+def packed_batches(processor: Any, examples: Sequence[Example], num_images: int) -> Iterator[PackedBatch]:
+    """`num_images` rows at a time; examples that follow each other with the same image object share a row.
 
     Raises ValueError where the processor adds to the text behind the image.
     """
     rows = [list(group) for _, group in itertools.groupby(examples, key=lambda e: id(e.image))]
-    for at in range(0, len(rows), num_pictures):
-        yield _pack(processor, rows[at : at + num_pictures])
+    for at in range(0, len(rows), num_images):
+        yield _pack(processor, rows[at : at + num_images])
 
 
 def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
@@ -87,14 +92,16 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
     return PackedBatch(
         {**images, "input_ids": ids, "attention_mask": mask, "position_ids": positions},
         loss_mask,
+        owner >= 0,
         tuple(e.sample_id for row in rows for e in row),
         tuple(num_answer for row in segments for _, num_answer in row),
     )
 
 
 def _segment(processor: Any, example: Example) -> tuple[list[int], int]:
-    """Tokens from behind the image to the end of the answer, and how many of them are the answer with its end."""
+    """The tokens from behind the image to the end of the answer, and how many of them are the answer with its end token."""
+    check_texts(processor, example.sample_id, (example.question, example.answer))
     tokenizer = processor.tokenizer
     _, asked = split_prompt(processor, example.question)
-    whole = tokens(tokenizer, f"{asked}{example.answer}{tokenizer.eos_token}")
+    whole = tokens(tokenizer, f"{asked}{example.answer}{end_token(processor)}")
     return whole, len(whole) - len(tokens(tokenizer, asked))

@@ -86,8 +86,14 @@ def right_labels(batch: Batch | PackedBatch) -> Int[Tensor, "answers"]:
 
 
 def sampled_labels(logs: Float[Tensor, "answers vocabulary"], batch: Batch, seed: int) -> Int[Tensor, "answers"]:
-    """A draw from the model at every answer position, by inversion. Every sample has its own stream: batches do not matter."""
+    """A draw from the model at every answer position, by inversion. Every sample has its own stream: batches do not matter.
+
+    Raises UserError, with the sample, where the model's predictions are no numbers.
+    """
     sizes = batch.loss_mask.sum(1).tolist()
+    if logs.isnan().any():
+        bad = next(n for n, own in zip(batch.sample_ids, logs.split(sizes), strict=True) if own.isnan().any())
+        raise UserError(f"{bad}: the model's predictions are NaN or infinite: set model.dtype=float32, or leave the sample out.")
     draws = [
         torch.rand(size, 1, generator=generator(seed, "labels", name), dtype=torch.float64)
         for size, name in zip(sizes, batch.sample_ids, strict=True)

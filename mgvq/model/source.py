@@ -1,14 +1,16 @@
 """Where a model comes from: a folder in the hub's format, a shipped small model, or a hub repository that was downloaded."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mgvq.checks import whole_number
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
+from mgvq.model.files import INDEX, missing_files
 
 SHIPPED = Path(__file__).parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -21,10 +23,10 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Stress:
-    """Channel scales `exp(sigma N(0, 1))` that leave the model's function as it is (model/stress.py); `sigma` None: none."""
+    """Channel scales that leave the model's function as it is and make quantising hard (model/stress.py)."""
 
-    sigma: float | None
-    seed: int
+    sigma: float | None  # the scales are exp(sigma N(0, 1)); None: there are none
+    seed: int  # draws the scales
 
     def __post_init__(self) -> None:
         if self.sigma is not None and not 0.2 <= self.sigma <= 2:
@@ -32,35 +34,29 @@ class Stress:
                 f"model.stress.sigma must be null or 0.2 to 2, got {self.sigma!r}: scales are rounded to powers of two, so that "
                 "less would change next to nothing, and far more would leave the range of 16-bit weights."
             )
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise UserError(f"model.stress.seed must be a whole number >= 0, got {self.seed!r}")
+        whole_number("model.stress.seed", self.seed)
         if self.seed and self.sigma is None:
             raise UserError(f"model.stress.seed={self.seed} has no effect without model.stress.sigma=0.7, say.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A model and how it is loaded; a run never downloads.
-
-    `path`: a folder, or `organisation/name` on the hub, whose `revision` is a commit of 40 hex digits, or a branch or tag, which
-    is resolved to the commit that was downloaded. `dtype` of the computation. `attention`: `eager`, `sdpa`, or None for
-    transformers' choice. `processor`: settings of the image processor (tiles, pixels) in place of the repository's.
-    `chat_template`: a jinja file in place of the repository's. `trust_remote_code`: run Python files of the repository.
-    `shape`: what the published config.json says of sizes, for counting what is not here. `setup`: how to get the model, where
-    downloading is not enough.
-    """
+    """A model and how it is loaded; a run never downloads."""
 
     name: str
-    path: str
-    revision: str | None
-    dtype: str
-    attention: str | None = None
-    processor: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: str | None = None
-    trust_remote_code: bool = False
+    path: str  # a folder, or `organisation/name` on the hub
+    revision: str | None  # on the hub: a commit of 40 hex digits, or a branch or tag, which stands for the commit that is here
+    dtype: str  # float32 | bfloat16 | float16: of the computation
+    attention: str | None = None  # eager | sdpa | None: as transformers chooses
+    processor: Mapping[str, Any] = field(default_factory=dict)  # settings of the image processor in place of the repository's
+    chat_template: str | None = None  # a jinja file in place of the repository's
+    end_token: str | None = None  # the token behind an answer, in place of the tokenizer's
+    pad_token: str | None = None  # the token that fills up the rows of a batch, in place of the tokenizer's
+    family: Mapping[str, Any] = field(default_factory=dict)  # what cannot be found out about its modules (model/family.py)
+    trust_remote_code: bool = False  # whether Python files of the repository are run
     stress: Stress = Stress(sigma=None, seed=0)
-    shape: Mapping[str, Any] | None = None
-    setup: str = ""
+    shape: Mapping[str, Any] | None = None  # what the published config.json says of sizes, for counting what is not here
+    setup: str = ""  # how to get the model, where downloading is not enough
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -71,6 +67,11 @@ class Source:
             raise UserError(f"model.chat_template={self.chat_template} is not a file; give a .jinja file, or null.")
         if not isinstance(self.trust_remote_code, bool):
             raise UserError(f"model.trust_remote_code must be true or false, got {self.trust_remote_code!r}")
+        if unknown := sorted(set(self.family) - {"towers", "shared_inputs", "packable"}):
+            raise UserError(f"model.family has no {', '.join(unknown)}; there are towers, shared_inputs and packable.")
+        for name in ("end_token", "pad_token"):
+            if not isinstance(value := getattr(self, name), str | None) or value == "":
+                raise UserError(f"model.{name} must be a token of the tokenizer, or null for its own; got {value!r}")
 
     @property
     def on_hub(self) -> bool:
@@ -105,12 +106,12 @@ class Source:
             found = Path(snapshot_download(self.path, local_files_only=True, **wanted))
         except (LocalEntryNotFoundError, FileNotFoundError) as error:
             raise self._not_here(f"is not in {constants.HF_HUB_CACHE}") from error
-        if missing := _missing_files(found):
+        if missing := missing_files(found):
             raise self._not_here(f"is incomplete in {found} ({', '.join(missing[:3])} missing)")
         return found
 
     def _not_here(self, why: str) -> UserError:
-        from mgvq.model.shape import download_size  # here: it imports torch, which a run that is refused may pay for
+        from mgvq.model.shape import download_size  # here: it imports torch, which planning needs none of
 
         size = download_size(self)
         how = self.setup or f"hf download {self.path} --revision {self.revision}"
@@ -124,16 +125,22 @@ class Source:
     def identity(self) -> str:
         """What determines the weights: a digest of a folder's files, or the hub name with its commit.
 
-        Raises UserError as `folder` does, and where the folder holds no weights.
+        Raises UserError as `folder` does, and where the folder holds no weights, or those of a packed checkpoint.
         """
+        if (self.folder / INDEX).is_file():
+            raise UserError(
+                f"model.path={self.path} is an mgvq checkpoint, which is quantised already: mgvq.load({self.path!r}) gives "
+                "its model. To quantise otherwise, give the model that it was made of (model.path in the config.yaml of its run)."
+            )
         if not self.on_hub:
             return folder_digest(Path(self.path))
         return f"{self.path}@{self.folder.name}"  # the hub's cache names a snapshot's folder by its commit
 
     def choices(self) -> dict[str, Any]:
-        """What else may move numbers, where it differs from the default: runs without it keep the names that they had."""
+        """Settings that may move numbers, where they differ from the default: runs without them keep the names that they had."""
         template = hashlib.sha256(Path(self.chat_template).read_bytes()).hexdigest() if self.chat_template else None
         chosen = {"attention": self.attention, "processor": dict(self.processor), "chat_template": template}
+        chosen |= {"family": dict(self.family), "end_token": self.end_token, "pad_token": self.pad_token}
         stress = asdict(self.stress) if self.stress.sigma is not None else None
         return {name: value for name, value in {**chosen, "stress": stress}.items() if value}
 
@@ -148,20 +155,12 @@ class Source:
         return {"path": self.path, "revision": self.revision, "commit": self.folder.name if self.on_hub else None}
 
 
-def _missing_files(snapshot: Path) -> list[str]:
-    """What a download that was cut off lacks."""
-    index = snapshot / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-    return sorted(name for name in {"config.json", *shards} if not (snapshot / name).is_file())
-
-
 def folder_digest(folder: Path) -> str:
-    """SHA-256 over names and bytes of every file that a model is loaded from."""
-    if not (folder / "config.json").is_file() or not any(f.suffix in _WEIGHTS for f in folder.iterdir()):
+    """SHA-256 over names and bytes of all files that a model is loaded from. Raises UserError where the folder holds no model."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py"))
+    if not (folder / "config.json").is_file() or not any(f.suffix in _WEIGHTS for f in files):
         raise UserError(f"model folder {folder} holds no model: it needs config.json and {' or '.join(_WEIGHTS)} files.")
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (*_WEIGHTS, ".json", ".jinja", ".txt", ".model", ".py"):
-            with file.open("rb") as stream:
-                digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    for file in files:
+        digest.update(f"{file.name} {file_digest(file)}\n".encode())
     return digest.hexdigest()

@@ -11,18 +11,21 @@ import torch
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.text import is_text_only
+from mgvq.model.classes import is_text_only
+from mgvq.model.family import family_of
 from mgvq.types import Tower
+
+ORDER: tuple[Tower, ...] = ("vision", "projector", "language")  # in which data flows through the towers
 
 
 @dataclass(frozen=True)
 class Towers:
-    """The names of each tower's modules, in the order in which data flows through the towers."""
+    """What a model is made of."""
 
-    modules: Mapping[Tower, tuple[str, ...]]
+    modules: Mapping[Tower, tuple[str, ...]]  # the names of each tower's modules, the towers in the order of the data
 
     def of(self, name: str) -> Tower | None:
-        """The tower of a module or parameter, of two that lie in one another the inner; None for the rest (head)."""
+        """The tower of a module or parameter, the inner one of two that lie in one another; None for the rest (the head)."""
         within: dict[int, Tower] = {
             len(module): tower for tower, names in self.modules.items() for module in names if f"{name}.".startswith(f"{module}.")
         }
@@ -33,9 +36,13 @@ def find_towers(model: PreTrainedModel) -> Towers:
     """Vision, projector, language; of a language model by itself the last alone.
 
     The projector may lie beside the vision tower, or in it and behind its blocks (Qwen2-VL). Raises UserError, with the modules
-    that were found, for a model that is not of this pattern.
+    that were found, for a model that is not of this pattern. `model.family.towers` declares what cannot be found out.
     """
     names = {module: name for name, module in model.named_modules()}
+    if (declared := family_of(model.config).towers) is not None:
+        if missing := [name for part in declared.values() for name in part if name not in names.values()]:
+            raise _unclear(model, f"model.family.towers names {', '.join(missing)}, which it does not have")
+        return Towers({tower: tuple(declared[tower]) for tower in ORDER if declared.get(tower)})
     try:
         language = names[model.get_input_embeddings()].rpartition(".")[0]
     except NotImplementedError as error:
@@ -105,4 +112,7 @@ def _unclear(model: PreTrainedModel, why: str) -> UserError:
     children = [(n, m) for n, m in model.named_children() if m is not inner]
     children += [(f"{prefix}{n}", m) for n, m in inner.named_children()]
     tree = "".join(f"\n  {n}: {type(m).__name__}, {sum(p.numel() for p in m.parameters()):,} weights" for n, m in children)
-    return UserError(f"the towers of {type(model).__name__} are not clear: {why} (mgvq/model/towers.py). Its modules:{tree}")
+    return UserError(
+        f"the towers of {type(model).__name__} are not clear: {why} (mgvq/model/towers.py). Declare "
+        f"model.family.towers={{vision:[NAME],projector:[NAME],language:[NAME]}}. Its modules:{tree}"
+    )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name, install, modules_before, restored, rows_of_blocks
@@ -22,6 +23,11 @@ from mgvq.types import Batch, Site
 
 AnyBatch = Batch | PackedBatch
 Prefix = Literal["full_precision", "quantized"]
+
+
+def on_device(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:
+    """The batch where the model is, with a packed one's mask in the model's dtype."""
+    return batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.codebook.exponent import fit_in_range
 from mgvq.formats.vector import to_vectors
 from mgvq.protocols import Codebook, FittedCodebook
 from mgvq.quantization.table_groups import TableGroup
@@ -30,7 +31,7 @@ class CodebookCache:
             table_group, flags = self.table_groups[number], []
             targets = [self.target(s) for s in table_group.slices]
             importances = [self._importance(s) for s in table_group.slices]
-            codebooks = self.codebook.fit(table_group.info.name, targets, rate, importances, flags)
+            codebooks = fit_in_range(self.codebook, table_group.info.name, targets, rate, importances, flags)
             self._fitted[number, rate.name] = codebooks, flags
         return self._fitted[number, rate.name]
 
@@ -74,13 +75,13 @@ class CodebookCache:
 def rate_table(cache: CodebookCache, distortion: Literal["measured", "gaussian"] | None) -> RateTable:
     """The stored bits of every table group at every rate, exact; and the loss as `distortion` predicts it, 0 where it is None.
 
-    `gaussian`: `2^(-2 bits)`, the distortion-rate function of a Gaussian source. `measured`: of the fitted codebooks.
+    `gaussian`: what the codebook says of itself on a Gaussian source (`Codebook.distortion`). `measured`: of fitted codebooks.
     """
     groups, rates = cache.table_groups, sorted(cache.codebook.rates(), key=lambda r: r.index_bits)
     bits = torch.tensor([[cache.codebook.storage_bits(g.slices, r) for r in rates] for g in groups], dtype=torch.int64)
     loss = torch.zeros(bits.shape, dtype=torch.float64)
     if distortion == "gaussian":
-        loss = torch.tensor([[g.info.score * 4.0**-r.index_bits for r in rates] for g in groups], dtype=torch.float64)
+        loss = torch.tensor([[g.info.score * cache.codebook.distortion(r) for r in rates] for g in groups], dtype=torch.float64)
     elif distortion == "measured":
         for g, table_group in enumerate(groups):
             scores = [cache.problems[s.site].score[s.columns].double() for s in table_group.slices]

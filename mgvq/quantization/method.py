@@ -1,14 +1,18 @@
-"""A method: one variant of each stage."""
+"""A method: one variant of each stage, and whether they fit together."""
 
 from dataclasses import dataclass
 
+from mgvq.errors import UserError
 from mgvq.protocols import Allocation, Codebook, Compensation, Curvature, Grouping, Refit, Sensitivity, TargetShift, Transform
 from mgvq.types import Needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One variant of each stage: together a quantisation method."""
+    """One variant of each stage: together a quantisation method.
+
+    Raises UserError for stages that lack what they need of each other, or that none of the others looks at.
+    """
 
     curvature: Curvature | None
     sensitivity: Sensitivity
@@ -19,10 +23,59 @@ class Method:
     refit: Refit | None = None
     transform: Transform | None = None
 
+    def __post_init__(self) -> None:
+        self._check_metric()
+        if self.compensation.corrects_rows and self.codebook.spans_rows:
+            raise UserError(
+                "this compensation corrects errors from row to row, but a vector of this codebook takes several rows at once: "
+                "choose codebook=kmeans, or compensation=hessian."
+            )
+        if self.refit is not None and not self.codebook.can_be_refitted:
+            raise UserError(
+                "refit has no effect: this codebook has no tables that it could move, as kmeans, product and residual have; set "
+                "refit=none."
+            )
+
+    def _check_metric(self) -> None:
+        users = [
+            name
+            for name, uses in (
+                ("codebook", self.codebook.needs_importance),
+                ("compensation", self.compensation.needs_metric),
+                ("refit", self.refit is not None),
+            )
+            if uses
+        ]
+        if users and self.curvature is None:
+            raise UserError(
+                f"{' and '.join(users)} weigh errors by the curvature, but curvature=none: add curvature=input (or another) and "
+                "a calibration set such as calibration=tiny_vqa, or choose codebook.weight_power=0 and compensation=none."
+            )
+        if self.curvature is not None and not users:
+            raise UserError(
+                "curvature has no effect: nothing in this run looks at the metric. Leave it out (curvature=none), or set "
+                "codebook.weight_power above 0, or a compensation."
+            )
+        if self.compensation.needs_output_metric and not (self.curvature and self.curvature.has_output_factor):
+            raise UserError(
+                "this compensation weighs output channels too, for which this curvature has no metric: choose "
+                "curvature=kronecker."
+            )
+
     @property
     def shift(self) -> TargetShift | None:
-        """The compensation, where it moves its targets by a gradient."""
-        return self.compensation if isinstance(self.compensation, TargetShift) else None
+        """What moves the targets of rounding by a gradient; None where the weights themselves are the targets."""
+        return self.compensation.shift
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether layers are rounded behind those that are quantised before them, for which the model runs on samples."""
+        return self.shift is not None or self.compensation.prefix_shifts is not None
+
+    @property
+    def uses_score(self) -> bool:
+        """Whether any stage looks at the sensitivity of the channels."""
+        return self.grouping.uses_score or self.allocation.uses_score or self.compensation.uses_score
 
     @property
     def needs(self) -> Needs:

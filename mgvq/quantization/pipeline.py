@@ -15,9 +15,10 @@ from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
+from mgvq.quantization.preflight import constant_layers, unused_budget
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
-from mgvq.quantization.sequential import PrefixSamples, sequential_rounding
+from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import LayerProblem, Site, StatsBank
 
@@ -28,7 +29,7 @@ def quantize(
     bank: StatsBank,
     method: Method,
     bits_per_weight: float,
-    samples: Samples | PrefixSamples | None,
+    samples: Samples | None,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
@@ -36,8 +37,9 @@ def quantize(
     Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
     """
     start = time.perf_counter()
-    flags: list[str] = []
-    problems = layer_problems(site_weights(model, sites), bank, method)
+    weights = site_weights(model, sites)
+    flags = constant_layers(weights)
+    problems = layer_problems(weights, bank, method)
 
     table_groups = cut_table_groups(problems, method.codebook)
     cache = CodebookCache(table_groups, method.codebook, problems)
@@ -47,21 +49,23 @@ def quantize(
     shared_bits = sum(8 * nbytes for nbytes in {id(tensor): tensor.nbytes for tensor in shared}.values())
     budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - shared_bits
     chosen = method.allocation(table, budget_bits).tolist()
+    stored_bits = shared_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
+    flags += unused_budget(stored_bits, budget_bits + shared_bits)
     rates = [table.rates[r] for r in chosen]
 
     rounder = LayerRounder(method.compensation, method.refit, ids)
-    if getattr(method.compensation, "prefix", None) == "quantized":
+    if method.is_blockwise:
         assert samples is not None, "runs/method.py asks for a calibration set"
-        shifts = method.compensation.shifts
-        rounded, blocks = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags), pd.DataFrame()
-    elif method.shift is None:
-        rounded, blocks = rounder.round(cache, rates, sites, flags), pd.DataFrame()
-    else:
-        assert samples is not None, "runs/method.py asks for a calibration set"
+    blocks = pd.DataFrame()
+    if (shifts := method.compensation.prefix_shifts) is not None:
+        rounded = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags)
+    elif method.shift is not None:
         rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
+    else:
+        rounded = rounder.round(cache, rates, sites, flags)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
-        stored_bits=shared_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
+        stored_bits=stored_bits,
         layers=layers_table(problems, rounded),
         proxy=proxy_table(problems, rounded),
         allocation=allocation_table(table_groups, table, chosen),

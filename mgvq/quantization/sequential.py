@@ -8,30 +8,22 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.compensation.shifts import Regression
 from mgvq.model.blocks import Block, by_block, install, restored
-from mgvq.model.passes import Rows
 from mgvq.model.sites import linear, site_weights
-from mgvq.model.walk import BlockPass, BlockWalk, Prefix, Visit
+from mgvq.model.walk import BlockPass, BlockWalk, Prefix, Visit, on_device
 from mgvq.progress import progress
+from mgvq.protocols import PrefixShift
+from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
-from mgvq.types import Batch, LayerProblem, Metric, Rate, Site
-
-
-@dataclass(frozen=True)
-class PrefixSamples:
-    """The calibration samples of the prefix's statistics; the two parts share none."""
-
-    batches: Sequence[Batch]
-    heldout: Sequence[Batch]  # for choosing between ridges
+from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
 def sequential_rounding(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    shifts: Sequence[Regression],
-    samples: PrefixSamples,
+    shifts: Sequence[PrefixShift],
+    samples: Samples,
     cache: CodebookCache,
     rates: Sequence[Rate],
     rounder: LayerRounder,
@@ -44,7 +36,7 @@ def sequential_rounding(
     own weights again in the end.
     """
     originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
-    walks = [BlockWalk(model, sites, [b.to(model.device) for b in part]) for part in (samples.batches, samples.heldout)]
+    walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
     rounded = Rounded()
     with restored(model, originals):
         for block in progress(list(by_block(sites)), "blocks"):
@@ -71,7 +63,7 @@ class _Moments:
 
 
 def _sequential(
-    problem: LayerProblem, weight: Tensor, shifts: Sequence[Regression], moments: _Moments, heldout: _Moments
+    problem: LayerProblem, weight: Tensor, shifts: Sequence[PrefixShift], moments: _Moments, heldout: _Moments
 ) -> LayerProblem:
     """The layer's problem behind the quantised prefix, in the basis that it has."""
     shift = next((s for s in shifts if s.of in moments.lacking), None)
@@ -147,9 +139,9 @@ class _Streams:
     def _tokens(self, site: Site, one: BlockPass, place: str) -> Float[Tensor, "tokens c"]:
         """The rows of real tokens of what is at a place: the input of a module, or one of the ends of the block."""
         values = one.call.hidden if place == _ENTRY else one.output if place == _EXIT else one.inputs[place]
-        batch = self._walk.batches[one.call.number]
-        assert isinstance(batch, Batch)
-        return Rows.of(batch).all(site, values).float()
+        if site.tower != "language":  # towers without padding
+            return values.flatten(0, -2).float()
+        return values[self._walk.batches[one.call.number].valid_mask].float()
 
 
 _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, and those that come out

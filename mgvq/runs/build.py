@@ -8,32 +8,28 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvq.errors import UserError
+from mgvq.runs.declared import KEY, is_idle
+from mgvq.runs.device import device_type
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
-STAGES = (
-    "curvature",
-    "sensitivity",
-    "grouping",
-    "allocation",
-    "codebook",
-    "compensation",
-    "refit",
-    "transform",
-)  # what a method is made of
-GROUPS = ("paths", "model", "calibration", *STAGES, "evaluation", "tracker", "budget")
-SETTINGS = {*GROUPS, "seed", "scope", "threads", "device", "numerics", "dry"}
-TEXT_ONLY = ("mgvq.calibration.text.Text", "mgvq.evaluation.perplexity.Perplexity")  # they show no pictures
-# The variants that a group has where it does nothing.
-_IDLE = {"sensitivity": "Uniform", "grouping": "One", "compensation": "NoCompensation"}
+STAGES = (  # what a method is made of
+    *("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit", "transform"),
+)
+VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
+GROUPS = ("paths", *VARIANTS, "budget")
+SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry"}
 
 
 def build(cfg: DictConfig, group: str) -> Any:
     """The component of one group, None where the group is `none`. Its own errors come through as they are."""
     if not chosen(cfg, group):
         return None
+    settings = OmegaConf.to_container(cfg[group], resolve=True)
+    assert isinstance(settings, dict)
+    settings.pop(KEY, None)
     try:
-        return instantiate(cfg[group], _convert_="all")
+        return instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -57,6 +53,10 @@ def check(cfg: DictConfig) -> None:
         least = 0 if key == "seed" else 1
         if not (type(cfg[key]) is int and cfg[key] >= least):
             raise UserError(f"{key} must be a whole number >= {least}, got {cfg[key]!r}")
+    if cfg.tf32 not in (True, False):
+        raise UserError(f"tf32 must be true or false, got {cfg.tf32!r}")
+    if device_type(cfg.device) == "cpu" and cfg.tf32:
+        raise UserError("tf32=true has no effect on device=cpu: leave it out.")
     if cfg.scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}; got {cfg.scope!r}")
     if unknown := sorted(set(map(str, cfg)) - SETTINGS):
@@ -72,8 +72,7 @@ def check(cfg: DictConfig) -> None:
 
 def _check_full_precision(cfg: DictConfig) -> None:
     bits = cfg.budget.bits_per_weight
-    idle = [group for group in STAGES if group != "codebook" and _does_something(cfg, group)]
-    idle += ["calibration"] if chosen(cfg, "calibration") else []
+    idle = [group for group in (*STAGES, "calibration") if not is_idle(cfg[group])]
     if bits is not None or idle:
         named = [f"budget.bits_per_weight={bits}"] if bits is not None else []
         raise UserError(
@@ -91,7 +90,3 @@ def _check_quantising(cfg: DictConfig) -> None:
         )
     if not chosen(cfg, "allocation"):
         raise UserError("allocation=none with a codebook: choose allocation=uniform, or method=full_precision.")
-
-
-def _does_something(cfg: DictConfig, group: str) -> bool:
-    return chosen(cfg, group) and not cfg[group]["_target_"].endswith(f".{_IDLE.get(group)}")

@@ -14,31 +14,34 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.load import load as load_checkpoint
+from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
-from mgvq.errors import UserError
-from mgvq.model.load import Loaded, load, load_processor
+from mgvq.digest import file_digest
+from mgvq.model.device import find_device
+from mgvq.model.fit import check_samples
+from mgvq.model.health import constant_flags
+from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
-from mgvq.model.sites import list_sites
-from mgvq.model.text import is_text_only
-from mgvq.protocols import CalibrationSet, ReadsData
+from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.report import QuantReport
-from mgvq.quantization.sequential import PrefixSamples
-from mgvq.runs.build import TEXT_ONLY, build, chosen
+from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
-from mgvq.runs.digests import file_digest
+from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
-from mgvq.runs.method import build_method
+from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
 from mgvq.runs.store import RunFolder
 from mgvq.types import Site, SiteStats
 
 SCHEMA_VERSION = 1
-PICTURES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
+IMAGES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
 log = logging.getLogger(__name__)
 
 
@@ -53,7 +56,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    device = _device(cfg.device)
+    device = _device(cfg)
     with folder:
         if folder.is_done():  # by another process, while this one was starting
             return folder.metrics()
@@ -61,18 +64,20 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("identity.json", scientific_settings(cfg))
         folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
         log.info("loading %s", source.path)
-        loaded = load(source, device)
-        check_pictures(loaded, cfg, "calibration", "evaluation")
+        described = describe(source)
+        check_images(described.config, calibration=calibration, evaluation=task)
+        check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
+        check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
+        loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
+        flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
         clock = Clock()
         report = None
         if method is not None:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-            samples = _samples(loaded, drawn) if drawn and method.shift else None
-            if drawn and getattr(method.compensation, "prefix", None) == "quantized":
-                samples = PrefixSamples(list(drawn.batches(loaded.processor)), list(drawn.heldout(loaded.processor)))
+            samples = _samples(loaded, drawn) if drawn and method.is_blockwise else None
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
@@ -96,8 +101,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         trusted = {"trust_remote_code": source.trust_remote_code}
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
+        check_same_model(loaded, weights, model, folder.checkpoint)
         digest = file_digest(folder.checkpoint / TENSORS)
-        result = task(model, loaded.model, load_processor(str(folder.checkpoint), **trusted), digest)
+        result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
@@ -110,28 +116,23 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "memory/peak_gb": _peak_gb(device),
             "rate": _rate(report),
             "checkpoint_sha256": digest,
-            "flags": [*source.flags(), *(report.flags if report else ()), *(f"non_finite:{name}" for name in broken)],
+            "flags": [
+                *source.flags(),
+                *flags,
+                *(report.flags if report else ()),
+                *result.flags,
+                *_unexplained(broken, result.flags),
+            ],
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
     return metrics
 
 
-def check_pictures(loaded: Loaded, cfg: DictConfig, *groups: str) -> None:
-    """Raises UserError where one of the groups shows pictures to a model that reads nothing but text."""
-    words = {"calibration": "calibration=text", "evaluation": "evaluation=perplexity"}
-    shown = [group for group in groups if chosen(cfg, group) and cfg[group]["_target_"] not in TEXT_ONLY]
-    if shown and is_text_only(loaded.model.config):
-        raise UserError(
-            f"{cfg.model.name} ({type(loaded.model).__name__}) reads nothing but text, and {' and '.join(shown)} shows it "
-            f"pictures: set {' '.join(words[group] for group in shown)}."
-        )
-
-
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
     """Packed where the model allows it: a third of the tokens."""
     if drawn.packable and can_pack(loaded.model):
-        parts = (packed_batches(loaded.processor, e, PICTURES) for e in (drawn.examples, drawn.heldout_examples))
+        parts = (packed_batches(loaded.processor, e, IMAGES) for e in (drawn.examples, drawn.heldout_examples))
     else:
         parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))
     batches, heldout = map(list, parts)
@@ -141,6 +142,11 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
 def _texts(*parts: Any) -> dict[str, str]:
     """SHA-256 of the texts that come with the Python installation, by what they are for."""
     return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
+
+
+def _unexplained(broken: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Flags for metrics that are not finite, where the task has not said itself how many samples they lack."""
+    return [f"non_finite:{name}" for name in broken if not any(flag.startswith(f"non_finite:{name}:") for flag in flags)]
 
 
 class Clock:
@@ -161,7 +167,7 @@ def _statistics(
 ) -> Mapping[Site, SiteStats]:
     """From the cache that all runs of the results folder share, or by one pass over the calibration samples."""
     settings = scientific_settings(cfg)
-    kept = ("model", "calibration", "scope", "threads", "numerics")
+    kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
 
     def compute() -> Mapping[Site, SiteStats]:
@@ -172,21 +178,22 @@ def _statistics(
 
 
 def _rate(report: QuantReport | None) -> str:
-    """The rate's name, `mixed` where there are several."""
+    """The name of the rate of all layers, `mixed` where there are several."""
     if report is None:
         return "full_precision"
     rates = set(report.allocation.rate)
     return rates.pop() if len(rates) == 1 else "mixed"
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+def _device(cfg: DictConfig) -> torch.device:
+    """The device that the run is named by, its arithmetic set. Raises UserError where PyTorch has no such device."""
+    device = find_device(device_name(cfg.device))
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
+    return device
 
 
 def _peak_gb(device: torch.device) -> float:
-    """Of the accelerator where there is one, else of the process, in 10^9 bytes."""
+    """The most memory that the accelerator has held, or the process where there is none, in 10^9 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

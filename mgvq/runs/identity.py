@@ -1,26 +1,30 @@
-"""The name of a run: a hash of every resolved setting that can change its numbers."""
+"""The name of a run: a hash of what its settings mean, as far as that can change its numbers."""
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mgvq.data.benchmarks import BENCHMARKS
-from mgvq.runs.build import build
-from mgvq.runs.digests import data_digest, file_digest, listing_digest
+from mgvq.errors import UserError
+from mgvq.runs.build import STAGES, build
+from mgvq.runs.declared import KEY, declared, is_idle
+from mgvq.runs.device import device_type
+from mgvq.runs.digests import data_digest
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
 # a method in which nothing is random has one run for all seeds.
-NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "device", "seed", "dry")
-
-# Settings that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
-LATER = {("calibration", "shown"): "both"}
+NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry")
+# Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
+# Those of a group are declared in its yaml, and a group that came later does not count where it is idle.
+NEUTRAL: Mapping[str, Any] = {}
 
 
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that count, numbers in one spelling (2 is 2.0), a model by what determines its weights.
+    """The settings that count, numbers in one spelling (2 is 2.0): of a group the name of its variant (`variants`, see
+    `mgvq.runs.compose`) with its fields, of a model what determines its weights. Variants that do nothing do not count.
 
     Raises UserError where the model's files are missing.
     """
@@ -31,38 +35,59 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     }
     source = build(cfg, "model")
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity(), **source.choices()}
-    if (data := settings["calibration"].get("path")) is not None:
-        settings["calibration"]["path"] = data_digest(data)
-    settings["calibration"].pop("images", None)  # a folder of published images: their names in the data tell which they are
-    if (rule := settings["allocation"].get("source")) is not None:
-        settings["allocation"]["source"] = file_digest(Path(rule))
-    if "tasks" in settings["evaluation"]:
-        _settle_tasks(settings["evaluation"])
-    if settings["codebook"]["_target_"] is None:  # nothing is quantised, in any scope
-        for name in ("scope", "sensitivity", "grouping", "compensation"):
-            del settings[name]
-    for (group, key), value in LATER.items():
-        if settings[group].get(key) == value:
-            del settings[group][key]
-    for stage in ("refit", "transform"):  # stages that came later
-        if settings[stage]["_target_"] is None:
-            del settings[stage]
-    return _canonical(settings)
-
-
-def _settle_tasks(evaluation: dict[str, Any]) -> None:
-    """Of a suite: what belongs to tasks that are not asked goes, and a folder of datasets counts by what is in it."""
-    tasks, copies = evaluation["tasks"], evaluation["data"]
-    evaluation["max_new_tokens"] = {task: evaluation["max_new_tokens"].get(task) for task in tasks}
-    if copies is not None:
-        places = {task: Path(copies) / BENCHMARKS[task].dataset for task in tasks if task in BENCHMARKS}
-        evaluation["data"] = {task: listing_digest(place) for task, place in places.items()}
+    settings["device"] = device_type(cfg.device)
+    for group in ("calibration", *STAGES, "evaluation"):
+        if is_idle(settings[group]):
+            del settings[group]
+        else:
+            settings[group] = {"variant": cfg.variants[group], **_fields(group, settings[group])}
+    if "codebook" not in settings:  # nothing is quantised, in any scope
+        del settings["scope"]
+    return _canonical({name: value for name, value in settings.items() if name not in NEUTRAL or value != NEUTRAL[name]})
 
 
 def run_id(cfg: DictConfig) -> str:
     """16 hex digits; equal for equal settings, in any process and under any launcher."""
     text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a variant as they count by the rules that its yaml declares (`_declares_: {identity: {FIELD: RULE}}`):
+
+        content                 a file or folder counts by what is in it
+        ignored                 where something lies, say
+        {neutral: VALUE}        a field that came later: with this value the run is what it was without the field
+        PACKAGE.MODULE.NAME     a function of the value and of all fields gives what counts; its module must not import torch
+
+    Fields without a rule count as they are.
+    """
+    fields = {name: value for name, value in settings.items() if name not in ("_target_", KEY)}
+    counted = dict(fields)
+    for name, rule in declared(settings).get("identity", {}).items():
+        if name not in fields:
+            raise UserError(f"{settings['_target_']}: {KEY}.identity.{name} is about no field; {group} has {', '.join(fields)}.")
+        value = fields[name]
+        if rule == "ignored" or (isinstance(rule, Mapping) and set(rule) == {"neutral"} and value == rule["neutral"]):
+            del counted[name]
+        elif rule == "content":
+            counted[name] = None if value is None else data_digest(value)
+        elif isinstance(rule, str) and "." in rule:
+            counted[name] = _function(rule)(value, fields)
+        elif not (isinstance(rule, Mapping) and set(rule) == {"neutral"}):
+            raise UserError(
+                f"{settings['_target_']}: {KEY}.identity.{name} must be content, ignored, {{neutral: VALUE}} or the path of a "
+                f"function, got {rule!r}"
+            )
+    return counted
+
+
+def _function(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{KEY}.identity names the function {path}, which cannot be imported: {error}") from error
 
 
 def _canonical(value: Any) -> Any:

@@ -13,9 +13,10 @@ from mgvq.types import Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """1 for every channel."""
+    """Every channel scores 1."""
 
     needs: ClassVar[Needs] = Needs()
+    needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
         return {site: torch.ones(weight.shape[1]) for site, weight in weights.items()}

@@ -1,54 +1,94 @@
-"""What the runs of a study answer, as plans and tables speak of it: questions about pictures, public benchmarks, or prose."""
+"""What the runs of a study answer, as plans and tables speak of it: questions about images, public benchmarks, prose.
 
+An evaluation declares its kind in its yaml (`_declares_: {kind: {headline: ..., ...}}`, see `mgvq.runs.declared`).
+"""
+
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import yaml
 
 from mgvq.errors import UserError
+from mgvq.runs.declared import KEY, declared
+from mgvq.runs.places import conf_folder
+
+Measure = Literal["accuracy", "loss"]  # by which arms can be compared
+Planned = Literal["accuracy", "loss", "perplexity"]  # what a primary comparison may be about
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """The class of an `evaluation`; the metric that is its `headline`; the `measures` by which arms are compared; what a study
-    may plan (`primary.metric`); its `samples`, and the `clusters` within which they are not independent."""
+    """The kind of an evaluation. Raises UserError for measures that tables do not know."""
 
-    evaluation: str
     headline: str
-    measures: tuple[str, ...]
-    planned: tuple[str, ...]
+    """The metric that stands for the whole; runs that have it are of this kind."""
+
+    measures: tuple[Measure, ...]
+    """What arms are compared by: `accuracy`, the samples' `score`, and `loss`, their `loss` by `num_tokens`."""
+
+    planned: tuple[Planned, ...]
+    """What a study may plan as its `primary.metric`; a perplexity is tested by its loss."""
+
     samples: str = "questions"
+    """The word for the samples of the evaluation."""
+
     clusters: str = "pictures"
+    """The word for what samples belong to that are not independent: samples whose ids differ in their last part alone."""
 
+    number: str | None = None
+    """The setting that says how many samples there are; None where no setting does."""
 
-PICTURES = Kind(
-    evaluation="mgvq.evaluation.tiny_vqa.TinyVQA",
-    headline="tiny_vqa/accuracy",
-    measures=("accuracy", "loss"),
-    planned=("accuracy", "loss"),
-)
-BENCHMARKS = Kind(
-    evaluation="mgvq.evaluation.suite.Suite", headline="suite/accuracy", measures=("accuracy",), planned=("accuracy",)
-)
-TEXT = Kind(
-    evaluation="mgvq.evaluation.perplexity.Perplexity",
-    headline="text/perplexity",
-    measures=("loss",),
-    planned=("loss", "perplexity"),
-    samples="passages",
-    clusters="topics",
-)
-KINDS = (PICTURES, BENCHMARKS, TEXT)
+    by_task: bool = False
+    """The samples belong to tasks that count alike; each has a column in tables, with the metric `TASK/accuracy`."""
+
+    headline_types: tuple[str, ...] = ()
+    """The types of questions that make the headline accuracy, each with the same weight; empty: all questions count alike."""
+
+    redraw: str | None = None
+    """The dotted path of a function from a row of `samples.parquet` to the image of its question, an array, or None where that
+    image is no longer known; None where the evaluation has no such function."""
+
+    def __post_init__(self) -> None:
+        for name, words in (("measures", get_args(Measure)), ("planned", get_args(Planned))):
+            if unknown := sorted(set(getattr(self, name)) - set(words)):
+                raise UserError(f"{KEY}.kind.{name} of {self.headline} has {', '.join(unknown)}; there are {', '.join(words)}.")
+
+    def settings(self) -> dict[str, Any]:
+        """As a record keeps it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 def kind_of_config(evaluation: Mapping[str, Any]) -> Kind | None:
-    """Of a run's `evaluation` group; None for a class that no table knows."""
-    return next((kind for kind in KINDS if kind.evaluation == evaluation.get("_target_")), None)
+    """The kind that a run's `evaluation` group declares; None where it declares none, so that no table can be made of it."""
+    found = declared(evaluation).get("kind")
+    return kind_from(found) if found is not None else None
+
+
+def kind_from(settings: Mapping[str, Any]) -> Kind:
+    """Raises UserError for settings that are not those of a kind."""
+    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned", "headline_types")}
+    try:
+        return Kind(**{**settings, **lists})
+    except TypeError as error:
+        raise UserError(f"{KEY}.kind is {dict(settings)}, which is not the kind of an evaluation: {error}") from error
 
 
 def kind_of_metrics(metrics: Mapping[str, Any]) -> Kind:
-    """Of a run's metrics. Raises UserError where they are of an evaluation that no table knows."""
-    for kind in KINDS:
+    """The kind of the evaluation in `conf/` whose headline is among a run's metrics, for records that do not say their kind.
+
+    Raises UserError where there is none.
+    """
+    for kind in _known():
         if kind.headline in metrics:
             return kind
-    known = ", ".join(kind.headline for kind in KINDS)
+    known = ", ".join(kind.headline for kind in _known())
     raise UserError(f"tables are of runs that measured one of {known}; here there are {', '.join(sorted(metrics)) or 'none'}.")
+
+
+@functools.cache
+def _known() -> tuple[Kind, ...]:
+    """The kinds of the evaluations in `conf/`."""
+    found = (kind_of_config(yaml.safe_load(file.read_text())) for file in sorted((conf_folder() / "evaluation").glob("*.yaml")))
+    return tuple(kind for kind in found if kind)

@@ -1,19 +1,17 @@
 """From a study to its runs: every configuration composed and checked before the first run starts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
+from mgvq.runs.compose import composer
 from mgvq.runs.identity import run_id
-from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import Kind, kind_of_config
 from mgvq.studies.spec import Study
@@ -32,21 +30,28 @@ class PlannedRun:
 
     @property
     def num_samples(self) -> int | None:
-        """Questions or passages of the evaluation, where it says so."""
-        return self.cfg.evaluation.get("num_questions", self.cfg.evaluation.get("num_passages"))
+        """How many samples the evaluation has, where a setting says so."""
+        return self.cfg.evaluation.get(self.kind.number) if self.kind and self.kind.number else None
 
     @property
     def kind(self) -> Kind | None:
-        """What the evaluation asks; None where no table knows it."""
+        """The kind of the evaluation; None where it declares none, so that no table can be made of it."""
         return kind_of_config(self.cfg.evaluation)
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
-    """All runs in the order of the file, with `more` overrides. Raises UserError, naming the arm, for what does not compose."""
-    register_resolvers()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        runs = [run for point in study.points() for arm in study.arms_at(point) for run in _plan(study, more, arm, point)]
+    """All runs in the order of the file, with `more` overrides.
+
+    Raises UserError for a frozen study, and, naming the arm, for what does not compose.
+    """
+    if study.frozen:
+        raise UserError(
+            f"study {study.name} is frozen at {study.frozen}: it is reported from its record and not run again; check out that "
+            "commit to run it, or copy its file under another name and without `frozen`."
+        )
+    with composer() as compose:
+        cells = [(arm, point) for point in study.points() for arm in study.arms_at(point)]
+        runs = [run for arm, point in cells for run in _plan(study, compose, more, arm, point)]
     _check_primary(study, runs)
     return runs
 
@@ -70,12 +75,14 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     return list(first.values())
 
 
-def _plan(study: Study, more: Sequence[str], arm: str, point: dict[str, Any]) -> list[PlannedRun]:
+def _plan(
+    study: Study, compose: Callable[..., DictConfig], more: Sequence[str], arm: str, point: dict[str, Any]
+) -> list[PlannedRun]:
     """A cell at all its seeds: composed and checked once, which takes longer than all the rest."""
     overrides = [*more, *study.overrides(arm, point)]
     planned = []
     try:
-        cfg = compose("config", overrides)
+        cfg = compose(*overrides)
         check(cfg)
         for seed in study.seeds_at(point):
             own, words = cfg.copy(), [*overrides, f"seed={seed}"]

@@ -10,17 +10,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pandas as pd
 import yaml
 
 from mgvq.errors import UserError
 
-MODES = ("auto", "online", "offline")
+Mode = Literal["auto", "online", "offline"]
 PROBE_S = 5  # within which a server has to say anything at all
-_NO_STAGES = ("model", "calibration", "evaluation", "tracker")  # groups that are no part of the method
-_IDLE = ("uniform", "one", "none")  # what a stage is called where it does nothing
+_NO_STAGES = ("model", "calibration", "evaluation")  # groups of an identity that are no part of the method
 log = logging.getLogger(__name__)
 
 
@@ -37,14 +36,14 @@ class Wandb:
 
     path: str
     project: str
-    mode: str
+    mode: Mode
     timeout_s: float
     group: str | None
     name: str | None
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise UserError(f"tracker.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+        if self.mode not in get_args(Mode):
+            raise UserError(f"tracker.mode must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
         if not self.timeout_s > 0:
             raise UserError(f"tracker.timeout_s must be > 0 seconds, got {self.timeout_s!r}")
 
@@ -63,7 +62,9 @@ class Wandb:
         import wandb  # here: it takes seconds
 
         config = yaml.safe_load((run / "config.yaml").read_text())
-        provenance, metrics = (json.loads((run / f"{name}.json").read_text()) for name in ("provenance", "metrics"))
+        identity, provenance, metrics = (
+            json.loads((run / f"{name}.json").read_text()) for name in ("identity", "provenance", "metrics")
+        )
         tables = {
             name: pd.read_parquet(file)
             for name in ("layers", "allocation", "blocks", "ledger")
@@ -83,8 +84,8 @@ class Wandb:
             project=self.project,
             group=self.group,
             id=name,
-            name=self.name or f"{' '.join(variants(config))}, seed {config['seed']}",
-            tags=tags(config),
+            name=self.name or f"{' '.join(variants(identity))}, seed {config['seed']}",
+            tags=tags(config, identity),
             config={**config, "run": run.name, "provenance": provenance},
             settings=quiet,
         ) as mirror:
@@ -126,23 +127,22 @@ class Wandb:
         return (done.stderr or done.stdout).strip().rpartition("\n")[2] if done.returncode else None
 
 
-def variants(config: Mapping[str, Any]) -> list[str]:
-    """The stages' variants by name, without those that do nothing; `full_precision` where nothing is quantised.
+def variants(identity: Mapping[str, Any]) -> list[str]:
+    """The names of the stages' variants, in a run's identity, which leaves out those that do nothing; `full_precision` where
+    nothing is quantised.
 
-    Not the preset: `method=rtn codebook=kmeans` is not rtn.
+    It is no preset that names a run: `method=rtn codebook=kmeans` is not rtn.
     """
-    if config["codebook"]["_target_"] is None:
-        return ["full_precision"]
-    groups = [value for key, value in config.items() if isinstance(value, dict) and key not in _NO_STAGES]
-    modules = [target.split(".")[-2] for group in groups if (target := group.get("_target_"))]
-    return [module for module in modules if module not in _IDLE]
+    stages = {key: value for key, value in identity.items() if isinstance(value, dict) and key not in _NO_STAGES}
+    names = [value["variant"].partition(" ")[0] for value in stages.values() if "variant" in value]
+    return names or ["full_precision"]
 
 
-def tags(config: Mapping[str, Any]) -> list[str]:
-    """Model, scope, bits, variants: what runs are filtered by. Without repetition, which W&B refuses."""
+def tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """What runs are filtered by: model, scope, bits, variants. Without repetition, which W&B refuses."""
     bits = config["budget"]["bits_per_weight"]
     budget = [] if bits is None else [f"{bits:g} bits"]
-    return list(dict.fromkeys([config["model"]["name"], config["scope"], *budget, *variants(config)]))
+    return list(dict.fromkeys([config["model"]["name"], config["scope"], *budget, *variants(identity)]))
 
 
 def _figures(ledger: pd.DataFrame, metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The configuration is sound: every variant builds, presets compose, and runs are named by what moves their numbers."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -7,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
 from mgvq.model.sites import TOWERS
+from mgvq.model.source import folder_digest
 from mgvq.runs.build import SCOPES, STAGES, build, check
-from mgvq.runs.identity import run_id
+from mgvq.runs.compose import composer
+from mgvq.runs.device import device_type
+from mgvq.runs.identity import run_id, scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
 from mgvq.studies.plan import expand
@@ -36,15 +39,17 @@ NEEDS = {
 }
 NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
-    "calibration": {"drawn", "examples", "rows"}, "curvature": {"fusion", "passes", "statistics"}, "sensitivity": {"channels"},
-    "grouping": {"cut"}, "allocation": {"budget"}, "codebook": {"lloyd", "nearest", "refit", "vector"},
-    "compensation": {"damping", "ldl", "ldlq", "vectors"}, "evaluation": {"documents", "forced", "harness"},
+    "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
+    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
+    "codebook": {"exponent", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
+    "compensation": {"damping", "direction", "ldl", "ldlq", "shifts", "vectors"},
+    "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", list(overrides))
+    with composer() as compose:
+        return compose(*overrides)
 
 
 def identity(*overrides: str) -> str:
@@ -102,7 +107,10 @@ def test_every_study_expands_and_bears_its_folders_name(study: Path) -> None:
     models, which are not here, in tests/unit/test_benchmark_study.py."""
     read = read_study(study)
     assert read.name == study.parent.name
-    if not (ROOT / "results" / "records" / f"{read.name}.parquet").is_file() and "paper" not in read.name:
+    if read.frozen:
+        with pytest.raises(UserError, match=f"{read.name} is frozen at {read.frozen}"):
+            expand(read)
+    elif not (ROOT / "results" / "records" / f"{read.name}.parquet").is_file() and "paper" not in read.name:
         assert expand(read)
 
 
@@ -112,10 +120,84 @@ def test_command_line_wins_over_preset_wins_over_group() -> None:
     assert composed("method=kmeans_ldlq", "codebook.weight_power=0.2").codebook.weight_power == 0.2
 
 
+def test_code_may_move_without_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variant counts by its name: the path of its class only where it is set in another way."""
+    before = identity("method=kmeans")
+    moved = "mgvq.codebook.moved.KMeans"
+    inline = identity("method=kmeans", f"codebook._target_={moved}")
+    assert inline != before
+    yamls = {name: target.replace("kmeans.KMeans", "moved.KMeans") for name, target in own_targets().items()}
+    monkeypatch.setattr("mgvq.runs.compose._own_target", lambda group, choice: yamls.get((group, choice)))
+    assert identity("method=kmeans", f"codebook._target_={moved}") == before
+
+
+def own_targets() -> dict[tuple[str, str], str]:
+    """What every variant builds, by group and name."""
+    found = {(g, v): yaml.safe_load((CONF / g / f"{v}.yaml").read_text()).get("_target_") for g, v in VARIANTS}
+    return {key: target for key, target in found.items() if target}
+
+
+def test_identity_is_rebuilt_from_the_config_of_a_run(tmp_path: Path) -> None:
+    """From `config.yaml` alone, whatever today's yamls say."""
+    cfg = composed("method=mgvq", "model=tiny_llava_onevision", "allocation=uniform")
+    kept = tmp_path / "config.yaml"
+    OmegaConf.save(cfg, kept, resolve=True)
+    assert scientific_settings(OmegaConf.load(kept)) == scientific_settings(cfg)  # type: ignore[arg-type]
+
+
+def test_what_does_nothing_or_came_later_does_not_count() -> None:
+    settings = scientific_settings(composed("method=kmeans"))
+    assert set(settings) == {
+        "model", "allocation", "codebook", "evaluation", "budget", "scope", "threads", "device", "tf32", "numerics"
+    }  # fmt: skip
+    assert "_declares_" not in str(settings)
+    later = "++codebook._declares_.identity.table.neutral=fp16"
+    assert identity("method=kmeans", later) != identity("method=kmeans")
+    assert identity("method=kmeans", later, "codebook.table=int8") == identity("method=kmeans", "codebook.table=int8")
+
+
+@pytest.mark.parametrize("rule", ["sometimes", "no.such.function", "{about: nothing}"])
+def test_a_rule_that_is_none_is_refused(rule: str) -> None:
+    with pytest.raises(UserError, match="identity"):
+        identity("method=kmeans", f"++codebook._declares_.identity.table={rule}")
+
+
+def test_the_kind_of_device_and_its_arithmetic_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = identity("method=kmeans")
+    for there, other in ((True, "device=cpu"), (False, "device=cuda")):
+        monkeypatch.setattr("mgvq.runs.device._has_cuda", lambda there=there: there)
+        chosen = identity("method=kmeans")
+        assert chosen == identity("method=kmeans", f"device={'cuda' if there else 'cpu'}")
+        assert chosen != identity("method=kmeans", other)
+    assert here in (chosen, identity("method=kmeans", "device=cuda"))
+    assert identity("method=kmeans", "device=cuda") == identity("method=kmeans", "device=cuda:1")
+    assert identity("method=kmeans", "device=cuda") != identity("method=kmeans", "device=cuda", "tf32=true")
+
+
+def test_what_auto_means_is_what_torch_would_say() -> None:
+    import torch
+
+    assert device_type("auto") == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_a_model_folder_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    read: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr("mgvq.digest.hashlib.file_digest", lambda stream, name: read.append(stream.name) or digest(stream, name))
+    first = folder_digest(tmp_path)
+    assert folder_digest(tmp_path) == first
+    assert len(read) == 2
+    (tmp_path / "model.safetensors").write_bytes(b"others!")  # as long as before
+    assert folder_digest(tmp_path) != first
+    assert len(read) == 3
+
+
 def test_identity_follows_what_moves_numbers() -> None:
     base = identity("method=kmeans")
     assert base == identity("method=kmeans", "budget.bits_per_weight=2")
-    assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere", "device=cpu")
+    assert base == identity("method=kmeans", "tracker=csv", "paths.results=/elsewhere")
     changed = ["seed=1", "evaluation.seed=1", "budget.bits_per_weight=3", "scope=language", "model=tiny_llava_onevision",
                "codebook.vector_length=4", "evaluation.answers=forced", "model.dtype=bfloat16", "numerics=9",
                "threads=2", "model.stress.sigma=0.7", "model.stress.sigma=0.8", "model.attention=eager",
@@ -200,6 +282,9 @@ def test_other_weights_in_the_same_folder_are_another_run(tmp_path: Path) -> Non
         (["scope=everything"], "scope"),
         (["seed=abc"], "seed"),
         (["threads=0"], "threads"),
+        (["device=gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        (["device=cpu", "tf32=true"], "tf32=true has no effect on device=cpu"),
+        (["tf32=maybe"], "tf32"),
         (["+speling=1"], "speling"),
     ],
 )
@@ -221,6 +306,12 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["grouping=modality"], "grouping reads statistics"),
         (["method=kmeans_ldlq", "calibration=none"], "curvature reads statistics"),
         (["method=yaqa", "codebook=columns"], "codebook=kmeans"),
+        (["method=gptq", "compensation=hessian_two_sided"], "this curvature has no metric: choose curvature=kronecker"),
+        (["method=gptq", "refit=closed_form"], "refit has no effect"),
+        (["method=mbq", "calibration=text"], "curvature as set here tells images from text"),
+        (["method=mbq", "calibration.shown=text"], "calibration=tiny_vqa shows no image"),
+        (["method=mgvq", "sensitivity.modality=image", "calibration=text"], "sensitivity as set here"),
+        (["method=mgvq", "grouping=modality", "calibration=text"], "grouping as set here"),
     ],
 )
 def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named: str) -> None:

@@ -19,14 +19,14 @@ from lmms_eval.utils import load_yaml_config
 from PIL.Image import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
 from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
 from mgvq.evaluation.suite import Suite
 from mgvq.evaluation.tasks import benchmark
 from mgvq.evaluation.tasks.judges import JUDGES
 from mgvq.model.encode import chat_prompt
-from mgvq.model.generate import generate
+from mgvq.model.generate import Reply, generate
 from mgvq.runs.execute import execute
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
@@ -296,7 +296,7 @@ def test_a_question_may_show_several_pictures(loaded) -> None:
         inputs = loaded.processor(images=[list(images)], text=[prompt], return_tensors="pt")
         with torch.no_grad():
             tokens = loaded.model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :]
-        assert answer == loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert answer == Reply(loaded.processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def test_a_study_of_all_eight_on_a_quantised_model(copies: Path, tmp_path: Path) -> None:

@@ -51,11 +51,9 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
 def run(tmp_path: Path) -> RunFolder:
     """The folder of a run whose compensation went block by block."""
     folder = RunFolder(tmp_path / "runs" / "0123456789abcdef")
-    stages = {"sensitivity": "uniform.Uniform", "codebook": "kmeans.KMeans", "compensation": "gradient_hessian.GradientHessian"}
+    stages = {"codebook": "kmeans", "compensation": "gradient_hessian"}
     config = {
         "seed": 3, "scope": "language", "budget": {"bits_per_weight": 2.0}, "model": {"name": "tiny_internvl"},
-        **{stage: {"_target_": None} for stage in ("curvature", "grouping", "allocation")},
-        **{stage: {"_target_": f"mgvq.{stage}.{variant}"} for stage, variant in stages.items()},
     }  # fmt: skip
     blocks = pd.DataFrame(
         [("q", None, 0, 5.0, 0.0, True), ("a", 0.0, 0, 4.0, 0.5, False), ("a", 0.0, 1, 3.0, 0.25, True)],
@@ -63,6 +61,7 @@ def run(tmp_path: Path) -> RunFolder:
     ).assign(gradient_norm=1.0)
     with folder:
         folder.write_yaml("config.yaml", config)
+        folder.write_json("identity.json", {"budget": config["budget"], **{s: {"variant": name} for s, name in stages.items()}})
         folder.write_json("provenance.json", {"commit": "c0ffee"})
         folder.write_json("metrics.json", METRICS)
         folder.write_table("layers.parquet", pd.DataFrame({"site": ["a", "q"], "block": [0.0, None], "error": [0.1, 0.2]}))
@@ -231,9 +230,11 @@ def test_labels_are_no_part_of_a_runs_identity() -> None:
 
 
 def test_variants_are_what_was_done_not_what_was_asked_for() -> None:
-    nothing = {"codebook": {"_target_": None}, "budget": {"bits_per_weight": None}, "model": {"name": "m"}, "scope": "all"}
+    nothing = {"budget": {"bits_per_weight": None}, "model": {"name": "m"}, "scope": "all"}
     assert variants(nothing) == ["full_precision"]
-    assert tags(nothing) == ["m", "all", "full_precision"]
+    assert tags(nothing, nothing) == ["m", "all", "full_precision"]
+    theirs = {"codebook": {"variant": "grid", "group_size": 256.0}, "sensitivity": {"variant": "theirs.loud.Loud (theirs 1.2)"}}
+    assert variants({**theirs, "evaluation": {"variant": "tiny_vqa"}}) == ["grid", "theirs.loud.Loud"]
 
 
 @pytest.mark.parametrize(("setting", "value"), [("mode", "on"), ("timeout_s", 0.0)])

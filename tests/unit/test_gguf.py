@@ -4,12 +4,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 from mgvq.errors import UserError
 from mgvq.model.gguf import Gguf
+from mgvq.runs.compose import composer
 from mgvq.runs.identity import run_id
-from mgvq.runs.places import conf_folder
 
 CONTENT = b"GGUF, but no more of it"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -20,9 +19,9 @@ def source(file: Path, digest: str | None = DIGEST) -> Gguf:
 
 
 def test_a_run_is_planned_without_the_file() -> None:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+    with composer() as compose:
         first, moved = (
-            compose("config", ["model=smollm2", "method=kmeans", "evaluation=perplexity", *more])
+            compose("model=smollm2", "method=kmeans", "evaluation=perplexity", *more)
             for more in ([], ["model.path=/nowhere/x.gguf", "paths.results=/nowhere"])
         )
     assert run_id(first) == run_id(moved)

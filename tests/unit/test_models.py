@@ -8,19 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from PIL import Image
-from transformers import GenerationConfig, GotOcr2ImageProcessor, Qwen2VLImageProcessor
+from transformers import GenerationConfig, GotOcr2ImageProcessor, PretrainedConfig, Qwen2VLImageProcessor
 
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import save
 from mgvq.errors import UserError
-from mgvq.model.load import _adjust, load, load_processor
+from mgvq.model.generate import generate
+from mgvq.model.load import load
+from mgvq.model.processor import adjust, load_processor
 from mgvq.model.shape import download_size
 from mgvq.model.source import SHIPPED, Source, Stress
 from mgvq.runs.build import build
+from mgvq.runs.compose import composer
 from mgvq.runs.dry import report
-from mgvq.runs.places import conf_folder
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -39,8 +40,8 @@ PUBLISHED = {
 
 
 def source(model: str) -> Source:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return build(compose("config", [f"model={model}"]), "model")
+    with composer() as compose:
+        return build(compose(f"model={model}"), "model")
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
@@ -93,7 +94,7 @@ def test_settings_of_processor_template_and_attention_reach_the_checkpoint(tmp_p
     own = replace(LOCAL, processor=settings, chat_template=str(template), attention="eager")
     loaded = load(LOCAL, CPU)  # one that works; the settings are put in as `load` does
     assert (own.choices()["processor"], own.choices()["attention"]) == (settings, "eager")
-    _adjust(loaded.processor, own)
+    adjust(loaded.processor, loaded.model.config, own)
     save(tmp_path / "checkpoint", loaded, [], {})
     again = load_processor(str(tmp_path / "checkpoint"))
     picture = Image.new("RGB", (64, 64))
@@ -107,7 +108,7 @@ def test_settings_of_processor_template_and_attention_reach_the_checkpoint(tmp_p
 def test_the_limit_of_pixels_holds(model: str) -> None:
     chosen = source(model)
     processor = SimpleNamespace(image_processor=Qwen2VLImageProcessor())
-    _adjust(processor, chosen)
+    adjust(processor, PretrainedConfig(), chosen)
     grid = processor.image_processor([Image.new("RGB", (2000, 1500))], return_tensors="pt")["image_grid_thw"]
     most = chosen.processor["size"]["longest_edge"]
     assert 0.9 * most < int(grid.prod()) * 14**2 <= most
@@ -115,7 +116,7 @@ def test_the_limit_of_pixels_holds(model: str) -> None:
 
 def test_the_limit_of_tiles_holds() -> None:
     processor = SimpleNamespace(image_processor=GotOcr2ImageProcessor(crop_to_patches=True))
-    _adjust(processor, replace(source("internvl3_2b"), processor={"max_patches": 4}))
+    adjust(processor, PretrainedConfig(), replace(source("internvl3_2b"), processor={"max_patches": 4}))
     assert len(processor.image_processor([Image.new("RGB", (900, 900))], return_tensors="pt")["pixel_values"]) == 4 + 1
 
 
@@ -129,10 +130,13 @@ def test_answers_are_greedy_whatever_the_repository_says(tmp_path: Path) -> None
     settings = GenerationConfig.from_pretrained(folder)
     settings.update(do_sample=True, temperature=0.1, top_k=1, repetition_penalty=1.05)
     settings.save_pretrained(folder)
-    greedy = load(replace(LOCAL, path=str(folder)), CPU).model.generation_config
-    assert not greedy.do_sample
-    assert (greedy.temperature, greedy.repetition_penalty) == (None, None)
-    assert greedy.eos_token_id == 1
+    plain, sampling = (load(replace(LOCAL, path=str(f)), CPU) for f in (FOLDER, folder))
+    questions = [(Image.new("RGB", (64, 64), (n, 40, 90)), "list all things :") for n in (0, 128, 255)]
+    answers = [generate(m.model, m.processor, questions, 2, {"max_new_tokens": 16}) for m in (plain, sampling)]
+    assert answers[0] == answers[1]
+    save(tmp_path / "checkpoint", sampling, [], {})  # what the repository says is kept all the same
+    kept = load_checkpoint(tmp_path / "checkpoint").generation_config
+    assert (kept.do_sample, kept.temperature, kept.top_k, kept.repetition_penalty) == (True, 0.1, 1, 1.05)
 
 
 def with_code(folder: Path, classes: dict[str, str]) -> Source:
@@ -183,8 +187,8 @@ def test_trusted_code_without_a_class_for_images_and_text_is_an_error(tmp_path: 
 
 def test_a_dry_run_counts_and_names_all_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     preset = ["experiment=paper_table2", "model=qwen2_vl_72b", "evaluation=tiny_vqa", "~evaluation.tasks"]
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", preset)
+    with composer() as compose:
+        cfg = compose(*preset)
     assert len(report(cfg)) == 2
     said = capsys.readouterr().out
     for words in (
@@ -195,8 +199,8 @@ def test_a_dry_run_counts_and_names_all_that_is_missing(capsys: pytest.CaptureFi
 
 
 def test_a_dry_run_that_lacks_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", ["method=kmeans", "model.stress.sigma=0.7"])
+    with composer() as compose:
+        cfg = compose("method=kmeans", "model.stress.sigma=0.7")
     assert report(cfg) == []
     assert "nothing is missing" in (said := capsys.readouterr().out)
     assert "stress 0.7" in said

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mgvq.data.tiny_vqa.dataset import TEST_CYCLE, draw_picture, draw_pictures, draw_test, fingerprint
+from mgvq.data.tiny_vqa.dataset import TEST_CYCLE, draw_image, draw_images, draw_test, fingerprint
 from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, QUESTION_TYPES, TRAINING_MIX, ask, corpus, num_answers, parses
 from mgvq.data.tiny_vqa.scene import SPLITS, Scene, Thing, draw_scene, generator, render
 
@@ -25,7 +25,7 @@ WRITTEN = load_digits().target
 @pytest.fixture(scope="module")
 def calibration():
     """What a default run calibrates on."""
-    return draw_pictures("calibration", 0, 160, 8)
+    return draw_images("calibration", 0, 160, 8)
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +39,22 @@ def asked(calibration, test_set):
 
 
 def test_draws_are_pinned():
-    assert (
-        fingerprint(draw_pictures("calibration", 0, 4, 8)) == "35c3a7811cac99748b5f7113da0ec798786db98e197a0f3cd517e105d9785293"
-    )
+    assert fingerprint(draw_images("calibration", 0, 4, 8)) == "35c3a7811cac99748b5f7113da0ec798786db98e197a0f3cd517e105d9785293"
     assert fingerprint(draw_test("test", 0, 40)) == "54d7c7b714d5bd28203671f65451c5cc677e33e92f3aa36593006fe7be9da211"
 
 
 def test_a_fingerprint_tells_pixels_questions_and_seeds_apart():
-    (picture,) = draw_pictures("train", 0, 1, 4)
+    (picture,) = draw_images("train", 0, 1, 4)
     draws = [("train", 0, 1, 4), ("train", 1, 1, 4), ("test", 0, 1, 4), ("train", 0, 2, 4), ("train", 0, 1, 3)]
-    assert len({fingerprint(draw_pictures(*draw)) for draw in draws}) == len(draws)
+    assert len({fingerprint(draw_images(*draw)) for draw in draws}) == len(draws)
     before = fingerprint([picture])
     picture.pixels[63, 63, 2] ^= 1
     assert fingerprint([picture]) != before
 
 
 def test_a_longer_draw_begins_with_the_shorter(calibration):
-    assert fingerprint(draw_pictures("calibration", 0, 5, 8)) == fingerprint(calibration[:5])
-    assert fingerprint([draw_picture("calibration", 0, 100, 8)]) == fingerprint(calibration[100:101])
+    assert fingerprint(draw_images("calibration", 0, 5, 8)) == fingerprint(calibration[:5])
+    assert fingerprint([draw_image("calibration", 0, 100, 8)]) == fingerprint(calibration[100:101])
 
 
 def test_a_default_run_gets_what_it_asks_for(calibration, test_set):
@@ -237,7 +235,7 @@ def test_the_test_set_of_a_default_run_weighs_headline_types_alike(test_set):
 def test_the_training_mix_is_drawn_by_weight(calibration):
     drawn = Counter(q.type for p in calibration for q in p.questions)
     assert min(drawn[kind] for kind in TRAINING_MIX) > 20
-    only = draw_picture("train", 0, 0, 3, {"count": 1.0, "where": 1.0, "list_all": 0.0})
+    only = draw_image("train", 0, 0, 3, {"count": 1.0, "where": 1.0, "list_all": 0.0})
     assert {q.type for q in only.questions} <= {"count", "where"}
 
 

@@ -1,4 +1,4 @@
-"""Seeded draws of pictures with questions: by a mix of types (training, calibration) or in a balanced cycle (test)."""
+"""Seeded draws of images with questions: by a mix of types (training, calibration) or in a balanced cycle (test)."""
 
 import hashlib
 import itertools
@@ -11,13 +11,16 @@ import numpy as np
 from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, TRAINING_MIX, Question, ask
 from mgvq.data.tiny_vqa.scene import Scene, draw_scene, generator, render
 
+MOST_QUESTIONS = (
+    100_000  # that are drawn at once: images are kept in memory, about 12 kB each, and inputs of a model are made of them
+)
 # One round of the test: each headline type three times, each control once.
 TEST_CYCLE = (*HEADLINE, *HEADLINE, *HEADLINE, *CONTROLS)
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """One picture with its questions; `index` is its place in the draw of its split and seed."""
+class DrawnImage:
+    """One image with its questions; `index` is its place in the draw of its split and seed."""
 
     index: int
     scene: Scene
@@ -25,15 +28,15 @@ class Picture:
     questions: tuple[Question, ...]
 
 
-def draw_pictures(
-    split: str, seed: int, num_pictures: int, questions_per_picture: int, mix: Mapping[str, float] = TRAINING_MIX
-) -> list[Picture]:
-    """Pictures 0 .. num_pictures - 1 of the split; a longer draw begins with the same pictures."""
-    return [draw_picture(split, seed, i, questions_per_picture, mix) for i in range(num_pictures)]
+def draw_images(
+    split: str, seed: int, num_images: int, questions_per_image: int, mix: Mapping[str, float] = TRAINING_MIX
+) -> list[DrawnImage]:
+    """Images 0 .. num_images - 1 of the split; a longer draw begins with the same images."""
+    return [draw_image(split, seed, i, questions_per_image, mix) for i in range(num_images)]
 
 
-def draw_picture(split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX) -> Picture:
-    """Picture `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided.
+def draw_image(split: str, seed: int, index: int, num_questions: int, mix: Mapping[str, float] = TRAINING_MIX) -> DrawnImage:
+    """Image `index` with questions whose types are drawn by weight; no question text comes twice where it can be avoided.
 
     Raises ValueError where the scene has no question of any type in the mix.
     """
@@ -46,26 +49,26 @@ def draw_picture(split: str, seed: int, index: int, num_questions: int, mix: Map
     while len(questions) < num_questions:
         attempts += 1
         if attempts > 1000 * num_questions:
-            raise ValueError(f"picture {index} of {split} has no question of the types {', '.join(types)}")
+            raise ValueError(f"image {index} of {split} has no question of the types {', '.join(types)}")
         kind = types[min(int(np.searchsorted(cumulative, rng.random(), "right")), len(types) - 1)]
         question = ask(scene, kind, rng)
         repeated = question and any(question.text == q.text for q in questions)
         if question and (not repeated or attempts > 20 * num_questions):
             questions.append(question)
-    return Picture(index, scene, render(scene), tuple(questions))
+    return DrawnImage(index, scene, render(scene), tuple(questions))
 
 
-def draw_test(split: str, seed: int, num_questions: int, questions_per_picture: int = 4) -> list[Picture]:
+def draw_test(split: str, seed: int, num_questions: int, questions_per_image: int = 4) -> list[DrawnImage]:
     """Exactly `num_questions` questions, their types dealt round by round from `TEST_CYCLE`.
 
-    A picture answers the first few types in the queue that it can; what it cannot answer waits for the next picture, so
+    An image answers the first few types in the queue that it can; what it cannot answer waits for the next image, so
     that no type is asked less often for being hard to come by.
     """
     queue = deque(itertools.islice(itertools.cycle(TEST_CYCLE), num_questions))
-    return list(_deal(queue, split, seed, questions_per_picture))
+    return list(_deal(queue, split, seed, questions_per_image))
 
 
-def _deal(queue: deque[str], split: str, seed: int, questions_per_picture: int) -> Iterator[Picture]:
+def _deal(queue: deque[str], split: str, seed: int, questions_per_image: int) -> Iterator[DrawnImage]:
     for index in itertools.count():
         if not queue:
             return
@@ -73,7 +76,7 @@ def _deal(queue: deque[str], split: str, seed: int, questions_per_picture: int) 
         scene = draw_scene(rng, split)
         questions: list[Question] = []
         waiting: list[str] = []
-        while queue and len(questions) < questions_per_picture:
+        while queue and len(questions) < questions_per_image:
             question = ask(scene, kind := queue.popleft(), rng)
             if question and all(question.text != q.text for q in questions):
                 questions.append(question)
@@ -81,14 +84,14 @@ def _deal(queue: deque[str], split: str, seed: int, questions_per_picture: int) 
                 waiting.append(kind)
         queue.extendleft(reversed(waiting))
         if questions:
-            yield Picture(index, scene, render(scene), tuple(questions))
+            yield DrawnImage(index, scene, render(scene), tuple(questions))
 
 
-def fingerprint(pictures: list[Picture]) -> str:
+def fingerprint(images: list[DrawnImage]) -> str:
     """SHA-256 over every pixel, question and answer: the identity of a draw."""
     digest = hashlib.sha256()
-    for picture in pictures:
-        digest.update(picture.pixels.tobytes())
-        for q in picture.questions:
+    for image in images:
+        digest.update(image.pixels.tobytes())
+        for q in image.questions:
             digest.update(f"{q.type}\t{q.text}\t{q.answer}\n".encode())
     return digest.hexdigest()

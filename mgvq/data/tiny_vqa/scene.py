@@ -1,6 +1,6 @@
-"""Scenes of the tiny VQA: what lies where (`Scene`), and the picture of it (`render`).
+"""Scenes of the tiny VQA: what lies where (`Scene`), and the image of it (`render`).
 
-A picture is 64 x 64 RGB, a 4 x 4 grid of 16-pixel cells with three to eight things, each a drawn shape or a real handwritten
+An image is 64 x 64 RGB, a 4 x 4 grid of 16-pixel cells with three to eight things, each a drawn shape or a real handwritten
 digit (scikit-learn's `load_digits`), on a textured and noisy background. The layouts and the handwriting of the four splits are
 disjoint by construction: a layout belongs to the split that its checksum names, a written digit to the split its index lies in.
 """
@@ -60,14 +60,14 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Things in raster order, and the seed of everything in the picture that no question asks about."""
+    """Things in raster order, and the seed of everything in the image that no question asks about."""
 
     things: tuple[Thing, ...]
     texture_seed: int
 
 
 def generator(seed: int, split: str, index: int) -> np.random.Generator:
-    """The random stream of picture `index`: pictures can be drawn in any order, in any process."""
+    """The random stream of image `index`: images can be drawn in any order, in any process."""
     return np.random.default_rng([seed, zlib.crc32(split.encode()), index])
 
 
@@ -102,7 +102,7 @@ def _draw_things(rng: np.random.Generator, writings: range) -> tuple[Thing, ...]
 
 
 def render(scene: Scene) -> np.ndarray:
-    """The picture: uint8, height x width x RGB, the same bytes on every call."""
+    """The image: uint8, height x width x RGB, the same bytes on every call."""
     rng = np.random.default_rng(scene.texture_seed)
     image = _background(rng)
     for thing in scene.things:

@@ -30,7 +30,7 @@ class TinyVQATask(ConfigurableTask):
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
-    """The one picture of a question."""
+    """The one image of a question."""
     return [doc["image"].convert("RGB")]
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from mgvq.runs.device import device_type
 from mgvq.studies.plan import PlannedRun
 
 
@@ -39,10 +40,14 @@ class Command:
 
 
 def command(run: PlannedRun, log: Path) -> Command:
-    """The same for every launcher. `log` has to be on a file system that the run sees."""
+    """The same for every launcher. `log` has to be on a file system that the run sees.
+
+    What `device=auto` stands for is decided where the study is planned, since runs are named by it.
+    """
     paths = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+    device = [f"device={device_type('auto')}"] if run.cfg.device == "auto" else []
     return Command(
-        [sys.executable, "-m", "mgvq.cli.run", *run.overrides],
+        [sys.executable, "-m", "mgvq.cli.run", *run.overrides, *device],
         {"MGVQ_RESULTS": str(run.folder.path.parents[1]), **paths},
         os.getcwd(),  # noqa: PTH109 (as a word, for a machine on which it may be missing)
         log,

@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from mgvq.data.tiny_vqa.dataset import Picture, draw_pictures
+from mgvq.data.tiny_vqa.dataset import DrawnImage, draw_images
 
 HERE = Path(__file__).parent
 ASK = "What do you see happening in this image?"
 
 
-def show(picture: Picture, file: Path) -> str:
+def show(picture: DrawnImage, file: Path) -> str:
     """Write it, and say where it is in this folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.pixels).save(file)
@@ -30,7 +30,7 @@ def turns(*texts: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    pictures = draw_pictures("calibration", 0, 6, 3)
+    pictures = draw_images("calibration", 0, 6, 3)
     coco = [show(p, HERE / f"coco/train2017/{p.index:012d}.jpg") for p in pictures]
 
     # The published form: a list; images of other sources in between, as there.

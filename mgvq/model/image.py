@@ -1,4 +1,4 @@
-"""What all questions about a picture have in common: the prompt up to the picture's end."""
+"""What all questions about an image have in common: the prompt up to the image's end."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,14 @@ from typing import Any
 from PIL.Image import Image
 from torch import Tensor
 
+from mgvq.model.chat import begins_itself
 from mgvq.model.encode import chat_prompt
 
-Question = tuple[Image | tuple[Image, ...], str]  # one picture, or several before the text
+Question = tuple[Image | tuple[Image, ...], str]  # one image, or several before the text
+
+
+class Unaskable(ValueError):
+    """A question whose image cannot be read. It costs that question, not the evaluation."""
 
 
 def split_prompt(processor: Any, question: str) -> tuple[str, str]:
@@ -25,9 +30,10 @@ def prefix_inputs(processor: Any, questions: Sequence[Question]) -> tuple[dict[s
     """
     image, question = questions[0]
     start, rest = split_prompt(processor, question)
-    (whole,) = processor(images=[[image]], text=[start + rest], return_tensors="pt")["input_ids"].tolist()
+    own = begins_itself(processor, start)
+    (whole,) = processor(images=[[image]], text=[start + rest], return_tensors="pt", **own)["input_ids"].tolist()
     prefixes = [split_prompt(processor, text)[0] for _, text in questions]
-    inputs = processor(images=[[image] for image, _ in questions], text=prefixes, return_tensors="pt", padding=True)
+    inputs = processor(images=[[image] for image, _ in questions], text=prefixes, return_tensors="pt", padding=True, **own)
     lengths = inputs["attention_mask"].sum(1).tolist()
     ids = [row[len(row) - n :].tolist() for row, n in zip(inputs["input_ids"], lengths, strict=True)]
     if ids[0] + tokens(processor.tokenizer, rest) != whole:
@@ -38,5 +44,5 @@ def prefix_inputs(processor: Any, questions: Sequence[Question]) -> tuple[dict[s
 
 
 def tokens(tokenizer: Any, text: str) -> list[int]:
-    """Of a part of a prompt that begins behind an image or another special token, so that it can be cut off there."""
+    """The tokens of a part of a prompt that begins behind an image or another special token, so that it can be cut off there."""
     return tokenizer(text, add_special_tokens=False).input_ids

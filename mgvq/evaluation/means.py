@@ -1,0 +1,34 @@
+"""Means over samples that never leave out the ones that went wrong: one sample without a finite number, and there is no mean."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+
+def mean(values: Any) -> float:
+    """The mean; NaN as soon as one value is NaN or infinite (`Series.mean` skips NaN)."""
+    return weighted(np.asarray(values, float), 1) if len(values) else float("nan")
+
+
+def weighted(totals: Any, counts: Any) -> float:
+    """The sum of `totals` over the sum of `counts`, a count for each or one for all; NaN as soon as one total is not finite."""
+    totals = np.asarray(totals, float)
+    counted = np.broadcast_to(np.asarray(counts, float), totals.shape).sum()
+    return float(totals.sum() / counted) if np.isfinite(totals).all() and counted > 0 else float("nan")
+
+
+def by_type(samples: pd.DataFrame, column: str) -> dict[str, float]:
+    """The mean of a column for each `type` of sample."""
+    return {str(kind): mean(group[column]) for kind, group in samples.groupby("type")}
+
+
+def num_broken(values: Any) -> int:
+    """How many of the values are NaN or infinite."""
+    return int((~np.isfinite(np.asarray(values, float))).sum())
+
+
+def missing_flags(metrics: Mapping[str, float], number: Callable[[str], int]) -> tuple[str, ...]:
+    """`non_finite:METRIC:SAMPLES` for each metric that has no value; `number(metric)` says how many samples took it away."""
+    return tuple(f"non_finite:{name}:{number(name)}" for name, value in metrics.items() if not np.isfinite(value))

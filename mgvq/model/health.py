@@ -1,0 +1,111 @@
+"""What would make the numbers of a model lie: weights that are missing or not finite, and layers that say nothing."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mgvq.errors import UserError
+from mgvq.types import Site
+
+_SHOWN = 3  # names in a message; the rest are counted
+
+
+def check_complete(path: object, info: Mapping[str, Any]) -> None:
+    """Raises UserError for weights that the files lack, have too many, or have in other shapes than the model's class.
+
+    `info` is what transformers says of the loading. It would draw missing weights at random and leave unexpected ones out.
+    """
+    problems = [
+        f"{len(found)} {what} ({_some(found)})"
+        for what, found in (
+            ("missing", sorted(info["missing_keys"])),
+            ("unexpected", sorted(info["unexpected_keys"])),
+            ("of another shape", [f"{name}: {tuple(a)} for {tuple(b)}" for name, a, b in sorted(info["mismatched_keys"])]),
+        )
+        if found
+    ]
+    if problems:
+        raise UserError(
+            f"{path}: its weights are not those of the model that its config.json describes: {'; '.join(problems)}. Missing ones "
+            "would be random numbers. Get the files again, or correct config.json; a model that is quantised already cannot be a "
+            "source."
+        )
+
+
+def check_finite(model: PreTrainedModel, path: object, folder: Path) -> None:
+    """Raises UserError, with tensor and file, for weights that are NaN or infinite."""
+    bad = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
+    if not bad:
+        return
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as stored:
+            broken = [name for name in stored.keys() if not is_finite(stored.get_tensor(name))]  # noqa: SIM118 (no dictionary)
+        if broken:
+            raise UserError(
+                f"{file}: {len(broken)} tensors hold NaN or infinity ({_some(broken)}). No number that such a model gives can be "
+                "trusted: get the file again, or take another model."
+            )
+    raise UserError(
+        f"{path}: {len(bad)} tensors are NaN or infinite in {model.dtype} ({_some(bad)}), and finite in the files: their numbers "
+        "are too large for it. Set model.dtype=float32 or bfloat16."
+    )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers of a tensor are finite; whole numbers always are."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def constant_flags(weights: Mapping[Site, Tensor]) -> list[str]:
+    """Flags for layers, rows and columns whose weights are all one number, zero for instance, with the first layer that has one.
+
+    No error of quantisation can be seen there: relative errors and scores say nothing. A layer of one row or column is left out.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for site, weight in weights.items():
+        if bool((weight == weight.flatten()[0]).all()):
+            found.setdefault("layers", []).append((1, site.name))
+            continue
+        for what, dim in (("rows", 1), ("columns", 0)):
+            if weight.shape[dim] > 1 and (number := int((weight.amax(dim) == weight.amin(dim)).sum())):
+                found.setdefault(what, []).append((number, site.name))
+    return [f"constant:{what}:{sum(n for n, _ in places)}:{places[0][1]}" for what, places in found.items()]
+
+
+def first_non_finite(model: torch.nn.Module, run: Any) -> str | None:
+    """The name of the first module whose output is NaN or infinite while `run()` runs; None where all are finite."""
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(_: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if not found and all(map(is_finite, _tensors(inputs))) and not all(map(is_finite, _tensors(output))):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
+    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

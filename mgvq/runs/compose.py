@@ -1,0 +1,83 @@
+"""Composed configurations that know which variants they are made of, whoever composed them."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import hydra
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, open_dict
+
+from mgvq.digest import file_digest
+from mgvq.runs.build import VARIANTS
+from mgvq.runs.places import conf_folder, register_resolvers
+
+
+@contextmanager
+def composer() -> Iterator[Callable[..., DictConfig]]:
+    """A function that composes the configuration of a run from overrides, outside of `@hydra.main`.
+
+    It raises HydraException for overrides that do not compose. A Hydra that is open in this process is closed.
+    """
+    register_resolvers()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        yield _compose
+
+
+def _compose(*overrides: str) -> DictConfig:
+    cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    choices = cfg.hydra.runtime.choices
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return with_variants(cfg, choices)
+
+
+def with_variants(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
+    """Adds `variants`, the name of every group's variant, from Hydra's `choices`; by these names runs are told apart.
+
+    The name is that of the yaml in `conf/`, so that the code behind it may move. A class that is set in another way, on the
+    command line or by a yaml from elsewhere, is named by its path, and by what it is a version of.
+    """
+    with open_dict(cfg):
+        cfg.variants = {g: _name(g, str(choices[g]), cfg[g].get("_target_")) for g in VARIANTS if cfg.get(g) is not None}
+    return cfg
+
+
+def _name(group: str, choice: str, target: str | None) -> str:
+    if target is None:
+        return "none"
+    if target == _own_target(group, choice):
+        return choice
+    package, _, _ = target.partition(".")
+    return target if package == "mgvq" else f"{target} ({_package(package)})"
+
+
+@functools.cache
+def _own_target(group: str, choice: str) -> str | None:
+    """What the yaml in `conf/` builds; None where there is none."""
+    file = conf_folder() / group / f"{choice}.yaml"
+    return yaml.safe_load(file.read_text()).get("_target_") if file.is_file() else None
+
+
+@functools.cache
+def _package(package: str) -> str:
+    """The distribution of a package and its version; the package and a digest of its code where it has none."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        if names := packages_distributions().get(package):
+            return f"{names[0]} {version(names[0])}"
+    spec = find_spec(package)
+    folders = [Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    if not files and spec and spec.origin:
+        files = [Path(spec.origin)]
+    return f"{package} {hashlib.sha256(''.join(map(file_digest, files)).encode()).hexdigest()[:16]}"
