@@ -34,7 +34,8 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     assert "2 seeds x 2 pictures, Holm over 1 arm; spread assumed" in planned.stdout
     unfinished = run_command("mgvq.cli.report", str(study), results=results, check=False)
     assert unfinished.returncode == 2
-    assert "not finished" in unfinished.stderr
+    assert "4 of 4 runs are missing" in unfinished.stderr
+    assert "two bits (tiny_internvl), seed 0: not run" in unfinished.stderr
     first = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=results)
     assert [line.split()[:2] for line in first.stderr.splitlines() if "done after" in line] == [
         [f"{i}/4", "done"] for i in range(1, 5)
@@ -76,13 +77,23 @@ def test_a_frozen_study_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
-    """A budget below the smallest rate shows only when the layers are known: at run time."""
+    """A budget below the smallest rate shows only when the layers are known: at run time. The others get their table."""
     study = tmp_path / "study.yaml"
     study.write_text(QUICK.replace("three bits: [method=kmeans, budget.bits_per_weight=3]", "tiny: [budget.bits_per_weight=0.1]"))
     done = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=tmp_path / "results", check=False)
     assert done.returncode == 1
     assert "smallest rate" in done.stderr
     assert "2 runs failed" in done.stderr
+    assert "arm tiny, seed 1" in done.stderr
+    assert "**PARTIAL: 2 of 4 runs are missing" in done.stdout
+    assert "tiny (tiny_internvl), seed 0: failed: " in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| t")]) == 2
+    partial = run_command("mgvq.cli.report", str(study), "--partial", results=tmp_path / "results")
+    assert "quick_partial.md" in partial.stdout
+    assert not (tmp_path / "results" / "records").exists()
+    refused = run_command("mgvq.cli.report", str(study), results=tmp_path / "results", check=False)
+    assert refused.returncode == 2
+    assert "tiny (tiny_internvl), seed 1: failed: " in refused.stderr
     assert len(list(tmp_path.glob("results/runs/*/DONE"))) == 2
 
 
