@@ -38,26 +38,26 @@ class QuantizedWeight(Protocol):
 
 @runtime_checkable
 class FittedCodebook(Protocol):
-    """A codebook fitted to one piece. Its columns are encoded in runs of `vector_length`, the last one padded with zeros."""
+    """A codebook fitted to one channel slice, whose columns are encoded in runs of `vector_length`, padded with zeros."""
 
-    vector_length: int
-
+    @property
+    def vector_length(self) -> int: ...
     def encode(
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Tensor, Float[Tensor, "out v d"]]:
-        """Codes (integers, "out v" or "out v stages") of the vectors `first`, `first + 1`, ... of every row, and what they stand
-        for.
+        """Return the codes of the vectors `first`, `first + 1`, ... of every row, and what they stand for.
 
-        Each vector x takes the code c that is nearest in |root (x - c)|; None: as the codebook itself weighs its channels.
+        Codes are integers of shape "out v stages" ("runs v stages" where one code stands for a run of rows). Each vector x takes
+        the code c that is nearest in |root (x - c)|; with None, as the codebook itself weighs its channels.
         """
         ...
 
     def rows(self, part: slice) -> "FittedCodebook":
-        """The same for a run of the piece's rows."""
+        """Return the same for a run of the slice's rows."""
         ...
 
     def weight(self, codes: Tensor) -> QuantizedWeight:
-        """The stored piece from the codes of all its vectors."""
+        """Return the stored slice from the codes of all its vectors."""
         ...
 
 
@@ -88,12 +88,21 @@ class Codebook(Protocol):
         number a channel (`Metric.channel_importance`)."""
         ...
 
+    @property
+    def follows_metric(self) -> bool:
+        """Whether `FittedCodebook.encode` looks for the nearest code in the metric of its root; False: the Euclidean nearest
+        always, as of a lattice."""
+        ...
+
     def rates(self) -> Sequence[Rate]: ...
     def table_group(self, channel_slice: ChannelSlice) -> str:
         """The name of the slice's table group; slices of one name share a table and a rate."""
         ...
 
-    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int: ...
+    def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
+        """The exact bits that the slices of one table group take, tables and scales included."""
+        ...
+
     def fit(
         self,
         name: str,
@@ -112,9 +121,9 @@ class Codebook(Protocol):
 
 @runtime_checkable
 class Sensitivity(Protocol):
-    """A score >= 0 for every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
+    """Gives a score >= 0 to every input channel: the larger, the more the loss grows when the channel is quantised coarsely.
 
-    Read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
+    A score is read as the increase for a *relative* squared error of 1 of the channel's weights; only ratios matter.
     """
 
     @property
@@ -178,7 +187,9 @@ class FittedSlice:
     """A channel slice with the codebook that was fitted to it."""
 
     channel_slice: ChannelSlice
+    """Which columns of which layer."""
     codebook: FittedCodebook
+    """What they are rounded to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,12 +197,12 @@ class CodedSlice:
     """A channel slice whose codes are chosen."""
 
     fitted: FittedSlice
-    codes: Tensor
-
+    """The slice and its codebook."""
+    codes: Int[Tensor, "_ v stages"]
+    """The codes of all its vectors."""
     target: Float[Tensor, "out in"]
     """The layer's weights less what its other slices stand for. In the slice's own columns these are the weights as they were
     rounded; in the others the errors that were made there, which move the optimum of this slice through the metric."""
-
     metric: Metric
     """The metric of the whole layer."""
 

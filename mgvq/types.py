@@ -1,11 +1,11 @@
 """The carriers that the stages hand to each other; what the variants of a stage have to offer is in `mgvq.protocols`.
 
-Dimension names: `out in` features of a linear layer, `c` columns (input channels) of one piece, `v` vectors in a row of a piece,
-`n` vectors, `d` vector length, `k` centroids, `b` batch, `s` sequence, `u` units, `r` rates.
+Dimension names: `out in` features of a linear layer, `c` columns (input channels) of one channel slice, `v` vectors in a row of a
+channel slice, `n` vectors, `d` vector length, `k` centroids, `b` batch, `s` sequence, `u` table groups, `r` rates.
 
-The words of the method, from small to large. A *channel* is one input channel, a column of a weight. A *piece* is the columns of
-one channel group in one layer. A *unit* is the pieces that share a codebook table, hence a rate: what the allocation decides
-about.
+The words of the method, from small to large. A *channel* is one input channel, a column of a weight. A *channel slice* is the
+columns of one channel group in one layer. A *table group* is the channel slices that share a codebook table, hence a rate: what
+the allocation decides about.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mgvq.linalg import row_runs
+
 Tower = Literal["vision", "projector", "language"]
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
@@ -24,19 +26,24 @@ MODALITIES: tuple[Modality, ...] = ("image", "text")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Site:
-    """One quantisable linear layer. `block` is None outside the blocks; `kind` is the layer's own name (`q_proj`).
-
-    `reads` names the activations that the layer multiplies: equal for layers that read the same (q, k and v of an attention),
-    which therefore share their Gram and their channel groups. Empty: nobody else reads them.
-    """
+    """One quantisable linear layer."""
 
     name: str
+    """The dotted name of the module in the model."""
     tower: Tower
+    """The part of the model that the layer belongs to."""
     kind: str
+    """The layer's own name, such as `q_proj`."""
     block: int | None
+    """The number of the layer's block in its tower; None outside the blocks."""
     out_features: int
+    """Rows of the weight."""
     in_features: int
+    """Columns of the weight, the input channels."""
     reads: str = ""
+    """A name of the activations that the layer multiplies, equal for layers that read the same (q, k and v of an attention),
+    which therefore share their Gram and their channel groups. Left empty, it becomes the layer's own name: nobody else reads
+    them."""
 
     def __post_init__(self) -> None:
         if not self.reads:
@@ -49,13 +56,18 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What a forward pass takes, and which positions are image tokens, answer tokens and no padding."""
+    """What one forward pass takes, and which positions of it are image tokens, answer tokens and no padding."""
 
     inputs: Mapping[str, Tensor]
+    """The keyword arguments of the model's forward pass."""
     image_mask: Bool[Tensor, "b s"]
-    loss_mask: Bool[Tensor, "b s"]  # the answer tokens themselves; the position before predicts each of them
+    """The image tokens."""
+    loss_mask: Bool[Tensor, "b s"]
+    """The answer tokens themselves; the position before each of them predicts it."""
     valid_mask: Bool[Tensor, "b s"]
+    """All tokens but padding."""
     sample_ids: tuple[str, ...]
+    """A name for each of the `b` samples, unique in the calibration set."""
 
     def to(self, device: torch.device) -> "Batch":
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
@@ -65,19 +77,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """Which statistics a variant reads. `a | b` is what both read together; every pass over the data collects one such set.
-
-    `gram`: the inputs' Gram by modality (forward passes only). `gradients`: output Fisher, gradient and saliency too.
-    `channel_groups`: as many Grams weighted by the squared gradients of groups of output channels (GuidedQuant; 1: by token).
-    `sequences`: Kronecker factors of whole sequences (YAQA sketch B). `power_rounds`: rounds of the token-wise power iteration
-    (YAQA sketch A), each two further passes over the data.
-    """
+    """Which statistics a variant reads. `a | b` is what both read together; every pass over the data collects one such set."""
 
     gram: bool = False
+    """The Gram of the inputs by modality (forward passes only)."""
     gradients: bool = False
+    """The output Fisher, the gradient and the saliency."""
     channel_groups: int = 0
+    """This many Grams weighted by the squared gradients of groups of output channels (GuidedQuant; 1: weighted by token)."""
     sequences: bool = False
+    """The Kronecker factors of whole sequences (YAQA's sketch B)."""
     power_rounds: int = 0
+    """Rounds of the power iteration over tokens (YAQA's sketch A), each of which takes two more passes over the data."""
 
     def __or__(self, other: "Needs") -> "Needs":
         """Raises ValueError for two different numbers of channel groups or rounds: one pass collects one of each."""
@@ -100,32 +111,38 @@ class Kronecker:
     """Two factors whose Kronecker product estimates the Fisher of the mean answer loss, scale included."""
 
     h_in: Float[Tensor, "in in"]
+    """The factor of the input channels."""
     h_out: Float[Tensor, "out out"]
+    """The factor of the output channels."""
 
 
 @dataclass(frozen=True, slots=True)
 class SiteStats:
-    """Statistics of one layer over the calibration tokens, by modality; sums, not means (`num_tokens`, `num_answers` divide
-    them).
+    """Statistics of one layer over the calibration tokens. What was not asked for (`Needs`) is empty or None.
 
-    With x the layer's input at a token, y its output, `num_answers` the answer tokens of all samples: g is the gradient of the
-    *summed* cross-entropy with respect to y, of labels *sampled from the model* for `fisher`, of the right answers for the
-    others. What was not asked for (`Needs`) is empty or None.
+    They are sums, not means: `num_tokens` and `num_answers` divide them. x is the layer's input at a token, y its output, and g
+    the gradient of the *summed* cross-entropy with respect to y: of labels that are *sampled from the model* in `fisher`,
+    `sequence` and `token`, of the right answers in the others.
     """
 
     num_tokens: Mapping[Modality, int]
-    gram: Mapping[Modality, Float[Tensor, "in in"]]  # sum x x^T
+    """The tokens that the layer has seen."""
+    gram: Mapping[Modality, Float[Tensor, "in in"]]
+    """`sum x x^T` (docs/method.md, eq. (gram))."""
     num_answers: int = 0
-    fisher: Mapping[Modality, Float[Tensor, "out out"]] = field(default_factory=dict)  # sum g g^T
-    saliency: Mapping[Modality, float] = field(default_factory=dict)  # sum over tokens of the mean |g| over output channels
-    gradient: Float[Tensor, "out in"] | None = None  # of the mean answer loss: sum g x^T / num_answers
-    channel_gram: Float[Tensor, "k in in"] | None = None  # sum of (mean g^2 over the k-th run of output channels) x x^T
-    sequence: Kronecker | None = None  # YAQA sketch B
-    token: Kronecker | None = None  # YAQA sketch A
-
-    def second_moment(self) -> Float[Tensor, "in in"]:
-        """`E[x x^T]` over the tokens of both modalities."""
-        return sum(self.gram.values(), torch.zeros(())) / max(1, sum(self.num_tokens.values()))
+    """The answer tokens of all samples."""
+    fisher: Mapping[Modality, Float[Tensor, "out out"]] = field(default_factory=dict)
+    """`sum g g^T` (docs/method.md, eq. (fisher))."""
+    saliency: Mapping[Modality, float] = field(default_factory=dict)
+    """The sum over tokens of the mean |g| over output channels."""
+    gradient: Float[Tensor, "out in"] | None = None
+    """The gradient of the *mean* answer loss: `sum g x^T / num_answers`."""
+    channel_gram: Float[Tensor, "k in in"] | None = None
+    """`sum (mean g^2 over the k-th run of output channels) x x^T` (docs/method.md, eq. (guided))."""
+    sequence: Kronecker | None = None
+    """YAQA's sketch B (docs/method.md, eq. (sketch-b))."""
+    token: Kronecker | None = None
+    """YAQA's sketch A (docs/method.md, eq. (sketch-a))."""
 
 
 StatsBank = Mapping[Site, SiteStats]
@@ -133,33 +150,40 @@ StatsBank = Mapping[Site, SiteStats]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What rounding minimises: `1/2 sum_k tr(h_out D_k h_in[k] D_k^T)` of the error D, its rows in `len(h_in)` runs of equal
-    size.
+    """What rounding minimises: `1/2 sum_k tr(h_out D_k h_in[k] D_k^T)` of the error D, whose rows are dealt into runs D_k.
 
-    `h_out` None is the identity. Where it is given the value is in nats of the mean answer loss.
+    The runs are those of `row_runs`. See docs/method.md, eq. (kronecker).
     """
 
     h_in: tuple[Float[Tensor, "in in"], ...]
+    """One input factor for each run of rows, usually one for all rows."""
     h_out: Float[Tensor, "out out"] | None = None
+    """The output factor, with which the value is in nats of the mean answer loss; None stands for the identity."""
+
+    def to(self, device: torch.device) -> "Metric":
+        """The same metric with its factors on `device`."""
+        return Metric(tuple(h.to(device) for h in self.h_in), None if self.h_out is None else self.h_out.to(device))
+
+    def row_runs(self, num_rows: int) -> list[tuple[slice, Float[Tensor, "in in"]]]:
+        """The runs of the `num_rows` rows, each with its input factor; raises ValueError for more factors than runs."""
+        return list(zip(row_runs(num_rows, len(self.h_in)), self.h_in, strict=True))
 
     def loss(self, error: Float[Tensor, "out in"]) -> float:
-        """What is minimised, of an error of the weight; in float32."""
-        size = -(-len(error) // len(self.h_in))
+        """The value for an error of the weight, in float32."""
         total = 0.0
-        for k, h_in in enumerate(self.h_in):
-            rows = slice(k * size, (k + 1) * size)
-            image = error[rows] @ h_in.to(error)
+        for rows, h_in in self.row_runs(len(error)):
+            product = error[rows] @ h_in.to(error)
             if self.h_out is not None:
-                image = self.h_out.to(error)[rows, rows] @ image
-            total += float((image * error[rows]).sum().double())
+                product = self.h_out.to(error)[rows, rows] @ product
+            total += float((product * error[rows]).sum().double())
         return 0.5 * total
 
     def channel_importance(self) -> Float[Tensor, "in"]:
-        """The mean diagonal of `h_in`: how much an error of an input channel counts."""
+        """How much an error of each input channel counts: the mean diagonal of `h_in`."""
         return torch.stack([h.diagonal() for h in self.h_in]).mean(0).clamp(min=0)
 
     def mean_gram(self) -> Float[Tensor, "in in"]:
-        """The mean of `h_in`."""
+        """How much the errors of two input channels count together: the mean of `h_in`."""
         return torch.stack(self.h_in).mean(0)
 
 
@@ -181,19 +205,24 @@ class LayerProblem:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """One precision that a codebook offers: a name for people, and nominal index bits a weight."""
+    """One precision that a codebook offers."""
 
     name: str
+    """A name for people, unique in the codebook."""
     index_bits: float
+    """Nominal index bits a weight, tables and scales not counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelSlice:
-    """The columns of one channel group in one layer, in ascending order."""
+    """The columns of one channel group in one layer."""
 
     site: Site
+    """The layer."""
     group: int
+    """The number of the channel group in the layer, from 0."""
     columns: Int[Tensor, "c"]
+    """The input channels of the group, ascending."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,41 +235,53 @@ class ChannelSlice:
 
 @dataclass(frozen=True, slots=True)
 class TableGroupInfo:
-    """What an allocation may know of a unit beside its costs. `quantile`: of its mean channel score within its tower, in [0,
-    1]."""
+    """What an allocation may know of a table group beside its costs.
+
+    Where layers share a table, `kind`, `block` and `depth` are those of the first channel slice.
+    """
 
     name: str
+    """The codebook's name for the group, which also names the random stream of its fit."""
     tower: Tower
+    """The tower of its layers."""
     kind: str
+    """The layer kind, such as `q_proj`."""
     block: int | None
-    depth: float  # of the first piece's block in its tower, 0 .. 1; outside the blocks: .5
+    """The number of the block in its tower; None outside the blocks."""
+    depth: float
+    """The place of the block in its tower, from 0 to 1; .5 outside the blocks."""
     group: int
+    """The number of the channel group."""
     num_weights: int
-    score: float  # sum of the channel scores
+    """The weights of all its channel slices."""
+    score: float
+    """The sum of the channel scores."""
     quantile: float
+    """The rank of the mean channel score among those of its tower, from 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class RateTable:
-    """For every unit and every rate: stored bits, exact with tables and scales, and the predicted loss. Rates by ascending index
-    bits.
-
-    `loss` is `sum_c score_c * relative squared error of channel c`, measured on the fitted codebook, or modelled as `score *
-    2^(-2 bits)`.
-    """
+    """What every rate costs and loses in every table group."""
 
     table_groups: Sequence[TableGroupInfo]
+    """The `u` table groups."""
     rates: Sequence[Rate]
+    """The `r` rates, by ascending index bits."""
     bits: Int[Tensor, "u r"]
+    """Stored bits, exact, with tables and scales."""
     loss: Float[Tensor, "u r"]
+    """The predicted loss, `sum_c score_c * relative squared error of channel c`: measured on the fitted codebook, or modelled as
+    `score * 2^(-2 bits)`, or zeros where the allocation does not look at it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
     """What an evaluation found."""
 
-    metrics: Mapping[str, float]  # by name; NaN where a sample has no finite number, so that there is no mean
-    samples: pd.DataFrame = field(
-        repr=False
-    )  # a row each: task, sample_id, sample_hash, type, question, answer, prediction, score
-    flags: tuple[str, ...] = ()  # what tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`
+    metrics: Mapping[str, float]
+    """Figures by name; NaN where a sample has no finite number, so that there is no mean."""
+    samples: pd.DataFrame = field(repr=False)
+    """One row for each sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
+    flags: tuple[str, ...] = ()
+    """What tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`."""

@@ -14,12 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
+from mgvq.analysis.records.records import write_record
 from mgvq.analysis.report import write_tables
 from mgvq.runs.places import results_folder
 from mgvq.studies.plan import expand
@@ -106,18 +110,20 @@ def outcome(study: Path, results: Path) -> dict[str, str]:
     os.environ["MGVQ_RESULTS"] = str(results)
     planned = read_study(study)
     runs = expand(planned)
-    records = collect(planned, runs)
-    records["metrics"] = [json.dumps(_timeless(json.loads(metrics))) for metrics in records.metrics]
-    write_tables(planned.name, records, results / "compared")
+    record = collect(planned, runs)
+    cells = [replace(c, runs=tuple(replace(run, metrics=_timeless(run.metrics)) for run in c.runs)) for c in record.cells]
+    record = replace(record, cells=tuple(cells))
+    write_tables(planned.name, record, results / "compared")
+    write_record(record, results / "compared" / "record.parquet")
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (results / "compared/tables").iterdir()}
-    found["records"] = hashlib.sha256(records.to_json().encode()).hexdigest()
+    found["records"] = hashlib.sha256((results / "compared" / "record.parquet").read_bytes()).hexdigest()
     for run in runs:
         written = json.loads((run.folder.path / "DONE").read_text())
         found |= {f"{run.folder.path.name}/{name}": sha for name, sha in written.items() if name.startswith(COMPARED)}
     return found
 
 
-def _timeless(metrics: dict[str, object]) -> dict[str, object]:
+def _timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: 0.0 if name.startswith(("time/", "memory/")) else value for name, value in metrics.items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mgvq.analysis.tables.render import markdown_table
+from mgvq.analysis.tables.render import Table, markdown
 from mgvq.evaluation.documents import documents
 from mgvq.evaluation.tiny_vqa import TinyVQA
 from mgvq.model.encode import chat_prompt
@@ -70,7 +70,7 @@ def main() -> None:
         print(*lines[-1], flush=True)
     path = results_folder() / "tables" / "three_ways.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown_table(lines, NOTE))
+    path.write_text(markdown(Table(header=lines[0], lines=lines[1:], note=NOTE)))
     print(path)
 
 

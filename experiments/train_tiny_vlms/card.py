@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 from train import RECIPES
 
-from mgvq.analysis.records.records import metric_frame, read_records
+from mgvq.analysis.records.records import metric_frame, read_record
 from mgvq.data.tiny_vqa.dataset import draw_test, fingerprint
 from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, num_answers
 from mgvq.data.tiny_vqa.scene import SPLITS
@@ -69,10 +69,10 @@ def card(name: str) -> str:
         dtype = sizes[0].get_dtype()
     training = json.loads(summary(name).read_text())
     study = "e00_response" if name in TITLES else "e13_model_variance"
-    records = read_records(results_folder() / "records" / f"{study}.parquet")
-    frame = metric_frame(records)
+    record = read_record(results_folder() / "records" / f"{study}.parquet")
+    frame = metric_frame(record)
     run = frame[(frame.model == name) & (frame.arm == "full precision")].iloc[0]  # whatever the scope
-    num_questions = int(records[records.run == run["run"]].num_samples.iloc[0])
+    num_questions = record.num_samples
     recipe = replace(RECIPES[family], seed=seed, steps=training["steps"])
     course = " | ".join(f"{step}: {value:.3f}" for step, value in training["headline_validation"].items())
     settings = ", ".join(f"{k} {v}" for k, v in asdict(recipe).items() if k != "mix")

@@ -1,1 +1,1 @@
-"""Allocation: the rate of every unit of the whole model under one budget of stored bits."""
+"""Allocation: the rate of every table group of the whole model under one budget of stored bits."""

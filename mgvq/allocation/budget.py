@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,8 +12,8 @@ from torch import Tensor
 from mgvq.errors import UserError
 from mgvq.types import RateTable
 
-_KV = ("k_proj", "v_proj")  # under grouped queries every row of theirs serves several heads (method 3.7)
-_DEAD = 2.0**-40  # of the largest score: a dead channel has a logarithm too, some 20 bits below the most important one
+_KV = ("k_proj", "v_proj")  # the kinds of layer that `min_bits_kv` is about
+_DEAD = 2.0**-40  # the least score that counts, over the largest: a dead channel has a logarithm too, some 20 bits lower
 
 
 def check_positive(**settings: Any) -> None:
@@ -25,9 +25,10 @@ def check_positive(**settings: Any) -> None:
 
 
 def legal_rates(table: RateTable, budget_bits: int, min_bits: float | None, min_bits_kv: float | None) -> Bool[Tensor, "u r"]:
-    """Which rates have the index bits that the floors ask for (`min_bits_kv`: of k_proj and v_proj units alone).
+    """Return which rates have the index bits that the floors ask for (`min_bits_kv`: of k_proj and v_proj alone).
 
-    Raises UserError where a floor is above every rate or about no unit, and where the cheapest legal choice exceeds the budget.
+    Raises UserError where a floor is above every rate or about no table group, and where the cheapest legal choice exceeds the
+    budget.
     """
     offered = [rate.index_bits for rate in table.rates]
     if min_bits_kv is not None and not any(table_group.kind in _KV for table_group in table.table_groups):
@@ -45,33 +46,34 @@ def legal_rates(table: RateTable, budget_bits: int, min_bits: float | None, min_
     cost = int(table.bits.masked_fill(~legal, torch.iinfo(table.bits.dtype).max).amin(1).sum())
     if cost > budget_bits:
         held = " and ".join(f"allocation.{name}={floor:g}" for name, floor in given.items())
-        what = f"the cheapest rate of every unit{' that ' + held + ' allows' if held else ''}"
+        what = f"the cheapest rate of every table group{' that ' + held + ' allows' if held else ''}"
         raise below_smallest(table, budget_bits, what, cost, ", or lower the floors" if held else "")
     return legal
 
 
 def below_smallest(table: RateTable, budget_bits: int, smallest: str, cost: int, also: str = "") -> UserError:
-    """The error of a budget that is too small: `smallest` names the choice that stores `cost` bits, `also` another way out."""
+    """Return the error of a budget that is too small: `smallest` names the choice of `cost` bits, `also` another way out."""
     return UserError(
         f"budget.bits_per_weight={per_weight(table, budget_bits):.4g} is below the smallest rate of this codebook: {smallest} "
-        f"stores {per_weight(table, cost):.3f} bits a weight on these {len(table.table_groups)} units. Raise the budget{also}."
+        f"stores {per_weight(table, cost):.3f} bits a weight on these {len(table.table_groups)} table groups. "
+        f"Raise the budget{also}."
     )
 
 
 def per_weight(table: RateTable, bits: int) -> float:
-    """Bits over the weights of all units."""
+    """Bits over the weights of all table groups."""
     return bits / sum(table_group.num_weights for table_group in table.table_groups)
 
 
 def sizes(table: RateTable) -> Float[Tensor, "u"]:
-    """The weights of every unit, as floats."""
+    """The number of weights of every table group, in float64."""
     return torch.tensor([table_group.num_weights for table_group in table.table_groups], dtype=torch.float64)
 
 
 def log_density(table: RateTable) -> Float[Tensor, "u"]:
     """log2 of the score a weight, over its geometric mean over all weights: 0 on average, whatever the scale of the scores.
 
-    A score a weight is what a bit a weight acts on, so units of unequal size compare. All scores 0: 0.
+    A score a weight is what a bit a weight acts on, so that table groups of unequal size compare. Where all scores are 0 it is 0.
     """
     density = torch.tensor([table_group.score for table_group in table.table_groups], dtype=torch.float64) / sizes(table)
     if not density.any():
@@ -80,20 +82,26 @@ def log_density(table: RateTable) -> Float[Tensor, "u"]:
     return logs - (logs @ sizes(table)) / sizes(table).sum()
 
 
-def layer_numbers(table: RateTable) -> Int[Tensor, "u"]:
-    """Which layer a unit is of (its first piece, where layers share), counted from 0."""
+def parts(table: RateTable, within: Literal["model", "layer"]) -> list[Bool[Tensor, "u"]]:
+    """Which table groups are compared with each other: one mask for all of the model, or one for each layer.
+
+    Where layers share tables, a table group belongs to the layer of its first channel slice.
+    """
+    if within == "model":
+        return [torch.ones(len(table.table_groups), dtype=torch.bool)]
     numbers: dict[tuple[str, str, int | None], int] = {}
-    return torch.tensor([numbers.setdefault((u.tower, u.kind, u.block), len(numbers)) for u in table.table_groups])
+    layer = torch.tensor([numbers.setdefault((u.tower, u.kind, u.block), len(numbers)) for u in table.table_groups])
+    return [layer == number for number in range(len(numbers))]
 
 
 Key = Callable[[int, int, int], Any]
 
 
 def climb(table: RateTable, ladders: Sequence[Sequence[int]], key: Key, budget_bits: int) -> Int[Tensor, "u"]:
-    """Every unit starts on the first rate of its ladder; upgrades to the next are taken by ascending `key(unit, lower, upper)`.
+    """Start every table group u on the first rate of its ladder and take upgrades by ascending `key(u, lower, upper)`.
 
-    One that no longer fits is left out, and with it the later ones of its unit. Ties go by unit order. `ladders` must rise in
-    bits, `key` must not fall along them.
+    An upgrade that no longer fits is left out, and with it the later ones of its table group. Ties go by the order of the table
+    groups. `ladders` must rise in bits, and `key` must not fall along them.
     """
     bits = table.bits.tolist()
     steps = [(key(u, *step), u, i, step) for u, rungs in enumerate(ladders) for i, step in enumerate(pairwise(rungs))]
@@ -109,9 +117,9 @@ def climb(table: RateTable, ladders: Sequence[Sequence[int]], key: Key, budget_b
 def round_wishes(table: RateTable, wish: Float[Tensor, "u"], legal: Bool[Tensor, "u r"], budget_bits: int) -> Int[Tensor, "u"]:
     """Round `wish + level` index bits to legal rates, at the highest level that fits the budget in exact stored bits.
 
-    An upgrade's turn comes where the level lifts its unit past the midpoint of the two rates. Bits that are left buy the next
-    upgrades that fit, in the same order. Ties: the higher score a weight first, then unit order. Only differences of wishes
-    count.
+    The turn of an upgrade comes where the level lifts its table group past the midpoint of the two rates. Bits that are left buy
+    the next upgrades that fit, in the same order. Ties go to the higher score a weight, then by the order of the table groups.
+    Only differences of wishes count.
     """
     offered = [rate.index_bits for rate in table.rates]
     wishes, density = wish.tolist(), log_density(table).tolist()
@@ -124,7 +132,7 @@ def round_wishes(table: RateTable, wish: Float[Tensor, "u"], legal: Bool[Tensor,
 
 
 def _ladder(offered: Sequence[float], bits: Sequence[int], legal: Sequence[bool]) -> list[int]:
-    """The legal rates that rise in index bits and in stored bits, no other being as fine and as cheap."""
+    """Return the legal rates that rise in index bits and in stored bits, where no other is as fine and as cheap."""
     rungs: list[int] = []
     for rate in sorted((r for r, fit in enumerate(legal) if fit), key=lambda r: (-offered[r], bits[r])):
         if not rungs or bits[rate] < bits[rungs[-1]]:
@@ -138,7 +146,7 @@ def slope(bits: Sequence[int], loss: Sequence[float], lower: int, upper: int) ->
 
 
 def hull(bits: Sequence[int], loss: Sequence[float], legal: Sequence[bool]) -> list[int]:
-    """The legal rates on the lower convex hull of (bits, loss), from the cheapest to the least loss: slopes fall along it."""
+    """Return the legal rates on the lower convex hull of (bits, loss), from the cheapest to the least loss; slopes fall."""
     rungs: list[int] = []
     for rate in sorted((r for r, fit in enumerate(legal) if fit), key=lambda r: (bits[r], loss[r])):
         if rungs and loss[rate] >= loss[rungs[-1]]:

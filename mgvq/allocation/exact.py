@@ -10,7 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from mgvq.allocation.budget import check_positive, legal_rates
+from mgvq.allocation.floors import Floors
 from mgvq.errors import UserError
 from mgvq.types import RateTable
 
@@ -18,18 +18,15 @@ _TIME_LIMIT = 1  # scipy's status
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exact:
-    """A solution that is not proven within `gap` of the optimum after `time_limit` seconds is an error, never used.
-
-    `gap`: relative, of the total loss. `distortion`: how the losses are predicted, measured on fitted codebooks or modelled as
-    `score * 2^(-2 bits)`. `min_bits`, `min_bits_kv`: see `budget.legal_rates`.
-    """
+class Exact(Floors):
+    """The optimum; a solution that is not proven to be within `gap` of it in time is an error, and never used."""
 
     distortion: Literal["measured", "gaussian"]
+    """How losses are predicted: `measured` on fitted codebooks, or modelled as `score * 2^(-2 bits)`."""
     gap: float
+    """The share of the total loss by which a solution may exceed the optimum, in [0, 1)."""
     time_limit: float
-    min_bits: float | None
-    min_bits_kv: float | None
+    """Seconds for the solver."""
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -39,14 +36,15 @@ class Exact:
             raise UserError(f"allocation.gap must lie in [0, 1), got {self.gap!r}")
         if not self.time_limit > 0:
             raise UserError(f"allocation.time_limit must be > 0 seconds, got {self.time_limit!r}")
-        check_positive(min_bits=self.min_bits, min_bits_kv=self.min_bits_kv)
+        super().__post_init__()
 
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         """Raises UserError where HiGHS runs out of time or fails."""
-        legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
+        legal = self.legal(table, budget_bits)
         table_groups, rates = legal.numpy().nonzero()
         bits, loss = table.bits.numpy().astype(np.int64), table.loss.double().numpy()
-        # What a rate costs beyond its unit's cheapest, over the common divisor: small whole numbers are exact in the solver.
+        # What a rate costs beyond the cheapest of its table group, over the common divisor: small whole numbers are exact in the
+        # solver.
         cheapest = np.where(legal.numpy(), bits, bits.max()).min(1)
         extra, room = (bits - cheapest[:, None])[table_groups, rates], budget_bits - cheapest.sum()
         quantum = np.gcd.reduce(extra) or 1
@@ -60,7 +58,7 @@ class Exact:
         )
         if solved.status == _TIME_LIMIT:
             raise UserError(
-                f"allocation.time_limit={self.time_limit:g} s did not bring {len(table.table_groups)} units within "
+                f"allocation.time_limit={self.time_limit:g} s did not bring {len(table.table_groups)} table groups within "
                 f"allocation.gap={self.gap:g} of the optimum. Raise either, or take allocation=greedy."
             )
         if not solved.success or extra[solved.x > 0.5].sum() > room:
@@ -69,5 +67,5 @@ class Exact:
 
 
 def _scale(loss: np.ndarray) -> float:
-    """What the losses are divided by: HiGHS has absolute tolerances too, so the optimum had better be 1 or more."""
+    """Return what the losses are divided by: HiGHS has absolute tolerances too, so that the optimum had better be 1 or more."""
     return max(loss.min(1).sum(), 1e-6 * loss.max()) or 1.0

@@ -1,4 +1,4 @@
-"""Upgrades by the loss they save for each stored bit, along the lower convex hull of every unit (method 3.7)."""
+"""Upgrades by the loss that they save for each stored bit, along the lower convex hull of every table group."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -6,31 +6,27 @@ from typing import ClassVar, Literal
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mgvq.allocation.budget import check_positive, climb, hull, legal_rates, slope
+from mgvq.allocation.budget import climb, hull, slope
+from mgvq.allocation.floors import Floors
 from mgvq.errors import UserError
 from mgvq.types import RateTable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Greedy:
-    """The optimum at every budget where an upgrade ends; elsewhere no worse than that by more than the upgrade that did not fit.
-
-    `distortion`: how the losses are predicted, measured on fitted codebooks or modelled as `score * 2^(-2 bits)`. `min_bits`,
-    `min_bits_kv`: see `budget.legal_rates`.
-    """
+class Greedy(Floors):
+    """The optimum where the budget ends with an upgrade; elsewhere worse by no more than the upgrade that did not fit."""
 
     distortion: Literal["measured", "gaussian"]
-    min_bits: float | None
-    min_bits_kv: float | None
+    """How losses are predicted: `measured` on fitted codebooks, or modelled as `score * 2^(-2 bits)`."""
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.distortion not in ("measured", "gaussian"):
             raise UserError(f"allocation.distortion must be measured or gaussian, got {self.distortion!r}")
-        check_positive(min_bits=self.min_bits, min_bits_kv=self.min_bits_kv)
+        super().__post_init__()
 
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
-        legal = legal_rates(table, budget_bits, self.min_bits, self.min_bits_kv)
+        legal = self.legal(table, budget_bits)
         bits, loss = table.bits.tolist(), table.loss.tolist()
         ladders = [hull(*table_group) for table_group in zip(bits, loss, legal.tolist(), strict=True)]
         choice = climb(table, ladders, lambda u, lower, upper: -slope(bits[u], loss[u], lower, upper), budget_bits)

@@ -1,4 +1,4 @@
-"""One rate for all units: the highest whose stored bits, tables and scales included, fit the budget; or two, blind to scores."""
+"""One rate for all table groups: the highest that fits the budget in stored bits; or two, blind to scores."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,14 +16,15 @@ _MIN_USE = 0.75  # a rate that leaves more of the budget unused is not what was 
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """`tolerance`: by which share the stored bits may exceed the budget.
-
-    `spread`: the budget is met between two rates. All units take the lower, and as many as fit, evenly spread over the model, the
-    higher: so the tables of many channel groups are paid for without a look at their scores.
-    """
+    """Gives all table groups the rate of the most index bits whose stored bits, tables and scales included, fit the budget."""
 
     tolerance: float
+    """The share by which the stored bits may exceed the budget, in [0, .5]."""
     spread: bool
+    """True: the budget is met between two rates. All table groups take the lower, and as many as fit, evenly spread over the
+    model, the higher, so that the tables of many channel groups are paid for without a look at their scores."""
+
+    distortion: ClassVar[None] = None
     uses_score: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -31,10 +32,6 @@ class Uniform:
             raise UserError(f"allocation.tolerance must lie in [0, 0.5], got {self.tolerance!r}")
         if not isinstance(self.spread, bool):
             raise UserError(f"allocation.spread must be true or false, got {self.spread!r}")
-
-    @property
-    def distortion(self) -> None:
-        return None
 
     def __call__(self, table: RateTable, budget_bits: int) -> Int[Tensor, "u"]:
         """Raises UserError for a budget below the smallest rate, or far between two rates."""
@@ -46,9 +43,8 @@ class Uniform:
         best = max(legal, key=lambda r: (table.rates[r].index_bits, costs[r]))
         over = min((r for r in range(len(costs)) if r not in legal), key=costs.__getitem__, default=None)
         if self.spread and over is not None:
-            return (
-                _spread(table.bits[:, best], table.bits[:, over], int(budget_bits * (1 + self.tolerance))) * (over - best) + best
-            )
+            limit = int(budget_bits * (1 + self.tolerance))
+            return best + (over - best) * _spread(table.bits[:, best], table.bits[:, over], limit)
         if over is not None and costs[best] < _MIN_USE * budget_bits:
             raise UserError(
                 f"budget.bits_per_weight={per_weight(table, budget_bits):.4g} falls between two rates of this codebook: "
@@ -59,7 +55,7 @@ class Uniform:
 
 
 def _spread(low: Int[Tensor, "u"], high: Int[Tensor, "u"], budget_bits: int) -> Int[Tensor, "u"]:
-    """1 for the units that take the higher rate: as many as fit, at even distances."""
+    """Return 1 for the table groups that take the higher rate: as many as fit, at even distances."""
     places, chosen = torch.arange(len(low)), torch.zeros(len(low), dtype=torch.int64)
     for number in range(len(low), 0, -1):
         chosen = ((places + 1) * number // len(low) > places * number // len(low)).long()

@@ -4,28 +4,40 @@ READMEs; a report to read."""
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mgvq.analysis.records.layers import collect_layers, layers_path, read_layers, write_layers
-from mgvq.analysis.records.records import collect, read_records, write_records
-from mgvq.analysis.report import pages_with_tables, with_tables, write_figures, write_tables
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
 from mgvq.studies.plan import expand
-from mgvq.studies.spec import read_study
+from mgvq.studies.spec import Study, read_study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mgvq.analysis.records.records import StudyRecord
+
+# What draws and what reads parquet is imported where it is used: help and bad study files need none of it.
+EPILOG = """\
+Runs are read only where their files are those that the run wrote. A study of which a run is missing, failed or damaged is
+refused, unless with --partial: then tables, figures and verdict are of the others, say so, and are called STUDY_partial.
+"""
 
 
 def main() -> None:
     """Entry point: prints what it wrote; exits with 2 where a run is missing or a file is bad."""
-    parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__, epilog=EPILOG)
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
+    parser.add_argument("--partial", action="store_true", help="report on the runs that are there, as STUDY_partial")
     parser.add_argument("--html", action="store_true", help="results/reports/STUDY/index.html too: one file, no server")
     parser.add_argument("--paper", action="store_true", help="instead of a study: our numbers beside the published ones")
     arguments = parser.parse_args()
     if (arguments.study is None) != arguments.paper:
         parser.error("one of STUDY and --paper")
-    if arguments.paper and (arguments.html or arguments.from_records):
+    if arguments.paper and (arguments.html or arguments.from_records or arguments.partial):
         parser.error("--paper always reads records, and has no HTML")
+    if arguments.partial and arguments.from_records:
+        parser.error("--partial reads run folders, since records are of complete studies: leave out --from-records")
     results = results_folder()
     try:
         written = _paper(results) if arguments.paper else _study(arguments, results)
@@ -34,32 +46,72 @@ def main() -> None:
         sys.exit(2)
     print(*written, sep="\n")
     root = checkout()
-    if root and results == root / "results":  # not where MGVQ_RESULTS points
-        for page in pages_with_tables(root):
-            page.write_text(with_tables(page.read_text(), results / "tables"))
+    if root and results == root / "results" and not arguments.partial:  # not where MGVQ_RESULTS points
+        _refresh(root, results)
 
 
 def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
     study = read_study(arguments.study)
-    path, layers_file = results / "records" / f"{study.name}.parquet", layers_path(results, study.name)
+    if arguments.partial:
+        return _partial(study, results, html=arguments.html)
     if not (arguments.from_records or study.frozen):
-        runs = expand(study)
-        write_records(collect(study, runs), path)
-        write_layers(collect_layers(runs), layers_file)
-    # As written, so rounded: whoever rebuilds the figures starts from these digits.
-    records, layers = read_records(path), read_layers(layers_file)
-    written = [*write_tables(study.name, records, results), *write_figures(study.name, records, layers, results)]
-    if arguments.html:
-        from mgvq.analysis.html import write_html  # here: tables need neither Jinja nor pictures
+        _write_records(study, results)
+    return _write_report(study, results, html=arguments.html)
 
-        written.append(write_html(study, records, results))
+
+def _write_records(study: Study, results: Path) -> None:
+    from mgvq.analysis.records.collect import collect
+    from mgvq.analysis.records.layers import collect_layers, layers_path, write_layers
+    from mgvq.analysis.records.records import write_record
+
+    runs = expand(study)
+    write_record(collect(study, runs), results / "records" / f"{study.name}.parquet")
+    write_layers(collect_layers(runs), layers_path(results, study.name))
+
+
+def _write_report(study: Study, results: Path, *, html: bool) -> list[Path]:
+    """The report from the record as it is written, so rounded: whoever rebuilds the figures starts from these digits."""
+    from mgvq.analysis.records.layers import layers_path, read_layers
+    from mgvq.analysis.records.records import read_record
+
+    record, layers = read_record(results / "records" / f"{study.name}.parquet"), read_layers(layers_path(results, study.name))
+    return _write(study.name, study, record, layers, results, html=html)
+
+
+def _partial(study: Study, results: Path, *, html: bool) -> list[Path]:
+    from mgvq.analysis.records.collect import collect
+    from mgvq.analysis.records.layers import collect_layers
+
+    runs = expand(study)
+    record = collect(study, runs, partial=True)
+    if not record.missing:
+        print(f"mgvq-report: no run of {study.name} is missing; without --partial it gets its record.", file=sys.stderr)
+    return _write(f"{study.name}_partial", study, record, collect_layers(runs, record), results, html=html)
+
+
+def _write(name: str, study: Study, record: "StudyRecord", layers: "pd.DataFrame", results: Path, *, html: bool) -> list[Path]:
+    from mgvq.analysis.report import write_figures, write_tables
+
+    written = [*write_tables(name, record, results), *write_figures(name, record, layers, results)]
+    if html:
+        from mgvq.analysis.html import write_html
+
+        written.append(write_html(name, study, record, results))
     return written
 
 
 def _paper(results: Path) -> list[Path]:
-    from mgvq.analysis.tables.paper_tables import write_paper  # here: matplotlib
+    from mgvq.analysis.tables.paper_tables import write_paper
 
     return write_paper(results)
+
+
+def _refresh(root: Path, results: Path) -> None:
+    """Put the tables into the READMEs of the checkout."""
+    from mgvq.analysis.report import pages_with_tables, with_tables
+
+    for page in pages_with_tables(root):
+        page.write_text(with_tables(page.read_text(encoding="utf-8"), results / "tables"), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     import torch  # here, with what imports it: help and bad arguments need none of it
 
     from mgvq.analysis.figures.sensitivity_figures import draw_figures
-    from mgvq.analysis.sensitivity import score, write_tables
+    from mgvq.analysis.tables.sensitivity_tables import write_tables
     from mgvq.model.load import load
+    from mgvq.quantization.scoring import score
     from mgvq.runs.method import check_images
 
     torch.set_num_threads(1)  # as runs do unless told otherwise: the last digits may move with it
@@ -96,7 +97,7 @@ def _composed(*overrides: str) -> DictConfig:
 
 
 def _over_seeds(cfg: DictConfig, group: str, num_seeds: int) -> list[Any]:
-    """The component of one group, for every seed."""
+    """The component of one group, once for every seed."""
     return [build(cast(DictConfig, OmegaConf.merge(cfg, {"seed": seed})), group) for seed in range(num_seeds)]
 
 

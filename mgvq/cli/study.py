@@ -5,8 +5,9 @@ import signal
 import sys
 from pathlib import Path
 
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
 from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
+from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import markdown
 from mgvq.errors import UserError
 from mgvq.runs.build import build
@@ -106,16 +107,20 @@ def main() -> None:
         if run.folder.is_done() and (tracker := build(run.cfg, "tracker")):
             track(tracker, run.folder)
     for failure in failures:
-        words = " ".join(failure.run.overrides)
-        print(f"\nFAILED ({failure.returncode}) {words}\n{failure.output}\nall of it: {failure.log}", file=sys.stderr)
-    if failures:
-        print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
-        sys.exit(1)
+        run = failure.run
+        print(
+            f"\nFAILED ({failure.returncode}) arm {run.arm}, seed {run.seed}: {' '.join(run.overrides)}\n{failure.output}\n"
+            f"all of it: {failure.log}",
+            file=sys.stderr,
+        )
     try:
-        table = markdown(collect(study, runs))
+        table = markdown(arms_table(collect(study, runs, partial=bool(failures))))
     except UserError as error:
         table = f"no table: {error}\n"
     print(f"\n{table}\nrun folders: {runs[0].folder.path.parent}")
+    if failures:
+        print(f"{len(failures)} runs failed; the same command retries them.", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -8,31 +8,35 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.codebook.vector import FittedTables, Layout, Source, VectorCodebook
+from mgvq.codebook.layout import Layout
+from mgvq.codebook.source import Source
+from mgvq.codebook.tables import FittedTables
+from mgvq.codebook.vector import VectorCodebook
 from mgvq.errors import UserError
 from mgvq.formats.columns import ColumnWeight
-from mgvq.formats.vector import VectorWeight, codes_bits, table_bits, to_vectors
+from mgvq.formats.vector import codes_bits, table_bits, to_vectors
 from mgvq.types import ChannelSlice, Rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedColumns:
-    """The table of one piece, whose columns are rows of `transposed`. A column is rounded as a whole.
+    """The tables of one channel slice, whose columns are the rows of `transposed`; a column is rounded as a whole.
 
-    That makes the vector of a second-order rounding one channel long: the error of a column counts with one number, so each of
-    its vectors takes the nearest centroid, whatever the root (VPTQ's channel-independent optimisation; method 2.3).
+    That makes the vector of a second-order rounding one channel long: the error of a column counts with one number, so that each
+    of its vectors takes the nearest centroid whatever the root (VPTQ's channel-independent optimisation).
     """
 
     transposed: FittedTables
+    """The tables of the transposed slice."""
 
     vector_length: ClassVar[int] = 1
 
     def encode(
         self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
-    ) -> tuple[Int[Tensor, "runs v"], Float[Tensor, "out v 1"]]:
-        """See `FittedCodebook`; the codes of a column are those of its runs of rows."""
+    ) -> tuple[Int[Tensor, "runs v stages"], Float[Tensor, "out v 1"]]:
+        """See `FittedCodebook`; a column has one code for each run of rows."""
         codes, values = self.transposed.encode(to_vectors(targets[:, :, 0].T, self.transposed.vector_length), 0, None)
-        return codes.T, values.flatten(1)[:, : len(targets)].T[:, :, None]
+        return codes.transpose(0, 1), values.flatten(1)[:, : len(targets)].T[:, :, None]
 
     def rows(self, part: slice) -> "FittedColumns":
         """Raises UserError for a run of rows that begins or ends within a vector."""
@@ -48,15 +52,13 @@ class FittedColumns:
             channel_weight = channel_weight[start // length : -(-stop // length)]
         return FittedColumns(transposed=replace(self.transposed, num_in=stop - start, channel_weight=channel_weight))
 
-    def weight(self, codes: Int[Tensor, "runs v"]) -> ColumnWeight:
-        stored = self.transposed.weight(codes.T.contiguous())
-        assert isinstance(stored, VectorWeight)
-        return ColumnWeight(stored)
+    def weight(self, codes: Int[Tensor, "runs v stages"]) -> ColumnWeight:
+        return ColumnWeight(self.transposed.weight(codes.transpose(0, 1).contiguous()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(VectorCodebook):
-    """One table; a vector counts in the fit with (its channel's energy)^weight_power (method 2.3: VPTQ has 1)."""
+    """One table; a vector counts in the fit with (the importance of its channel)^weight_power, in VPTQ with a power of 1."""
 
     spans_rows: ClassVar[bool] = True
     can_be_refitted: ClassVar[bool] = False
@@ -65,24 +67,24 @@ class Columns(VectorCodebook):
         return Layout(vector_length, num_centroids)
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
-        layout = self.layouts()[rate]
+        layout = self.layouts[rate]
         d, k = layout.vector_length, layout.num_centroids
-        codes = sum(codes_bits((p.shape[1], p.shape[0]), d, k) for p in slices)
-        scales = 16 * len(slices) if self.share != "layer" else 0
+        codes = sum(codes_bits((s.shape[1], s.shape[0]), d, k) for s in slices)
+        scales = 16 * len(slices) if self.scaled else 0
         return codes + scales + table_bits(d, k, self.table)
 
-    def fit(
+    def _fitted(
         self,
         name: str,
         weights: Sequence[Float[Tensor, "_ _"]],
         rate: Rate,
-        importance: Sequence[Float[Tensor, "_"] | None],
+        channel_weights: Sequence[Float[Tensor, "_"]],
         flags: list[str],
-    ) -> Sequence[FittedColumns]:  # type: ignore[override]
-        """See `VectorCodebook.fit`."""
-        fitted = super().fit(name, weights, rate, importance, flags)
-        return [FittedColumns(transposed=replace(f, num_in=len(w))) for f, w in zip(fitted, weights, strict=True)]
-
-    def _source(self, weight: Float[Tensor, "out c"], channel_weight: Float[Tensor, "c"], vector_length: int) -> Source:
-        alike = torch.ones(len(weight), device=weight.device)
-        return replace(super()._source(weight.T, alike, vector_length), rows=channel_weight)
+    ) -> Sequence[FittedColumns]:
+        length = self.layouts[rate].vector_length
+        sources = [
+            replace(Source.of(w.T, torch.ones(len(w), device=w.device), length, scaled=self.scaled), row_weight=c)
+            for w, c in zip(weights, channel_weights, strict=True)
+        ]
+        fitted = self.fit_tables(name, sources, [len(w) for w in weights], rate, flags)
+        return [FittedColumns(transposed=f) for f in fitted]

@@ -1,4 +1,4 @@
-"""Symmetric uniform grids whose scales take few bits: what scalar methods are stored in where every byte counts."""
+"""Symmetric uniform grids whose scales take few bits: the codebook of scalar methods where every byte counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,28 +9,36 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.codebook.sharing import table_group
 from mgvq.errors import UserError
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, middle, scale_levels, stretch
 from mgvq.formats.packing import unpack
 from mgvq.types import ChannelSlice, Rate
 
-_TRIES = tuple(2 ** (-i / 4) for i in range(12))  # of the scale that spans all weights of a group
-_RANGE = 16.0  # of a layer's scales: the largest over the smallest, at most
-_SMALLEST = 2.0**-24  # of the fp16 numbers above 0
-_HALF_MAX = 65000.0
+_TRIES = tuple(2 ** (-i / 4) for i in range(12))  # shares of the scale that spans all weights of a group
+_RANGE = 16.0  # the largest scale of a layer over the smallest, at most
+_SMALLEST = 2.0**-24  # the smallest fp16 number above 0
+_HALF_MAX = 65000.0  # just below the largest fp16 number
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedGrid:
-    """The grids of one piece, as `GridWeight` stores them."""
+    """The grids of one channel slice, as `GridWeight` stores them."""
 
     scale_codes: Int[Tensor, "out groups"]
-    span: Float[Tensor, "2"]  # fp16
+    """Which of the slice's scales each group takes."""
+    span: Float[Tensor, "2"]
+    """The smallest and the largest scale of the slice, in fp16."""
     bits: int
+    """Bits of a code."""
     scale_bits: int
+    """Bits of a scale code."""
     group_size: int
+    """Columns that share a scale."""
     num_in: int
+    """Columns of the slice."""
     channels: UInt8[Tensor, "bytes"] | None = None
+    """What each column is multiplied by before it is rounded, packed (`formats.grid.pack_channels`); None: 1."""
 
     vector_length: ClassVar[int] = 1
 
@@ -46,36 +54,39 @@ class FittedGrid:
 
     def encode(
         self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
-    ) -> tuple[Int[Tensor, "out v"], Float[Tensor, "out v 1"]]:
+    ) -> tuple[Int[Tensor, "out v 1"], Float[Tensor, "out v 1"]]:
         """See `FittedCodebook`; in one dimension every root gives the same code."""
         columns = torch.arange(first, first + targets.shape[1], device=targets.device)
         scales, factors = self._scales[:, columns // self.group_size], self._stretch[columns]
         codes = _codes(targets[:, :, 0] * factors, scales, self.bits)
-        return codes.int(), (scales * (codes - middle(self.bits)) / factors)[:, :, None]
+        return codes.int()[:, :, None], (scales * (codes - middle(self.bits)) / factors)[:, :, None]
 
     def rows(self, part: slice) -> "FittedGrid":
         sizes = {"bits": self.bits, "scale_bits": self.scale_bits, "group_size": self.group_size, "num_in": self.num_in}
         return FittedGrid(scale_codes=self.scale_codes[part], span=self.span, channels=self.channels, **sizes)
 
-    def weight(self, codes: Int[Tensor, "out v"]) -> GridWeight:
+    def weight(self, codes: Int[Tensor, "out v 1"]) -> GridWeight:
         sizes = self.bits, self.scale_bits, self.group_size
-        return GridWeight(codes, self.scale_codes, self.span, *sizes, channels=self.channels)
+        return GridWeight(codes[:, :, 0], self.scale_codes, self.span, *sizes, channels=self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Levels `scale * (-1.5, -.5, .5, 1.5)` at two bits: no zero point, and as far above 0 as below.
+    """A symmetric grid without a zero point: at two bits its levels are `scale * (-1.5, -.5, .5, 1.5)`.
 
-    `group_size` input channels of a row share a scale; null: the whole row of a piece does. It is the one of 2^scale_bits scales
-    of the piece with the least squared error of round to nearest; these rise geometrically from the smallest to the largest that
-    the groups would choose for themselves. A group of zeros has no level at 0 and takes the smallest scale.
+    The scale of a group is the one of the slice's scales with the least squared error of round to nearest. The scales of a slice
+    rise geometrically from the smallest to the largest that its groups would choose for themselves. A group of zeros has no level
+    at 0 and takes the smallest scale.
     """
 
     group_size: int | None
+    """Input channels of a row that share a scale; None: the whole row of a channel slice does."""
     scale_bits: int
+    """Bits of a scale: a channel slice has 2^scale_bits scales."""
 
     needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
+    follows_metric: ClassVar[bool] = True
     spans_rows: ClassVar[bool] = False
     can_be_refitted: ClassVar[bool] = False
 
@@ -89,12 +100,12 @@ class Grid:
         return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
     def table_group(self, channel_slice: ChannelSlice) -> str:
-        """Every piece has grids of its own."""
-        return f"{channel_slice.site.name}/{channel_slice.group}"
+        """Every channel slice has grids of its own."""
+        return table_group(channel_slice, "layer")
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         bits = int(rate.index_bits)
-        return sum(GridWeight.storage_bits(p.shape, bits, self.scale_bits, self._size(p.shape[1])) for p in slices)
+        return sum(GridWeight.storage_bits(s.shape, bits, self.scale_bits, self._size(s.shape[1])) for s in slices)
 
     def fit(
         self,
@@ -111,7 +122,7 @@ class Grid:
         return min(num_in, self.group_size or num_in)
 
     def _fit(self, weight: Float[Tensor, "out c"], bits: int, channels: UInt8[Tensor, "bytes"] | None = None) -> FittedGrid:
-        """`weight` is stretched as `channels` says."""
+        """Fit the grids of one slice, whose weight is stretched as `channels` says."""
         num_in = weight.shape[1]
         size = self._size(num_in)
         grouped = torch.nn.functional.pad(weight, (0, -num_in % size), value=torch.nan).unflatten(1, (-1, size))
@@ -130,7 +141,7 @@ class Grid:
 
 
 def _best(grouped: Float[Tensor, "out g c"], tries: Sequence[Float[Tensor, "out g"]], bits: int) -> Int[Tensor, "out g"]:
-    """Which of the scales rounds each group with the least squared error, of equal ones the first; NaN is padding."""
+    """Return which scale rounds each group with the least squared error, the first of equal ones; NaN marks padding."""
     errors = []
     for scales in tries:
         wide = scales.clamp(min=_SMALLEST)[..., None]

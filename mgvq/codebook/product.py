@@ -1,8 +1,9 @@
-"""Product quantisation: consecutive vectors of a row take several tables by turns."""
+"""Product quantisation: the vectors of a row take the tables of several subspaces in turn."""
 
 from dataclasses import dataclass
 
-from mgvq.codebook.vector import Layout, VectorCodebook
+from mgvq.codebook.layout import Layout
+from mgvq.codebook.vector import VectorCodebook
 from mgvq.errors import UserError
 
 
@@ -10,11 +11,12 @@ from mgvq.errors import UserError
 class Product(VectorCodebook):
     """A run of `num_tables * vector_length` channels is cut into `num_tables` vectors, each with a table of its own.
 
-    As RSAVQ does (method 2.1, 3.8): as many index bits as one table, `num_tables` times the table bits, and each table knows its
-    channels. A piece of fewer vectors than tables stores only those that it uses.
+    That is how RSAVQ does it: as many index bits as with one table, `num_tables` times the table bits, and each table knows its
+    channels. A channel slice of fewer vectors than tables stores only those that it uses.
     """
 
     num_tables: int
+    """The number of subspaces, 2 or more, each with one table."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.num_tables, int) and self.num_tables >= 2):

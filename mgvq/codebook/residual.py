@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from mgvq.codebook.vector import Layout, VectorCodebook
+from mgvq.codebook.layout import Layout
+from mgvq.codebook.vector import VectorCodebook
 
 
 @dataclass(frozen=True, kw_only=True)
 class Residual(VectorCodebook):
     """Two stages of equal size: the second table is fitted to the rest of the first, and codes are chosen in that order.
 
-    As VPTQ does (method 2.3): tables of `2 k` centroids reach the index bits of `k^2`.
+    That is how VPTQ does it: tables of `2 k` centroids reach the index bits of `k^2`.
     """
 
     def layout(self, vector_length: int, num_centroids: int) -> Layout:

@@ -1,4 +1,4 @@
-"""Uniform grids per output channel or per group of input channels; no data needed."""
+"""Uniform grids for each output channel or each group of input channels, fitted without data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,54 +8,59 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.codebook.sharing import table_group
 from mgvq.errors import UserError
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.types import ChannelSlice, Rate
 
-_HALF_MAX = 65000.0
-_FACTORS = {"min_max": (1.0,), "mse": tuple(1 - i / 20 for i in range(16))}  # of the range, by `clip`
+_HALF_MAX = 65000.0  # just below the largest fp16 number
+_FACTORS = {"min_max": (1.0,), "mse": tuple(1 - i / 20 for i in range(16))}  # shares of the range that are tried, by `clip`
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedScalar:
-    """The grids of one piece."""
+    """The grids of one channel slice, as `ScalarWeight` stores them."""
 
     zeros: Int[Tensor, "out groups"]
-    scales: Float[Tensor, "out groups"]  # fp16
+    """The codes that stand for 0."""
+    scales: Float[Tensor, "out groups"]
+    """The distances of two levels, in fp16."""
     bits: int
+    """Bits of a code."""
     group_size: int
+    """Columns that share a scale and a zero point."""
 
     vector_length: ClassVar[int] = 1
 
     def encode(
         self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
-    ) -> tuple[Int[Tensor, "out v"], Float[Tensor, "out v 1"]]:
+    ) -> tuple[Int[Tensor, "out v 1"], Float[Tensor, "out v 1"]]:
         """See `FittedCodebook`; in one dimension every root gives the same code."""
         columns = torch.arange(first, first + targets.shape[1], device=targets.device) // self.group_size
         scales, zeros = self.scales[:, columns].float(), self.zeros[:, columns]
         codes = _codes(targets[:, :, 0], zeros, scales, self.bits)
-        return codes.int(), (scales * (codes - zeros))[:, :, None]
+        return codes.int()[:, :, None], (scales * (codes - zeros))[:, :, None]
 
     def rows(self, part: slice) -> "FittedScalar":
         return FittedScalar(zeros=self.zeros[part], scales=self.scales[part], bits=self.bits, group_size=self.group_size)
 
-    def weight(self, codes: Int[Tensor, "out v"]) -> ScalarWeight:
-        return ScalarWeight(codes, self.zeros, self.scales, self.bits, self.group_size)
+    def weight(self, codes: Int[Tensor, "out v 1"]) -> ScalarWeight:
+        return ScalarWeight(codes[:, :, 0], self.zeros, self.scales, self.bits, self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scalar:
-    """Asymmetric grid; `group_size` input channels share a scale and a zero point; null: the whole row of a piece does.
-
-    `clip`: `min_max` spans all weights of a group; `mse` the share of that range, 100 % to 25 % in steps of 5 %, that has the
-    least squared error of round to nearest. 0 is always on the grid.
-    """
+    """An asymmetric grid with 2^bits levels, one of which is 0."""
 
     group_size: int | None
-    clip: str  # min_max | mse
+    """Input channels that share a scale and a zero point; None: the whole row of a channel slice does."""
+    clip: str
+    """What the grid spans. `min_max`: all weights of a group; `mse`: the share of their range, 100 % to 25 % in steps of 5 %,
+    that has the least squared error of round to nearest."""
 
     needs_importance: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
+    follows_metric: ClassVar[bool] = True
     spans_rows: ClassVar[bool] = False
     can_be_refitted: ClassVar[bool] = False
 
@@ -69,11 +74,11 @@ class Scalar:
         return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
     def table_group(self, channel_slice: ChannelSlice) -> str:
-        """Every piece has grids of its own."""
-        return f"{channel_slice.site.name}/{channel_slice.group}"
+        """Every channel slice has grids of its own."""
+        return table_group(channel_slice, "layer")
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
-        return sum(ScalarWeight.storage_bits(p.shape, int(rate.index_bits), self._size(p.shape[1])) for p in slices)
+        return sum(ScalarWeight.storage_bits(s.shape, int(rate.index_bits), self._size(s.shape[1])) for s in slices)
 
     def fit(
         self,
@@ -110,7 +115,7 @@ def _fit(weight: Float[Tensor, "out c"], bits: int, group_size: int, factors: Se
 
 
 def _grid(low: Float[Tensor, "out g"], high: Float[Tensor, "out g"], bits: int) -> tuple[Tensor, Tensor]:
-    """fp16 scales and zero points. Scales are rounded before anything is chosen by them, and upwards: the grid reaches `high`."""
+    """Return fp16 scales and zero points. Scales are rounded before anything is chosen by them, and up."""
     top = 2**bits - 1
     scales = _half_up(((high - low) / top).clamp(min=2.0**-24))
     return scales, (-low / scales.float()).round().clamp(0, top)

@@ -1,4 +1,4 @@
-"""AWQ: a grid for weights whose input channels are stretched first, the more the larger their activations are."""
+"""AWQ's codebook: a grid for weights whose input channels are stretched first, the more the larger their activations are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.codebook.grid import FittedGrid, Grid
+from mgvq.codebook.sharing import table_group
 from mgvq.errors import UserError
 from mgvq.formats.grid import CHANNEL_BITS, channel_bits, pack_channels, stretch
 from mgvq.types import ChannelSlice, Rate
@@ -18,13 +19,14 @@ from mgvq.types import ChannelSlice, Rate
 class ScaledGrid(Grid):
     """Column c is rounded as `s_c W_c` and divided by s_c again, `s_c = (mean square activation of c)^(a / 2)` (Lin et al. 2024).
 
-    The exponent a is the one of `num_exponents` in [0, 1), 0 among them, with the least output error `tr(D H D^T)` of round to
-    nearest, H the input side of the metric; layers that read the same activations share it, as their channels, and their errors
-    add up. s_c is rounded to a power of sqrt(2) and spans a factor of 11 at most, below the channel of most activation: 3 bits a
-    channel, stored and counted (AWQ folds s into the norm or layer before).
+    The exponent a in [0, 1) is the one with the least output error `tr(D H D^T)` of round to nearest, H the input factor of the
+    metric. Layers that read the same activations share it, and their errors add up. s_c is rounded to a power of sqrt(2) and
+    reaches from the channel of the largest activations down by a factor of 11 at most, so that it takes 3 bits a channel, which
+    are stored and counted (AWQ folds s into the norm or the layer before instead).
     """
 
     num_exponents: int
+    """How many exponents are tried, 2 or more: 0, 1/n, 2/n, ..."""
 
     needs_importance: ClassVar[bool] = True
     needs_gram: ClassVar[bool] = True
@@ -37,7 +39,8 @@ class ScaledGrid(Grid):
             )
 
     def table_group(self, channel_slice: ChannelSlice) -> str:
-        return f"{channel_slice.site.reads}/{channel_slice.group}"
+        """Layers that read the same activations share their stretch, which is stored once."""
+        return table_group(channel_slice, "input")
 
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         return super().storage_bits(slices, rate) + channel_bits(slices[0].shape[1])
@@ -50,7 +53,10 @@ class ScaledGrid(Grid):
         importance: Sequence[Tensor | None],
         flags: list[str],
     ) -> Sequence[FittedGrid]:
-        """Flags `no_activation:<unit>`, whose channels are left alone. Raises UserError without energies."""
+        """Fit the grids of a table group. Flag: `no_activation:<table group>`, whose channels are left alone.
+
+        Raises UserError where there is no Gram.
+        """
         grams = [gram.to(w.device) for w, gram in zip(weights, importance, strict=True) if gram is not None]
         if len(grams) < len(weights):
             raise UserError(
@@ -75,12 +81,12 @@ class ScaledGrid(Grid):
 
 
 def _channel_codes(power: Float[Tensor, "c"], exponent: float) -> Int[Tensor, "c"]:
-    """Steps of sqrt(2) of `power^(exponent / 2)` above the smallest, or above 1/11 of the largest; all 0 for exponent 0."""
+    """Return the steps of sqrt(2) of `power^(exponent / 2)` above the smallest, or above 1/11 of the largest."""
     down = (exponent * (power.max() / power.clamp(min=1e-30)).log2()).round().clamp(max=2**CHANNEL_BITS - 1)
     return (down.max() - down).int()
 
 
 def _output_error(weight: Float[Tensor, "out c"], fitted: FittedGrid, gram: Float[Tensor, "c c"]) -> float:
-    """`tr(D H D^T)` of round to nearest."""
+    """`tr(D H D^T)` for the error D of round to nearest."""
     error = (fitted.encode(weight[:, :, None], 0, None)[1][:, :, 0] - weight).double()
     return float(((error @ gram.double()) * error).sum())

@@ -1,4 +1,4 @@
-"""The check that all dampings share."""
+"""The check of a damping, which all compensations share."""
 
 from mgvq.errors import UserError
 

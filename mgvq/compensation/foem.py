@@ -1,50 +1,30 @@
-"""Second-order compensation that is shrunk towards the weights as they were (FOEM; method 2.7, 3.9 vii)."""
+"""Second-order compensation that is shrunk towards the weights as they were (FOEM)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from jaxtyping import Float
-from torch import Tensor
-
-from mgvq.compensation.damping import check_damping
-from mgvq.compensation.ldlq import ldlq
+from mgvq.compensation.hessian import Hessian
+from mgvq.compensation.ldlq import Choose
 from mgvq.errors import UserError
-from mgvq.protocols import FittedSlice, TargetShift
-from mgvq.types import Metric
+from mgvq.types import Metric, Site
 
 
 @dataclass(frozen=True, kw_only=True)
-class Foem:
+class Foem(Hessian):
     """`Hessian` with `(1 - beta)` times its correction: vector j is rounded at `W_j + (1 - beta) sum_{i>j} Delta_i L_ij`.
 
     What FOEM adds as a first-order term, `beta (W' - W) H_FF` of the corrected weights W', is no gradient of the layer's
-    quadratic: after the best correction that is zero. Its effect is this shrinkage, a trust region for the quadratic model.
-    `beta` 0 is `compensation=hessian`; 1 is plain rounding, each vector in the metric of its block. Flags: those of `Hessian`.
+    quadratic, which is zero after the best correction. Its effect is this shrinkage, a trust region for the quadratic model
+    (docs/method.md, eq. (foem)).
     """
 
-    damping: float  # share of the mean diagonal that is added to it
-    beta: float  # share of the correction that is taken back
-    needs_metric: ClassVar[bool] = True
-    needs_output_metric: ClassVar[bool] = False
-    uses_score: ClassVar[bool] = True
-    corrects_rows: ClassVar[bool] = False
-    shift: ClassVar[TargetShift | None] = None
+    beta: float
+    """The share of the correction that is taken back, in [0, 1]: 0 is `compensation=hessian`, 1 is plain rounding of each vector
+    in the metric of its block."""
 
     def __post_init__(self) -> None:
-        check_damping("damping", self.damping)
+        super().__post_init__()
         if not 0 <= self.beta <= 1:
             raise UserError(f"compensation.beta must lie in [0, 1], got {self.beta!r}")
 
-    def round(
-        self,
-        weight: Float[Tensor, "out in"],
-        metric: Metric | None,
-        slices: Sequence[FittedSlice],
-        score: Float[Tensor, "in"],
-        flags: list[str],
-    ) -> Sequence[Tensor]:
-        assert metric is not None, "the pipeline checks needs_metric"
-        return ldlq(
-            weight, metric, slices, score, self.damping, flags, lambda encode, target, w: encode(target.lerp(w, self.beta))
-        )
+    def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
+        return lambda encode, target, weight: encode(target.lerp(weight, self.beta))

@@ -1,14 +1,14 @@
-"""Gradient-aware second-order compensation: the rounding target is moved by a damped natural-gradient step (method 3.9)."""
+"""Gradient-aware second-order compensation: the target of rounding is moved by a damped natural-gradient step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
+from mgvq.compensation.direction import natural_gradient
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
 from mgvq.errors import UserError
@@ -22,28 +22,28 @@ Source = Literal["kl", "block", "sft"]
 class GradientHessian:
     """`hessian` about `W~ = W - eta N`, `N = (H_O + g_O I)^-1 G (H_I + g_I I)^-1`, instead of about W.
 
-    With an `output_damping` it is `hessian_two_sided` about W~.
-
-    Completing the square of `<G, D> + 1/2 tr(H_O D H_I D^T)` gives exactly this target (method 3.9 i). The full step of a
-    gradient from a few samples diverges: `shift_damping` of the mean diagonals is added to both factors, and eta is such that a
-    layer moves by `step` of its norm, never beyond the full step. The pipeline takes one step a block, the one of `steps` with
-    the least loss on held-out samples.
-
-    `source`: `kl`, the divergence from the full-precision model with the blocks before this one quantised, so the first block has
-    none; `block`, the squared drift of the block's output, every token weighted by the energy of its gradient (no pass through
-    the blocks behind); `sft`, the loss of the right answers. `refresh`: taken again at every block, or for every so many blocks
-    together (not `block`, where each has a loss of its own); without it once, at full precision (`sft` alone). `sweeps`: how
-    often the blocks are gone through; from the second time on all of them are quantised.
-    A reconstruction: the paper's formula is not public.
+    Completing the square of `<G, D> + 1/2 tr(H_O D H_I D^T)` gives exactly this target (docs/method.md, eq. (shift)). The full
+    step of a gradient from a few samples diverges: both factors are damped, and eta is such that a layer moves by a given share
+    of its norm, never beyond the full step. It is a reconstruction: the paper's formula is not public.
     """
 
-    damping: float  # share of the mean diagonal of h_in that is added to it
-    output_damping: float | None  # the same of h_out; None: errors are not corrected from row to row
+    damping: float
+    """The share of the mean diagonal of `h_in` that is added to it in rounding, in (0, 1]."""
+    output_damping: float | None
+    """The same of `h_out`: rounding is that of `hessian_two_sided`. With None errors are not corrected from row to row."""
     source: Source
+    """What the gradient is of. `kl`: the divergence from the full-precision model while the blocks before this one are quantised,
+    so that the first block has none. `block`: the squared drift of the block's output, every token weighted by the squared norm
+    of its gradient, without a pass through the blocks behind. `sft`: the loss of the right answers."""
     refresh: bool | int
+    """True: the gradient is taken again at every block. A number n: for n blocks together (not with `block`, where each block has
+    a loss of its own). False: once, at full precision (`sft` alone)."""
     sweeps: int
+    """How often the blocks are gone through; from the second time on all of them are quantised."""
     steps: list[float]
+    """The shares of a layer's norm that are tried, ascending from 0; each block takes the one with the least held-out loss."""
     shift_damping: float
+    """The share of the mean diagonals that is added to both factors of N, in (0, 1]."""
     needs_metric: ClassVar[bool] = True
     uses_score: ClassVar[bool] = True
 
@@ -106,21 +106,10 @@ class GradientHessian:
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
     ) -> Float[Tensor, "out in"]:
-        """`W~`, float32; W itself for a step of 0 or a gradient of 0. Rows in runs of their own `h_in` are shifted by those."""
-        wide = weight.double()
+        """Return `W~` in float32; W itself for a step of 0 or a gradient of 0."""
         if step == 0 or not gradient.any():
             return weight.float()
-        size = -(-len(weight) // len(metric.h_in))
-        runs = zip(gradient.double().split(size), metric.h_in, strict=True)
-        natural = torch.cat([_solve(h.to(weight.device), part.T, self.shift_damping).T for part, h in runs])
-        if metric.h_out is not None:
-            natural = _solve(metric.h_out.to(weight.device), natural, self.shift_damping)
+        wide = weight.double()
+        natural = natural_gradient(gradient, metric.to(weight.device), self.shift_damping)
         share = step * wide.norm() / natural.norm()
         return (wide - min(1.0, float(share)) * natural).float()
-
-
-def _solve(matrix: Float[Tensor, "n n"], right: Float[Tensor, "n k"], damping: float) -> Float[Tensor, "n k"]:
-    """`(matrix + damping * mean diagonal * I)^-1 right` in float64."""
-    wide = matrix.double()
-    damped = wide + damping * wide.diagonal().mean().clamp(min=1e-30) * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-    return torch.cholesky_solve(right, torch.linalg.cholesky(damped))

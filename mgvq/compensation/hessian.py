@@ -1,4 +1,4 @@
-"""Second-order compensation: the error of what is rounded is corrected in what is still free (LDLQ; GPTQ; method 2.0, 3.9)."""
+"""Second-order compensation: the error of what is rounded is corrected in what is still free (LDLQ, GPTQ)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,26 +8,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
-from mgvq.compensation.ldlq import ldlq
+from mgvq.compensation.ldlq import Choose, ldlq
 from mgvq.protocols import FittedSlice, TargetShift
-from mgvq.types import Metric
+from mgvq.types import Metric, Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hessian:
     """One-sided block-LDL rounding: vectors one after the other, each in the exact metric of its block.
 
-    The vector with the most sensitive channels is rounded first, so that all others can make up for its error (GPTQ's act-order
-    where the sensitivity is gram_diag); equal scores: in the order of the channels. With `H = L D L^T` in the reverse of that
-    order and `Delta = W - W^`, vector j is rounded at `W_j + sum_{i>j} Delta_i L_ij` in the metric `D_j`, and `tr(Delta H
-    Delta^T)` is the sum of what these roundings cost. The output factor of the metric does not change the feedback (method 3.9
-    v) and is not looked at.
+    The vector with the most sensitive channels is rounded first, so that all others can make up for its error; where the
+    sensitivity is `gram_diag` this is GPTQ's act-order, and vectors of equal score follow the order of the channels. With
+    `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j is rounded at `W_j + sum_{i>j} Delta_i L_ij` in the
+    metric `D_j`, and `tr(Delta H Delta^T)` is the sum of what these roundings cost (docs/method.md, eq. (ldlq)). The output
+    factor of the metric would not change the feedback and is not looked at.
 
-    Flags: `damping:<site>:<share>` where more damping was needed, `dead_channels:<site>:<number>` of inputs that were always
-    zero (their weights are rounded to nearest).
+    Flags: `damping:<site>:<share>` where more damping was needed, and `dead_channels:<site>:<number>` for inputs that were always
+    zero (their weights are rounded to nearest). Other roundings with feedback are this one with another `choice`.
     """
 
-    damping: float  # share of the mean diagonal that is added to it
+    damping: float
+    """The share of the mean diagonal of `h_in` that is added to it, in (0, 1]."""
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
@@ -36,6 +37,10 @@ class Hessian:
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)
+
+    def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
+        """Return how the codes of a vector are chosen for its target; `metric` is on the weight's device."""
+        return lambda encode, target, weight: encode(target)
 
     def round(
         self,
@@ -46,4 +51,6 @@ class Hessian:
         flags: list[str],
     ) -> Sequence[Tensor]:
         assert metric is not None, "the pipeline checks needs_metric"
-        return ldlq(weight, metric, slices, score, self.damping, flags, lambda encode, target, _: encode(target))
+        metric = metric.to(weight.device)
+        choose = self.choice(metric, slices[0].channel_slice.site, flags)
+        return ldlq(weight, metric, slices, score, self.damping, flags, choose)

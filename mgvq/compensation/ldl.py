@@ -1,4 +1,4 @@
-"""Damped block-LDL factors of a Hessian whose columns are dealt into blocks of equal length (QuIP#; method 2.0)."""
+"""Damped block-LDL factors of a Hessian whose columns are dealt into blocks of equal length (QuIP#)."""
 
 from dataclasses import dataclass
 
@@ -9,22 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class BlockLDL:
-    """`H = L D L^T` with `L` unit block lower triangular and block diagonal `D[b] = root[b]^T root[b]`, in float32.
-
-    A column that is no channel but padding of a short block has a zero column in its root: its error costs nothing.
-    """
+    """`H = L D L^T` with a unit block lower triangular L and a block diagonal D, in float32 (docs/method.md, eq. (ldlq))."""
 
     lower: Float[Tensor, "n n"]
+    """L, rows and columns in the order of the slots."""
     root: Float[Tensor, "blocks d d"]
-    damping: float  # that was needed, as a share of the mean diagonal
+    """The blocks of D are `root[b]^T root[b]`. The column of a slot that pads a short block is zero: its error costs nothing."""
+    damping: float
+    """The damping that was needed, as a share of the mean diagonal."""
 
 
 def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float) -> BlockLDL:
-    """Factors of the damped `hessian` with its channels in the order of `slots`; -1 marks padding.
+    """Factor the damped `hessian` with its channels in the order of `slots`, where -1 marks padding.
 
-    `H = C C^T` (Cholesky, float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times the mean diagonal is
-    added, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not help: H is not
-    finite.
+    `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times the mean diagonal is
+    added to the diagonal, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not
+    help: H is not finite.
     """
     blocks, length = slots.shape
     order = slots.flatten()

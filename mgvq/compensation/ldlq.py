@@ -1,4 +1,4 @@
-"""The loop of every second-order rounding: vectors one after the other, the error of each corrected in those still free."""
+"""LDLQ, the loop of every second-order rounding: vectors one after the other, each error corrected in those still free."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from mgvq.types import Metric
 
 BATCH = 128  # columns whose feedback is kept local before it reaches all others in one product
 
-Coded = tuple[Tensor, Float[Tensor, "rows d"]]  # codes, and what they stand for
+Coded = tuple[Tensor, Float[Tensor, "rows d"]]  # the codes of one vector of every row, and what they stand for
 Encode = Callable[[Float[Tensor, "rows d"]], Coded]
 Choose = Callable[[Encode, Float[Tensor, "rows d"], Float[Tensor, "rows d"]], Coded]
 
@@ -27,11 +27,12 @@ def ldlq(
     flags: list[str],
     choose: Choose,
 ) -> Sequence[Tensor]:
-    """The codes of every piece, and the flags that `Hessian` names.
+    """Return the codes of every channel slice, and append the flags that `Hessian` names to `flags`.
 
     The vector of the highest mean score is rounded first, so that all others can make up for its error. With
     `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j has the target `W_j + sum_{i>j} Delta_i L_ij` and
-    the metric `D_j` (method 2.0). `choose(encode, target, W_j)` makes its codes, `encode` finding the nearest in that metric.
+    the metric `D_j` (docs/method.md, eq. (ldlq)). `choose(encode, target, W_j)` makes its codes, where `encode` finds the codes
+    that are nearest in that metric. `metric` is on the device of the weight.
     """
     name = slices[0].channel_slice.site.name
     if dead := int((metric.channel_importance() <= 0).sum()):
@@ -39,12 +40,14 @@ def ldlq(
     order = _order(slices, score)
     length = max(fitted.codebook.vector_length for fitted in slices)
     slots = torch.stack([_slots(slices[p], v, length) for p, v in order]).to(weight.device)
-    factors = [block_ldl(h.to(weight.device), slots, damping) for h in metric.h_in]
+    runs = metric.row_runs(len(weight))
+    factors = [block_ldl(h_in, slots, damping) for _, h_in in runs]
     if (most := max(f.damping for f in factors)) > damping:
         flags.append(f"damping:{name}:{most:g}")
     ordered = weight.float()[:, slots.flatten().clamp(min=0)] * (slots.flatten() >= 0)
-    runs = _runs(weight.shape[0], len(factors))
-    codes = [_round(ordered[run], _restricted(slices, run), order, f, choose) for run, f in zip(runs, factors, strict=True)]
+    codes = [
+        _round(ordered[rows], _restricted(slices, rows), order, f, choose) for (rows, _), f in zip(runs, factors, strict=True)
+    ]
     return [
         torch.stack([torch.cat([part[p, v] for part in codes]) for v in range(_num_vectors(fitted))], 1)
         for p, fitted in enumerate(slices)
@@ -55,18 +58,12 @@ def _num_vectors(fitted: FittedSlice) -> int:
     return -(-len(fitted.channel_slice.columns) // fitted.codebook.vector_length)
 
 
-def _runs(num_rows: int, number: int) -> list[slice]:
-    """Runs of rows of equal size, the last one shorter (as `Metric` deals them)."""
-    size = -(-num_rows // number)
-    return [slice(at, min(at + size, num_rows)) for at in range(0, num_rows, size)]
-
-
 def _restricted(slices: Sequence[FittedSlice], rows: slice) -> list[FittedCodebook]:
     return [fitted.codebook.rows(rows) for fitted in slices]
 
 
 def _order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
-    """(piece, vector) from the one that is rounded last to the one that is rounded first."""
+    """Return (channel slice, vector) pairs from the vector that is rounded last to the one that is rounded first."""
     places, sensitivity = [], []
     for p, fitted in enumerate(slices):
         own = score.cpu().double()[fitted.channel_slice.columns.cpu().long()]
@@ -78,7 +75,7 @@ def _order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tu
 
 
 def _slots(fitted: FittedSlice, vector: int, length: int) -> Int[Tensor, "d"]:
-    """The channels of a vector, -1 behind them up to `length`."""
+    """Return the channels of a vector, followed by -1 up to `length`."""
     own = fitted.codebook.vector_length
     channels = fitted.channel_slice.columns[vector * own : (vector + 1) * own].long().cpu()
     return torch.nn.functional.pad(channels, (0, length - len(channels)), value=-1)
@@ -91,7 +88,7 @@ def _round(
     factors: BlockLDL,
     choose: Choose,
 ) -> dict[tuple[int, int], Tensor]:
-    """The codes by (piece, vector). `weight` and `factors` have their columns in `order`."""
+    """Return the codes by (channel slice, vector); `weight` and `factors` have their columns in `order`."""
     length = weight.shape[1] // len(order)
     codes: dict[tuple[int, int], Tensor] = {}
     target, error = weight.clone(), torch.zeros_like(weight)

@@ -1,13 +1,13 @@
-"""RSAVQ's error direction: plain rounding, its target moved along the natural gradient of the answer loss (method 2.1)."""
+"""RSAVQ's error direction: plain rounding of a target that is moved along the natural gradient of the answer loss."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
+from mgvq.compensation.direction import natural_gradient
 from mgvq.compensation.none import NoCompensation
 from mgvq.errors import UserError
 from mgvq.protocols import TargetShift
@@ -16,22 +16,23 @@ from mgvq.types import Metric
 
 @dataclass(frozen=True, kw_only=True)
 class NaturalGradient(NoCompensation):
-    """Nearest codes of `W - step N`, `N = (H_O + a)^-1 G (H_I + b)^-1`, to which the codebook is fitted too.
+    """Nearest codes of `W - step N`, `N = (H_O + a I)^-1 G (H_I + b I)^-1`, to which the codebook is fitted too.
 
-    Method: EDSG of RSAVQ (Xu et al. 2025). G is the gradient of the right answers' loss at full precision. RSAVQ draws the error
-    towards the negative natural gradient by `|W - W^ - lambda N|^2`, whose minimum that target is; the unit of its N is not
-    published. Here a and b are `damping` times the mean diagonals, and N is scaled to the norm of W, so that `step` is the share
-    of its norm that a layer moves by.
+    This is the EDSG of RSAVQ (Xu et al. 2025; docs/method.md, eq. (natural-gradient)). G is the gradient of the right answers'
+    loss at full precision. RSAVQ draws the error towards the negative natural gradient by `|W - W^ - lambda N|^2`, whose minimum
+    is this target; the unit of its N is not published. Here N is scaled to the norm of W.
 
-    Raises UserError for a metric without an output factor or with several input factors.
+    Raises UserError for a metric with several input factors.
     """
 
     step: float
+    """The share of its norm that a layer moves by, in (0, 1]."""
     damping: float
+    """a and b as a share of the mean diagonals of the two factors, in (0, 1]."""
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = True
 
-    # As a `TargetShift`: one step, which has no other to beat.
+    # As a `TargetShift` it has one step, which is taken without trying another.
     source: ClassVar[Literal["sft"]] = "sft"
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
@@ -52,19 +53,11 @@ class NaturalGradient(NoCompensation):
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
     ) -> Float[Tensor, "out in"]:
-        """`W - step |W| N / |N|`, float32; W itself for a gradient of 0."""
+        """Return `W - step |W| N / |N|` in float32; W itself for a gradient of 0."""
         assert metric.h_out is not None, "the pipeline checks needs_output_metric"
-        h_in, *others = metric.h_in
-        if others:
+        if len(metric.h_in) > 1:
             raise UserError("compensation=natural_gradient needs one input factor a layer: choose curvature=kronecker")
         if not gradient.any():
             return weight.float()
-        h_out, h_in = (_damped(h.to(weight.device), self.damping) for h in (metric.h_out, h_in))
-        natural = torch.linalg.solve(h_in, torch.linalg.solve(h_out, gradient.double()).T).T
+        natural = natural_gradient(gradient, metric.to(weight.device), self.damping)
         return (weight.double() - step * weight.double().norm() / natural.norm() * natural).float()
-
-
-def _damped(matrix: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    wide = matrix.double()
-    shift = damping * wide.diagonal().mean().clamp(min=1e-30)
-    return wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)

@@ -14,7 +14,7 @@ from mgvq.types import Metric
 
 @dataclass(frozen=True, kw_only=True)
 class NoCompensation:
-    """Nearest as the codebook weighs its channels; the metric and the order are not looked at."""
+    """Each vector takes the code that is nearest as the codebook weighs its channels; metric and order are not looked at."""
 
     needs_metric: ClassVar[bool] = False
     needs_output_metric: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""One Gram for each group of output channels, weighted by the channels' gradients."""
+"""GuidedQuant's metric: one Gram for each group of output channels, weighted by the gradients of the channels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from mgvq.types import Metric, Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Guided:
-    """`h_in[k] = sum_t (mean of g_tj^2 over the output channels j of group k) x_t x_t^T / N`, N answer tokens, no `h_out`.
+    """`h_in[k] = sum_t (mean of g_tj^2 over the output channels j of group k) x_t x_t^T / N` for N answer tokens, no `h_out`.
 
-    Method: GuidedQuant (Kim et al. 2025), the empirical Fisher of the answer loss without what goes across output channels,
-    averaged within `num_groups` runs of consecutive channels. In nats of the mean answer loss. A layer with fewer channels has
-    fewer groups.
+    This is the empirical Fisher of the answer loss without its terms across output channels, averaged within each group
+    (GuidedQuant, Kim et al. 2025; docs/method.md, eq. (guided)). Its unit is nats of the mean answer loss.
     """
 
     num_groups: int
+    """Groups of consecutive output channels; a layer with fewer channels has fewer groups."""
     has_output_factor: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
 

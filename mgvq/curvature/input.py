@@ -1,4 +1,4 @@
-"""The second moment of the inputs, the Hessian of GPTQ."""
+"""The second moment of the inputs, which is the Hessian of GPTQ."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from mgvq.types import Metric, Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """`h_in = E[x x^T]` over the tokens, no `h_out`: all output channels count the same (method: GPTQ, Frantar et al. 2023).
+    """`h_in = E[x x^T]` over the tokens, without `h_out`: all output channels count the same (GPTQ, Frantar et al. 2023).
 
-    `fusion` is `none`, every token alike, or `mbq_ratio`, image tokens weighted by their gradients (`fusion.mbq_weights`).
+    See docs/method.md, eq. (gram).
     """
 
-    fusion: str  # none | mbq_ratio
+    fusion: str
+    """`none`: every token counts the same; `mbq_ratio`: image tokens are weighted by their gradients (`fusion.mbq_weights`)."""
     has_output_factor: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import torch
 
-from mgvq.curvature.fusion import Weights, balanced, equal_weights, mbq_weights, nearest, pooled
+from mgvq.curvature.fusion import Weights, balanced, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
+from mgvq.linalg import nearest_kronecker
 from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
 
 _ROUNDS = 3
@@ -15,23 +16,25 @@ _ROUNDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class KroneckerFisher:
-    """`h_out (x) h_in` in nats of the mean answer loss, `h_out` with a mean diagonal of 1. Labels are sampled from the model.
+    """`h_out (x) h_in` in nats of the mean answer loss, `h_out` with a mean diagonal of 1 (docs/method.md, eq. (kronecker)).
 
-    `granularity=token` takes tokens as independent (method: K-FAC, Martens & Grosse 2015; YAQA sketch A, Tseng et al. 2025): F
-    is the sum over modalities of `fisher (x) gram / (num_tokens num_answers)`. `fusion` makes one product of that:
+    The labels of the Fisher are sampled from the model. With tokens taken as independent (K-FAC, Martens & Grosse 2015) the
+    Fisher is the sum over modalities of `fisher (x) gram / (num_tokens num_answers)`, and `fusion` makes one product of it:
 
-        none        both modalities as one: their summed Fisher, their common second moment
-        mbq_ratio   the same, image tokens weighted in the second moment (`fusion.mbq_weights`)
-        kron        the nearest Kronecker product of the sum (`fusion.nearest`), `rounds` of a power iteration
-        token       the nearest one of all tokens, each with its own gradient: `rounds` of it, each two more passes over the data
-
-    `granularity=sequence` takes whole samples (YAQA sketch B; RSAVQ), without modalities: `fusion` has to be none.
-    `rounds` null is 3; where nothing is iterated it has to be null.
+        none        both modalities as one: their summed Fisher and their common second moment
+        mbq_ratio   the same, with image tokens weighted in the second moment (`fusion.mbq_weights`)
+        kron        the Kronecker product nearest to the sum (`linalg.nearest_kronecker`)
+        token       the one nearest to the sum over all tokens, each with its own gradient (docs/method.md, eq. (sketch-a))
     """
 
-    granularity: str  # token | sequence
-    fusion: str  # none | mbq_ratio | kron | token
+    granularity: str
+    """`token`: tokens are independent (K-FAC; YAQA's sketch A, Tseng et al. 2025); `sequence`: samples are, without regard to
+    modalities (YAQA's sketch B and RSAVQ; docs/method.md, eq. (sketch-b)), so that `fusion` has to be `none`."""
+    fusion: str
+    """How the modalities become one product: `none`, `mbq_ratio`, `kron` or `token`."""
     rounds: int | None
+    """Rounds of the power iteration of `kron` and `token` (there each takes two more passes over the data); None: 3, or none with
+    the other fusions, which iterate nothing."""
     has_output_factor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -79,5 +82,6 @@ class KroneckerFisher:
         answers = max(1, stats.num_answers)
         if self.fusion == "kron":
             terms = [(stats.gram[m] / max(1, stats.num_tokens[m]), stats.fisher[m] / answers) for m in MODALITIES]
-            return nearest(terms, self.rounds or _ROUNDS)
+            h_in, h_out = nearest_kronecker(terms, self.rounds or _ROUNDS)
+            return balanced(h_in.float(), h_out.float())
         return balanced(pooled(stats, weights), torch.stack([stats.fisher[m] for m in MODALITIES]).sum(0) / answers)

@@ -1,6 +1,7 @@
 """The statistics of all layers in one streamed pass over the calibration data: one forward, up to two backwards a batch.
 
-Products of a batch are taken in float32 and added up in float64, so that neither the batches nor their order matter (1e-6).
+Products are taken in float32 within a batch and added up in float64, so that the cut into batches and their order move the result
+by 1e-6 at most.
 """
 
 from collections import Counter
@@ -19,20 +20,22 @@ from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, Site
 
 
 def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], needs: Needs, seed: int) -> StatsBank:
-    """What `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
+    """Collect what `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
 
-    Sites that read the same share their Gram, the very tensor. Sites that are never called have no tokens, and zeros.
+    Sites that read the same hold the very same Gram tensor. Sites that are never called have no tokens, and zeros.
 
-    `sequence` and `token` are estimates of F, the Fisher of the mean answer loss over N answer tokens (method: YAQA, Tseng et al.
-    2025). With g and the gradient `G_s` of a layer's weight in sample s, both of the summed loss under sampled labels:
+    `sequence` and `token` estimate F, the Fisher of the mean answer loss over N answer tokens (YAQA, Tseng et al. 2025;
+    docs/method.md, eq. (sketch-b) and (sketch-a)). Let g be the gradient at a token and `G_s` the gradient of a layer's weight in
+    sample s, both of the summed loss under sampled labels:
 
         sequence  F = sum_s vec(G_s) vec(G_s)^T / N  ~  (sum_s G_s G_s^T) (x) (sum_s G_s^T G_s) / (N sum_s |G_s|^2)
         token     F ~ sum_t (g g^T) (x) (x x^T) / N  ~  h_out (x) h_in  after `power_rounds` rounds of
                   h_out <- sum_t (x^T h_in x) g g^T / (N |h_in|^2),   h_in <- sum_t (g^T h_out g) x x^T / (N |h_out|^2)
                   from h_out = I, thus h_in = sum_t |g|^2 x x^T / (N out). Each half-step is one more pass over the kept batches.
 
-    Raises UserError for statistics that are not finite, for a tower that no batch reaches (the vision tower without images), and
-    for sequences of the vision tower as `passes.Rows` does; RuntimeError for sites that do not read what they are said to.
+    Raises UserError for inputs, answers or statistics that are not finite, naming the layer; for a tower that no batch reaches
+    (the vision tower without images); and for sequences of the vision tower as `passes.Rows` does. Raises RuntimeError for sites
+    that do not read what they are said to read.
     """
     if needs.power_rounds:
         batches = list(batches)
@@ -58,9 +61,10 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
 
 
 class _Sums:
-    """Sums by statistic and layer, in float64, and in the end a layer's statistics from them.
+    """Keeps sums by statistic and layer, in float64, and makes the statistics of a layer from them in the end.
 
-    Where nothing came they are zeros, which layers of one shape share: of a modality that is not there they would fill gigabytes.
+    A sum that nothing was added to is a tensor of zeros, which layers of one shape share: for a modality that the data does not
+    have, zeros of their own would fill gigabytes.
     """
 
     def __init__(self, needs: Needs) -> None:
@@ -78,12 +82,15 @@ class _Sums:
             self._tensors[key] = value.double()
 
     def take(self, key: tuple[str, ...], *shape: int) -> Tensor:
-        """The sum in float32 on the CPU. Raises UserError where it is not finite."""
+        """Hand over the sum in float32 on the CPU. Raises UserError where it is not finite."""
         if key not in self._tensors:
             return self._zeros.setdefault(shape, torch.zeros(shape))
         total = self._tensors.pop(key).float().cpu()
         if not torch.isfinite(total).all():
-            raise UserError(f"the statistics of {key[1]} ({key[0]}) are not finite: set model.dtype=float32.")
+            raise UserError(
+                f"the statistics of {key[1]} ({key[0]}) are not finite: gradients or activations leave the range of the model's "
+                "dtype. Set model.dtype=float32; where that does not help, weights of this layer or near it are too large."
+            )
         return total
 
     def reached(self, site: Site) -> bool:
@@ -142,7 +149,10 @@ class _Sums:
 
 
 def sketch(inputs: Float[Tensor, "in in"], outputs: Float[Tensor, "out out"], num_answers: int) -> Kronecker:
-    """YAQA's sketch B from `sum_s G_s^T G_s` and `sum_s G_s G_s^T`, with the trace that the mean answer loss has."""
+    """YAQA's sketch B from `sum_s G_s^T G_s` and `sum_s G_s G_s^T`, scaled to the trace that the mean answer loss has.
+
+    See docs/method.md, eq. (sketch-b).
+    """
     trace = num_answers * outputs.double().trace()
     return balanced(inputs.double() / trace if trace > 0 else inputs, outputs)
 
@@ -159,21 +169,58 @@ def _runs(
     *,
     graph: bool,
 ) -> Iterator[tuple[Batch, Rows, Forward]]:
-    """Every batch with its forward pass; `see` gets what the sites read."""
+    """Run every batch forward and yield it with its rows and what the pass left behind; `see` gets what the sites read."""
     device = next(model.parameters()).device
     for batch in progress(batches, "statistics"):
         batch = batch.to(device)
         rows = Rows.of(batch)
-        yield batch, rows, forward(model, sites, batch, partial(see, rows), graph=graph)
+        run = forward(model, sites, batch, _Watch(partial(see, rows)), graph=graph)
+        if run.logs.isnan().any():
+            raise UserError(
+                f"the answers of the calibration sample {_first_bad(run.logs, batch)} have no probabilities (NaN), "
+                "though the inputs of all layers in scope are: the weights behind them (the head, the last norm) are damaged, or "
+                "their values leave the range of the model's dtype; model.dtype=float32 has the widest."
+            )
+        yield batch, rows, run
+
+
+class _Watch:
+    """Hands the inputs of a layer on to `see`, and raises UserError with the layer's name where they are not finite.
+
+    Layers are called in the order of the forward pass, so that the first one that is named comes right behind the fault.
+    """
+
+    def __init__(self, see: Callable[[Site, Tensor], None]) -> None:
+        self.see, self.last = see, "the inputs of the model"
+
+    def __call__(self, site: Site, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise UserError(
+                f"what {site.name} reads is not finite (NaN or infinity) for a calibration sample: a weight or bias between "
+                f"{self.last} and {site.name} is damaged, or activations leave the range of the model's dtype there; "
+                "model.dtype=float32 has the widest."
+            )
+        self.last = site.name
+        self.see(site, x)
+
+
+def _first_bad(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> str:
+    """Return the name of the first sample with an answer token whose log-probabilities are NaN."""
+    answer = int(logs.isnan().any(1).nonzero()[0, 0])
+    ends = batch.loss_mask.sum(1).cumsum(0).cpu()
+    return batch.sample_ids[int(torch.searchsorted(ends, answer, right=True))]
 
 
 def _power_iteration(
     model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: _Sums
 ) -> dict[Site, Kronecker]:
-    """The rounds of YAQA's sketch A, each of two passes, from the first half-step's sums."""
+    """Run the rounds of YAQA's sketch A, each of two passes, from the sums of the first half-step.
+
+    See docs/method.md, eq. (sketch-a).
+    """
 
     def half_step(known: dict[Site, Tensor], *, outputs: bool) -> dict[Site, Tensor]:
-        """The factor of the outputs from that of the inputs, or the other way round."""
+        """Return the factors of the outputs from those of the inputs, or the other way round."""
         sums = _Sums(Needs())
         for batch, rows, run in _runs(model, sites, batches, lambda *_: None, graph=True):
             for site, g in run.gradients(sampled_labels(run.logs, batch, seed), last=True).items():

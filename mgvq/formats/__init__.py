@@ -1,1 +1,4 @@
-"""How a quantised weight is stored: packed codes with their tables, one class a format. A leaf package."""
+"""How a quantised weight is *stored*: packed codes with their tables, one class a format; the fits are in `mgvq.codebook`.
+
+A leaf package, which needs nothing else of mgvq to decode a checkpoint.
+"""

@@ -1,4 +1,4 @@
-"""Vector codes along the output channels: each run of `d` rows of a column is an index into a table of centroids."""
+"""Vector codes along the output channels, where each run of `d` rows of a column is an index into a table of centroids."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,10 @@ from mgvq.formats.vector import VectorWeight
 
 @dataclass(frozen=True)
 class ColumnWeight:
-    """The transposed weight, stored as vectors of its rows; the last vector of a column is padded where `d` does not divide."""
+    """A weight that is stored as the vectors of its columns; the last vector of a column is padded where `d` does not divide."""
 
     transposed: VectorWeight
+    """The transposed weight."""
 
     format: ClassVar[str] = "columns"
 
@@ -24,7 +25,7 @@ class ColumnWeight:
         return num_out, num_in
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
+        """Return the weight in float32, exactly the same on every device."""
         return self.transposed.decode().T.contiguous()
 
     def tensors(self) -> Mapping[str, Tensor]:

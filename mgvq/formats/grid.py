@@ -1,4 +1,4 @@
-"""Symmetric uniform grids: `w = scale * (code - middle)`, the scale of each group of channels one of a few of the layer's."""
+"""Symmetric uniform grids, `w = scale * (code - middle)`, where each group of channels takes one of a few scales."""
 
 import math
 from collections.abc import Mapping
@@ -11,25 +11,28 @@ from torch import Tensor
 
 from mgvq.formats.packing import pack, packed_bytes, unpack
 
-CHANNEL_BITS = 3  # of the power of sqrt(2) that an input channel is stretched by: 1 to 11.3
+CHANNEL_BITS = 3  # bits of the power of sqrt(2) that an input channel is stretched by, from 1 to 11.3
 
 
 @dataclass(frozen=True)
 class GridWeight:
-    """Codes are integers of [0, 2^bits), `middle` is `(2^bits - 1) / 2`: no zero point is stored, and 0 is between two levels.
-
-    `scale_codes` are integers of [0, 2^scale_bits) into scales that rise geometrically from `span[0]` to `span[1]`; the last
-    group of a row may be shorter than `group_size`. `channels`: `pack_channels` of the code of every input channel, which divides
-    its column by `2^(code / 2)`; layers that read the same activations hold the same object, which is then stored once.
-    """
+    """A weight on symmetric grids: `middle` is `(2^bits - 1) / 2`, no zero point is stored, and 0 is between two levels."""
 
     codes: Int[Tensor, "out in"]
+    """Integers of [0, 2^bits)."""
     scale_codes: Int[Tensor, "out groups"]
-    span: Float[Tensor, "2"]  # fp16
+    """Integers of [0, 2^scale_bits): the scale of each group, among scales that rise geometrically."""
+    span: Float[Tensor, "2"]
+    """The smallest and the largest scale, in fp16."""
     bits: int
+    """Bits of a code."""
     scale_bits: int
+    """Bits of a scale code."""
     group_size: int
+    """Input channels of a group; the last group of a row may be shorter."""
     channels: UInt8[Tensor, "bytes"] | None = None
+    """`pack_channels` of a code for every input channel, which divides its column by `2^(code / 2)`. Layers that read the same
+    activations hold the same object, which is then stored once."""
 
     format: ClassVar[str] = "grid"
 
@@ -38,7 +41,7 @@ class GridWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
+        """Return the weight in float32, exactly the same on every device."""
         num_in = self.codes.shape[1]
         scales = scale_levels(self.span, self.scale_bits)[self.scale_codes.long()]
         weight = scales.repeat_interleave(self.group_size, 1)[:, :num_in] * (self.codes.float() - middle(self.bits))
@@ -69,7 +72,7 @@ class GridWeight:
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int, scale_bits: int, group_size: int) -> int:
-        """Exact size of `tensors` in bits, without the channels."""
+        """The exact size of `tensors` in bits, without the channels."""
         num_out, num_in = shape
         num_groups = num_out * -(-num_in // group_size)
         return 8 * (packed_bytes(num_out * num_in, bits) + packed_bytes(num_groups, scale_bits)) + 2 * 16
@@ -81,7 +84,7 @@ def middle(bits: int) -> float:
 
 
 def scale_levels(span: Float[Tensor, "2"], scale_bits: int) -> Float[Tensor, "levels"]:
-    """The scales of a layer, float32: of fp16 precision, so that no device's last digit of a power matters."""
+    """The scales of a layer in float32, rounded to fp16 so that devices, which differ in the last digit of a power, agree."""
     low, high = span.double().tolist()
     top = 2**scale_bits - 1
     levels = [low * (high / low) ** (i / top) for i in range(top + 1)]
@@ -89,12 +92,12 @@ def scale_levels(span: Float[Tensor, "2"], scale_bits: int) -> Float[Tensor, "le
 
 
 def pack_channels(code: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:
-    """The codes of all input channels as they are stored."""
+    """Pack the codes of all input channels as they are stored."""
     return pack(code, CHANNEL_BITS)
 
 
 def channel_bits(num_in: int) -> int:
-    """Exact size of `pack_channels` in bits."""
+    """The exact size of `pack_channels` in bits."""
     return 8 * packed_bytes(num_in, CHANNEL_BITS)
 
 

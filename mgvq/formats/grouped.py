@@ -1,32 +1,31 @@
-"""Channel groups: each group's columns are a weight of their own, and every input channel says which group it belongs to."""
+"""Channel groups: the columns of each group are a weight of their own, and every input channel says which group it belongs to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mgvq.formats.columns import ColumnWeight
-from mgvq.formats.grid import GridWeight
-from mgvq.formats.packing import pack, packed_bytes, unpack
-from mgvq.formats.scalar import ScalarWeight
-from mgvq.formats.vector import VectorWeight, index_width
+from mgvq.formats.exponent import PLAIN_FORMATS, ExponentWeight, PlainWeight
+from mgvq.formats.packing import pack, unpack
+from mgvq.formats.vector import index_width
 
-SliceWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
-SLICE_FORMATS = {f.format: f for f in get_args(SliceWeight)}  # what a group can be stored as
+SliceWeight = PlainWeight | ExponentWeight
+SLICE_FORMATS = {**PLAIN_FORMATS, ExponentWeight.format: ExponentWeight}  # what a group can be stored as
 
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """Piece g holds the columns of group g in ascending order. `groups` is `pack_groups` of the group of every input channel.
-
-    Layers that read the same activations hold the same `groups` object, which is then stored once.
-    """
+    """A layer whose channel groups are stored one by one."""
 
     slices: tuple[SliceWeight, ...]
+    """Slice g holds the columns of group g, in ascending order."""
     groups: UInt8[Tensor, "bytes"]
+    """`pack_groups` of the group of every input channel. Layers that read the same activations hold the same object, which is
+    then stored once."""
     num_in: int
+    """Input channels of the layer."""
 
     format: ClassVar[str] = "grouped"
 
@@ -35,7 +34,7 @@ class GroupedWeight:
         return self.slices[0].shape[0], self.num_in
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
+        """Return the weight in float32, exactly the same on every device."""
         parts = [channel_slice.decode() for channel_slice in self.slices]
         group = unpack(self.groups, index_width(len(parts)), self.num_in).to(parts[0].device)
         weight = parts[0].new_empty(self.shape)
@@ -72,10 +71,5 @@ class GroupedWeight:
 
 
 def pack_groups(group: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:
-    """The group of every input channel as it is stored; groups are numbered 0, 1, ... without a gap."""
+    """Pack the group of every input channel as it is stored; groups are numbered 0, 1, ... without a gap."""
     return pack(group, index_width(int(group.max()) + 1))
-
-
-def group_bits(num_in: int, num_groups: int) -> int:
-    """Exact size of `pack_groups` in bits."""
-    return 8 * packed_bytes(num_in, index_width(num_groups))

@@ -8,7 +8,7 @@ MAX_WIDTH = 16
 
 
 def packed_bytes(count: int, width: int) -> int:
-    """Size of `count` integers of `width` bits: whole bytes, so at most 7 bits of padding."""
+    """The size of `count` integers of `width` bits in whole bytes, so with at most 7 bits of padding."""
     return -(-count * width // 8)
 
 
@@ -24,7 +24,7 @@ def pack(values: Int[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
 
 
 def unpack(packed: UInt8[Tensor, "bytes"], width: int, count: int) -> Int[Tensor, "n"]:
-    """The `count` values that `pack` was given, as int32. Raises ValueError where the bytes are too few or too many."""
+    """Return the `count` values that `pack` was given, as int32. Raises ValueError where the bytes are too few or too many."""
     _check(width)
     if len(packed) != packed_bytes(count, width):
         raise ValueError(f"{count} values of {width} bits take {packed_bytes(count, width)} bytes, found {len(packed)}")

@@ -1,4 +1,4 @@
-"""Uniform grids: `w = scale * (code - zero)` with an fp16 scale and a packed zero point for each group of input channels."""
+"""Uniform grids, `w = scale * (code - zero)`, with an fp16 scale and a packed zero point for each group of input channels."""
 
 import math
 from collections.abc import Mapping
@@ -13,13 +13,18 @@ from mgvq.formats.packing import pack, packed_bytes, unpack
 
 @dataclass(frozen=True)
 class ScalarWeight:
-    """Codes and zero points are integers of [0, 2^bits); the last group of a row may be shorter than `group_size`."""
+    """A weight on asymmetric grids."""
 
     codes: Int[Tensor, "out in"]
+    """Integers of [0, 2^bits)."""
     zeros: Int[Tensor, "out groups"]
-    scales: Float[Tensor, "out groups"]  # fp16
+    """The codes that stand for 0, integers of [0, 2^bits)."""
+    scales: Float[Tensor, "out groups"]
+    """The distances of two levels, in fp16."""
     bits: int
+    """Bits of a code and of a zero point."""
     group_size: int
+    """Input channels of a group; the last group of a row may be shorter."""
 
     format: ClassVar[str] = "scalar"
 
@@ -28,7 +33,7 @@ class ScalarWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
+        """Return the weight in float32, exactly the same on every device."""
         num_in = self.codes.shape[1]
         scales, zeros = (t.repeat_interleave(self.group_size, 1)[:, :num_in].float() for t in (self.scales, self.zeros))
         return scales * (self.codes.float() - zeros)
@@ -56,7 +61,7 @@ class ScalarWeight:
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int, group_size: int) -> int:
-        """Exact size of `tensors` in bits."""
+        """The exact size of `tensors` in bits."""
         num_out, num_in = shape
         num_groups = num_out * -(-num_in // group_size)
         return 8 * (packed_bytes(num_out * num_in, bits) + packed_bytes(num_groups, bits) + 2 * num_groups)

@@ -1,4 +1,4 @@
-"""Vector codes: each run of `d` input channels of a row is an index into a table of `k` centroids, or the sum of several."""
+"""Vector codes, where each run of `d` input channels of a row is an index into a table of `k` centroids, or several."""
 
 import math
 from collections.abc import Mapping
@@ -16,19 +16,24 @@ TABLES = ("fp16", "int8")
 
 @dataclass(frozen=True)
 class VectorWeight:
-    """Codes and the tables they point into; weights that share tables hold the same tensor objects.
+    """Codes and the tables that they point into.
 
-    With `t` tables and codes of `s` stages there are t / s turns: vector v of a row is the sum over its stages i of an entry of
-    table `(v % turns) * s + i`. One table: plain vector quantisation; t > 1 and s = 1: product; t = s > 1: residual.
-    `step` (one number a table) multiplies int8 centroids. `scale` (one number) multiplies the vectors where tables are shared.
-    The last vector of a row is padded where `in` is not a multiple of `d`; its code is stored and counted.
+    With `t` tables and codes of `s` stages there are t / s subspaces: vector v of a row is the sum over its stages i of an entry
+    of table `(v % subspaces) * s + i`. One table is plain vector quantisation; t > 1 and s = 1 is product quantisation; t = s > 1
+    is residual quantisation. The last vector of a row is padded where `in` is not a multiple of `d`; its code is stored and
+    counted.
     """
 
     codes: Int[Tensor, "out vectors stages"]
-    table: Shaped[Tensor, "t k d"]  # fp16 or int8
+    """Indices into the tables, integers of [0, k)."""
+    table: Shaped[Tensor, "t k d"]
+    """The tables in fp16 or int8; weights that share tables hold the same object."""
     num_in: int
-    step: Float[Tensor, "t"] | None = None  # fp16
-    scale: Float[Tensor, ""] | None = None  # fp16
+    """Input channels of the weight."""
+    step: Float[Tensor, "t"] | None = None
+    """What the int8 centroids of each table are multiplied by, in fp16."""
+    scale: Float[Tensor, ""] | None = None
+    """What all vectors are multiplied by where layers share tables, in fp16."""
 
     format: ClassVar[str] = "vector"
 
@@ -37,7 +42,7 @@ class VectorWeight:
         return self.codes.shape[0], self.num_in
 
     def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
+        """Return the weight in float32, exactly the same on every device."""
         _, num_vectors, stages = self.codes.shape
         tables = centroids(self.table, self.step)
         subspace = torch.arange(num_vectors, device=self.codes.device) % (len(tables) // stages)
@@ -68,29 +73,29 @@ class VectorWeight:
 
 
 def index_width(number: int) -> int:
-    """Bits of an index into `number` entries."""
+    """The bits of an index into `number` entries."""
     return max(1, (number - 1).bit_length())
 
 
 def codes_bits(shape: tuple[int, int], vector_length: int, num_centroids: int, stages: int = 1) -> int:
-    """Exact size of a weight's packed codes in bits, tables not counted."""
+    """The exact size of a weight's packed codes in bits, tables not counted."""
     num_vectors = shape[0] * -(-shape[1] // vector_length)
     return 8 * packed_bytes(num_vectors * stages, index_width(num_centroids))
 
 
 def table_bits(vector_length: int, num_centroids: int, table: str) -> int:
-    """Exact size in bits of one table that is stored as `table` (one of TABLES)."""
+    """The exact size in bits of one table that is stored as `table` (one of TABLES)."""
     numbers = vector_length * num_centroids
     return 16 * numbers if table == "fp16" else 8 * numbers + 16
 
 
 def to_vectors(weight: Float[Tensor, "out in"], vector_length: int) -> Float[Tensor, "out v d"]:
-    """Rows cut into runs of input channels, the last padded with zeros."""
+    """Cut the rows into runs of input channels, the last of which is padded with zeros."""
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % vector_length)).unflatten(1, (-1, vector_length))
 
 
 def store_table(table: Float[Tensor, "k d"], kind: str) -> tuple[Shaped[Tensor, "k d"], Float[Tensor, ""] | None]:
-    """The table as it is stored: fp16, or int8 between the largest magnitude and its negative, with the fp16 step of that.
+    """Return the table as it is stored: fp16, or int8 between the largest magnitude and its negative, with the fp16 step.
 
     Raises ValueError for centroids beyond the range of fp16.
     """
@@ -104,5 +109,5 @@ def store_table(table: Float[Tensor, "k d"], kind: str) -> tuple[Shaped[Tensor, 
 
 
 def centroids(table: Shaped[Tensor, "*t k d"], step: Float[Tensor, "*t"] | None) -> Float[Tensor, "*t k d"]:
-    """What stored tables stand for, float32."""
+    """Return what stored tables stand for, in float32."""
     return table.float() if step is None else table.float() * step.float()[..., None, None]

@@ -1,4 +1,4 @@
-"""What every grouping does: add values up over the layers that read a channel, and cut the ranking into equal groups."""
+"""What groupings share: values added up over the layers that read a channel, and the ranking cut into equal groups."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def check_num_groups(num_groups: int) -> None:
 
 
 def by_reader(values: Mapping[Site, Float[Tensor, "_"]]) -> dict[str, Float[Tensor, "_"]]:
-    """The sum of `values` over the layers that read the same activations, in float64, by `Site.reads`."""
+    """Add up the values of the layers that read the same activations, in float64; the keys are `Site.reads`."""
     sums: dict[str, Tensor] = {}
     for site, value in values.items():
         wide = value.detach().double().cpu()
@@ -30,7 +30,7 @@ def by_reader(values: Mapping[Site, Float[Tensor, "_"]]) -> dict[str, Float[Tens
 
 
 def ranked_groups(values: Float[Tensor, "c"], num_groups: int) -> Int[Tensor, "c"]:
-    """Groups of equal size (to one channel) by ascending value, group 0 the lowest; equal values in the order of the channels.
+    """Cut groups of equal size (to one channel) by ascending value, 0 the lowest; equal values keep the order of the channels.
 
     Fewer channels than groups make as many groups as channels.
     """

@@ -14,14 +14,14 @@ from mgvq.types import Needs, Site, SiteStats, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Modality:
-    """Channels sorted by the share of image tokens in their mean energy, E_image x^2 / (E_image x^2 + E_text x^2), and cut into
-    equal groups.
+    """Sorts channels by the share of images in their power, `E_image x^2 / (E_image x^2 + E_text x^2)`, and cuts equal groups.
 
-    Group 0 is the most textual. A layer that sees one modality only is one group. A reconstruction: the paper's rule is not
-    public.
+    Group 0 is the most textual. A layer that sees one modality only is one group. This is a reconstruction: the paper's rule is
+    not public.
     """
 
     num_groups: int
+    """The number of groups in a layer, 2 to 16."""
     needs: ClassVar[Needs] = Needs(gram=True)
     uses_score: ClassVar[bool] = False
     needs_images: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class Modality:
 
 
 def image_share(stats: SiteStats) -> Float[Tensor, "_"] | None:
-    """For every input channel, in [0, 1]; .5 for a dead one; None where one modality was not seen at all."""
+    """The share of images in the power of every input channel, in [0, 1], .5 for a dead one; None where a modality is missing."""
     if not all(stats.num_tokens.get(m, 0) for m in ("image", "text")):
         return None
     image, text = (stats.gram[m].diagonal().double().cpu().clamp(min=0) / stats.num_tokens[m] for m in ("image", "text"))

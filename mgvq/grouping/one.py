@@ -13,7 +13,7 @@ from mgvq.types import Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class One:
-    """No ids are stored, and no scores are looked at."""
+    """One group a layer: no ids are stored, and no scores are looked at."""
 
     num_groups: ClassVar[int] = 1
     needs: ClassVar[Needs] = Needs()

@@ -1,4 +1,4 @@
-"""Groups by sensitivity: channels sorted by score and cut into equal groups (RSAVQ Algorithm 1; method 3.7)."""
+"""Groups by sensitivity: channels sorted by score and cut into equal groups (RSAVQ, Algorithm 1)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ class Score:
     """Group 0 holds the least sensitive channels. The scores of layers that read the same activations are added up."""
 
     num_groups: int
+    """The number of groups in a layer, 2 to 16."""
     needs: ClassVar[Needs] = Needs()
     uses_score: ClassVar[bool] = True
     needs_images: ClassVar[bool] = False

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.codebook.exponent import fit_in_range
 from mgvq.formats.vector import to_vectors
 from mgvq.protocols import Codebook, FittedCodebook
 from mgvq.quantization.table_groups import TableGroup
@@ -30,7 +31,7 @@ class CodebookCache:
             table_group, flags = self.table_groups[number], []
             targets = [self.target(s) for s in table_group.slices]
             importances = [self._importance(s) for s in table_group.slices]
-            codebooks = self.codebook.fit(table_group.info.name, targets, rate, importances, flags)
+            codebooks = fit_in_range(self.codebook, table_group.info.name, targets, rate, importances, flags)
             self._fitted[number, rate.name] = codebooks, flags
         return self._fitted[number, rate.name]
 

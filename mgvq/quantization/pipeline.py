@@ -14,6 +14,7 @@ from mgvq.model.sites import site_weights
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
+from mgvq.quantization.preflight import constant_layers, unused_budget
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
@@ -34,8 +35,9 @@ def quantize(
     Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
     """
     start = time.perf_counter()
-    flags: list[str] = []
-    problems = layer_problems(site_weights(model, sites), bank, method)
+    weights = site_weights(model, sites)
+    flags = constant_layers(weights)
+    problems = layer_problems(weights, bank, method)
 
     table_groups = cut_table_groups(problems, method.codebook)
     cache = CodebookCache(table_groups, method.codebook, problems)
@@ -44,6 +46,8 @@ def quantize(
     id_bits = sum(8 * packed.nbytes for packed in ids.values())
     budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - id_bits
     chosen = method.allocation(table, budget_bits).tolist()
+    stored_bits = id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
+    flags += unused_budget(stored_bits, budget_bits + id_bits)
     rates = [table.rates[r] for r in chosen]
 
     rounder = LayerRounder(method.compensation, method.refit, ids)
@@ -54,7 +58,7 @@ def quantize(
         rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
-        stored_bits=id_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen)),
+        stored_bits=stored_bits,
         layers=layers_table(problems, rounded),
         proxy=proxy_table(problems, rounded),
         allocation=allocation_table(table_groups, table, chosen),

@@ -1,4 +1,4 @@
-"""The centroids that are best for codes that are chosen already, in closed form (method 3.12)."""
+"""The centroids that are best for codes that are chosen already, in closed form."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,36 +7,39 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mgvq.codebook.vector import FittedTables
+from mgvq.codebook.exponent import FittedExponent
+from mgvq.codebook.tables import FittedTables
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.protocols import CodedSlice
+from mgvq.linalg import row_runs
+from mgvq.protocols import CodedSlice, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
 
-_STEPS = 50  # of the conjugate gradients, at most: enough for 256 centroids of length 4
-_PRECISION = 1e-8  # of the gradient, relative to the first one
+_STEPS = 50  # steps of the conjugate gradients, at most: enough for 256 centroids of length 4
+_PRECISION = 1e-8  # the size of the gradient, relative to the first one, at which they end
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedForm:
-    """The minimum of `1/2 sum tr(h_out D h_in D^T)` over the tables of a unit, D the error of each of its layers.
+    """Minimises `1/2 sum tr(h_out D h_in D^T)` over the tables of a table group, D the error of each of its layers.
 
-    With the codes given D is linear in the centroids: conjugate gradients from the present ones, in float64, each step of which
-    costs two products with the metric. A centroid that no code names stays, and where the metric leaves a choice the present
-    ones decide. The result is stored as the tables were (fp16, or int8 with its step); unless it is better than they are, after
-    that rounding, the pieces keep theirs: the objective never rises. Raises ValueError for centroids beyond fp16.
+    With the codes given D is linear in the centroids (docs/method.md, eq. (refit)). Conjugate gradients start from the present
+    centroids, in float64, and each step costs two products with the metric. A centroid that no code names stays, and where the
+    metric leaves a choice the present centroids decide. The result is stored as the tables were (fp16, or int8 with its step);
+    unless it is better than they are after that rounding, the slices keep their tables: the objective never rises. Raises
+    UserError for centroids beyond fp16.
     """
 
     rounds: int
+    """How often the layers are rounded and refitted, 1 or more."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise UserError(f"refit.rounds must be a whole number >= 1, got {self.rounds!r}; refit=none leaves the tables alone.")
 
-    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedTables]:
-        fitted = [_tables(channel_slice) for channel_slice in slices]
-        old = fitted[0]
+    def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]:
+        old = _tables(slices[0])[0]
         terms = [_Term(channel_slice) for channel_slice in slices]
         start = centroids(old.table, old.step).double()
 
@@ -47,30 +50,47 @@ class ClosedForm:
             return total([term.curvature(move) for term in terms])
 
         gradient = total([term.gradient(start) for term in terms])
-        table, step = _stored(start + _conjugate_gradients(curvature, -gradient), old)
+        found = start + _conjugate_gradients(curvature, -gradient)
+        try:
+            table, step = _stored(found, old)
+        except ValueError as error:
+            name = slices[0].fitted.channel_slice.site.name
+            raise UserError(f"the refit of the tables of {name} leaves their range: {error}; set refit=none") from error
         move = centroids(table, step).double() - start
         change = float((move * (gradient + 0.5 * curvature(move))).sum())
-        return [replace(f, table=table, step=step) if change < 0 else f for f in fitted]
+        return [_moved(s.fitted.codebook, table, step) if change < 0 else s.fitted.codebook for s in slices]
 
 
-def _tables(channel_slice: CodedSlice) -> FittedTables:
-    codebook = channel_slice.fitted.codebook
+def _tables(channel_slice: CodedSlice) -> tuple[FittedTables, float]:
+    """Return the tables of a slice and what their centroids are multiplied by."""
+    codebook, factor = channel_slice.fitted.codebook, 1.0
+    if isinstance(codebook, FittedExponent):
+        codebook, factor = codebook.codebook, 2.0**codebook.exponent
     assert isinstance(codebook, FittedTables), "Codebook.can_be_refitted says so"
-    return codebook
+    return codebook, factor if codebook.scale is None else factor * float(codebook.scale)
+
+
+def _moved(codebook: FittedCodebook, table: Shaped[Tensor, "t k d"], step: Float[Tensor, "t"] | None) -> FittedCodebook:
+    """Return the codebook with other tables."""
+    if isinstance(codebook, FittedExponent):
+        return replace(codebook, codebook=_moved(codebook.codebook, table, step))
+    assert isinstance(codebook, FittedTables), "Codebook.can_be_refitted says so"
+    return replace(codebook, table=table, step=step)
 
 
 class _Term:
     """What one layer adds to the objective, as a function of all centroids."""
 
     def __init__(self, channel_slice: CodedSlice) -> None:
-        fitted = _tables(channel_slice)
+        fitted, self.scale = _tables(channel_slice)
         num_tables, num_centroids, _ = fitted.table.shape
         stages, device = fitted.stages, channel_slice.codes.device
-        codes = channel_slice.codes.long().view(*channel_slice.codes.shape[:2], stages)
+        codes = channel_slice.codes.long()
         subspace = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
         table = subspace[:, None] * stages + torch.arange(stages, device=device)
-        self.entries = (table * num_centroids + codes).flatten(0, 1)  # of every vector, in the tables laid end to end
-        self.scale = 1.0 if fitted.scale is None else float(fitted.scale)
+        self.entries = (table * num_centroids + codes).flatten(
+            0, 1
+        )  # the place of every vector's centroids in the tables laid end to end
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
         self.h_out = None if h_out is None else h_out.to(device).double()
@@ -83,7 +103,7 @@ class _Term:
         return self._collect(self._weigh(error, self.h_in), tables)
 
     def curvature(self, move: Tables) -> Tables:
-        """The second derivative times `move`."""
+        """Return the second derivative times `move`."""
         return self._collect(self._weigh(self._decode(move), self.h_own), move)
 
     def _decode(self, tables: Tables) -> Float[Tensor, "out c"]:
@@ -98,17 +118,14 @@ class _Term:
         return sums.index_add_(0, self.entries.flatten(), vectors.repeat_interleave(stages, 0)).view_as(like)
 
     def _weigh(self, error: Float[Tensor, "out a"], h_in: Sequence[Float[Tensor, "a c"]]) -> Float[Tensor, "out c"]:
-        """`h_out D h_in`; with several input factors each run of rows by itself, as `Metric` has it."""
-        parts = [(rows, error[rows] @ h) for rows, h in self._runs(h_in)]
+        """`h_out D h_in`, where each run of rows has its own input factor as in `Metric`."""
+        runs = zip(row_runs(len(self.target), len(h_in)), h_in, strict=True)
+        parts = [(rows, error[rows] @ h) for rows, h in runs]
         return torch.cat([part if self.h_out is None else self.h_out[rows, rows] @ part for rows, part in parts])
-
-    def _runs(self, h_in: Sequence[Tensor]) -> Sequence[tuple[slice, Tensor]]:
-        size = -(-len(self.target) // len(h_in))
-        return [(slice(k * size, min((k + 1) * size, len(self.target))), h) for k, h in enumerate(h_in)]
 
 
 def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"], Float[Tensor, "t"] | None]:
-    """As `old` is stored."""
+    """Return the tables as `old` is stored."""
     kind = "fp16" if old.step is None else "int8"
     stored = [store_table(table.float(), kind) for table in tables]
     steps = [step for _, step in stored if step is not None]
@@ -116,17 +133,17 @@ def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"],
 
 
 def _conjugate_gradients(product: Callable[[Tables], Tables], right: Tables) -> Tables:
-    """Solves `product(x) = right` for a positive semidefinite product, from 0."""
+    """Solve `product(x) = right` for a positive semidefinite product, from 0."""
     solution, residual, direction = torch.zeros_like(right), right, right
-    importance = float(residual.square().sum())
-    limit = _PRECISION**2 * importance
+    squares = float(residual.square().sum())
+    limit = _PRECISION**2 * squares
     for _ in range(_STEPS):
-        image = product(direction)
-        bend = float((direction * image).sum())
-        if importance <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
+        bent = product(direction)
+        bend = float((direction * bent).sum())
+        if squares <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
             break
-        solution = solution + importance / bend * direction
-        residual = residual - importance / bend * image
-        last, importance = importance, float(residual.square().sum())
-        direction = residual + importance / last * direction
+        solution = solution + squares / bend * direction
+        residual = residual - squares / bend * bent
+        last, squares = squares, float(residual.square().sum())
+        direction = residual + squares / last * direction
     return solution

@@ -46,6 +46,27 @@ class RunFolder:
             raise UserError(f"{self.path} is not finished (no DONE): its numbers are not used. Run its settings again.")
         return json.loads((self.path / "metrics.json").read_text())
 
+    def verify(self, *names: str) -> None:
+        """Compare the run's files with the digests in DONE: all of them, or those that `names` names.
+
+        Raises UserError, with the file, where one has changed, is missing, or was not written by the run, and where DONE itself
+        cannot be read.
+        """
+        remedy = "its numbers are not used. Delete the folder and run its settings again."
+        try:
+            digests = json.loads((self.path / "DONE").read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path}/DONE holds no digests of the run's files: {remedy}") from error
+        if not isinstance(digests, dict) or not digests:
+            raise UserError(f"{self.path}/DONE holds no digests of the run's files: {remedy}")
+        for name in names or digests:
+            file = self.path / name
+            if name not in digests or not file.is_file():
+                raise UserError(f"{file} is missing{'' if name in digests else ' in DONE'}: {remedy}")
+            with file.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != digests[name]:
+                    raise UserError(f"{file} is not the file that the run wrote: {remedy}")
+
     def reserve(self) -> IO[bytes] | None:
         """For one who is about to start the run in another process: a file to hold open until that has ended.
 

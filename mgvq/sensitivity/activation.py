@@ -11,10 +11,10 @@ from mgvq.types import SiteStats
 
 @dataclass(frozen=True, kw_only=True)
 class Activation(LayerScore):
-    """`sqrt(E[x_c^2])`.
+    """The root mean square of the channel's activations, `sqrt(E[x_c^2])`.
 
-    A deviation: AWQ (Lin et al. 2024) takes `E|x_c|`, which is not collected. The two order alike where all channels have one
-    shape of distribution. The weights are not looked at.
+    AWQ (Lin et al. 2024) takes `E|x_c|` instead, which is not collected; the two order channels alike where their distributions
+    have the same shape. The weights are not looked at.
     """
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:

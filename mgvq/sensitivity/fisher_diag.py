@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher: weights taken as independent of each other."""
+"""A score by the diagonal of the Fisher, which takes weights as independent of each other."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,9 +13,10 @@ from mgvq.types import Needs, SiteStats
 
 @dataclass(frozen=True, kw_only=True)
 class FisherDiag(LayerScore):
-    """`1/2 sum_r F_rc W_rc^2` in nats of the mean answer loss: OBD's saliency (LeCun et al. 1990) summed over the channel.
+    """`1/2 sum_r F_rc W_rc^2` in nats of the mean answer loss: the saliency of OBD (LeCun et al. 1990), summed over the channel.
 
-    `F_rc = sum gram_cc fisher_rr / (tokens * answers)` over the modalities, the Kronecker estimate of each weight's Fisher.
+    `F_rc = sum gram_cc fisher_rr / (tokens * answers)` over the modalities is the Kronecker estimate of each weight's Fisher
+    (docs/method.md, eq. (fisher)).
     """
 
     needs: ClassVar[Needs] = Needs(gram=True, gradients=True)

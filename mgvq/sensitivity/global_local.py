@@ -1,4 +1,4 @@
-"""MGVQ's fusion of global and local sensitivity, in both readings of it."""
+"""MGVQ's fusion of global and local sensitivity, in both readings of the paper."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,20 +18,22 @@ READINGS = ("scope", "split")
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalLocal:
-    """Fuses `model_scope` g and `obs` o; a reconstruction, the paper's equation is not public (method 3.6).
+    """Fuses the scores g of `model_scope` and o of `obs` (docs/method.md, eq. (global-local)).
 
-    `reading=scope` is reading A, global and local as scopes of the loss: `(g_c / GM_model(g))^alpha (o_c / GM_layer(o))^(1 -
-    alpha)`, with the geometric means GM over all channels, of the model and of the layer, that do not score 0. With `alpha` 1
-    it orders as `model_scope` does, with 0 it is `layer_scope`. `reading=split` is reading B, global between layers and local
-    within: a layer gets `sum_c g_c` and deals it out to its channels in proportion to o_c; it has no `alpha` (null).
-
-    A channel that scores 0 on a side that counts scores 0. `modality` goes to both sides, `damping` to `obs`.
+    It is a reconstruction: the paper's equation is not public. A channel that scores 0 on a side that counts scores 0.
     """
 
-    reading: str  # scope | split
+    reading: str
+    """`scope`: global and local are scopes of the loss. The score is `(g_c / GM_model(g))^alpha (o_c / GM_layer(o))^(1 - alpha)`,
+    with the geometric means GM over all channels, of the model and of the layer, that do not score 0.
+    `split`: global is between layers and local within. A layer gets `sum_c g_c` and deals it out to its channels in proportion to
+    o_c."""
     alpha: float | None
+    """The weight of the global side with `scope`: 1 orders as `model_scope` does, 0 is `layer_scope`. None with `split`."""
     damping: float
+    """The damping of `obs`, a share of the mean diagonal in (0, 1]."""
     modality: str
+    """`both`, `image` or `text`: the tokens whose statistics count, on both sides."""
     needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from mgvq.types import SiteStats
 
 @dataclass(frozen=True, kw_only=True)
 class GramDiag(LayerScore):
-    """`A_cc = E[x_c^2]` (Frantar et al. 2023, the `--act-order` of its code). The weights are not looked at."""
+    """`A_cc = E[x_c^2]` (Frantar et al. 2023, `--act-order` in its code); the weights are not looked at."""
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         return channel_power(weight, stats, self.modality)

@@ -1,4 +1,4 @@
-"""The paper's *local* sensitivity: the scope is the output of the channel's own layer."""
+"""MGVQ's *local* sensitivity, whose scope is the output of the channel's own layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from mgvq.types import Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScope(Obs):
-    """OBS saliency over its geometric mean in the layer (method 3.5, 3.6).
+    """The OBS saliency over its geometric mean in the layer (docs/method.md, eq. (obs) and (global-local)).
 
-    It says how channels of one layer compare and nothing of how layers do: what `global_local` reads of the local side.
-    A reconstruction: the paper's equation is not public.
+    It says how the channels of one layer compare and nothing about how layers do, which is what `global_local` reads of its local
+    side. It is a reconstruction: the paper's equation is not public.
     """
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:

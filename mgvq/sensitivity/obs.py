@@ -6,19 +6,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgvq.sensitivity.channels import LayerScore, check_damping, column_energy, damped, second_moment
+from mgvq.linalg import damped
+from mgvq.sensitivity.channels import LayerScore, check_damping, column_norms, second_moment
 from mgvq.types import SiteStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Obs(LayerScore):
-    """`||W_:c||^2 / [(A + l I)^-1]_cc / E||W x||^2`, relative to the layer's output energy (Hassibi and Stork 1993; method 3.5).
+    """`||W_:c||^2 / [(A + l I)^-1]_cc / E||W x||^2`, relative to the mean square of the layer's output.
 
-    `A = E[x x^T]`, l is `damping` times its mean diagonal; a dead channel therefore keeps the small score `l ||W_:c||^2`. A layer
-    whose output is zero scores 0.
+    `A = E[x x^T]` (Hassibi and Stork 1993; docs/method.md, eq. (obs)). A dead channel keeps the small score `l ||W_:c||^2`. A
+    layer whose output is zero scores 0.
     """
 
     damping: float
+    """l as a share of the mean diagonal of A, in (0, 1]."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -27,8 +29,8 @@ class Obs(LayerScore):
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         moment = second_moment(weight, stats, self.modality)
         wide = weight.double()
-        output_energy = ((wide @ moment) * wide).sum()
-        if output_energy <= 0:
+        output_power = ((wide @ moment) * wide).sum()
+        if output_power <= 0:
             return torch.zeros_like(wide[0])
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, self.damping)))
-        return column_energy(weight) / inverse.diagonal() / output_energy
+        return column_norms(weight) / inverse.diagonal() / output_power

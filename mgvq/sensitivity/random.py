@@ -1,4 +1,4 @@
-"""Scores out of the hat: what an allocation gains from *having* groups, whatever is in them."""
+"""Random scores: they show what an allocation gains from *having* groups, whatever is in them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from mgvq.types import Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Log-normal, `exp(z)` with z standard normal: a spread like that of the measured scores. A stream for every layer."""
+    """Log-normal scores, `exp(z)` with z standard normal, whose spread is like that of the measured scores."""
 
     seed: int
+    """The seed of the random streams, one for every layer."""
     needs: ClassVar[Needs] = Needs()
     needs_images: ClassVar[bool] = False
 

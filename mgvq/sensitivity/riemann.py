@@ -1,4 +1,4 @@
-"""RSAVQ's Riemannian curvature energy of a channel."""
+"""RSAVQ's sensitivity of a channel, which it calls Riemannian curvature energy."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,20 +7,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mgvq.sensitivity.channels import LayerScore, check_damping, damped, nearest_kronecker
+from mgvq.linalg import damped
+from mgvq.sensitivity.channels import LayerScore, check_damping, nearest_kronecker
 from mgvq.types import Needs, SiteStats
 
 
 @dataclass(frozen=True, kw_only=True)
 class Riemann(LayerScore):
-    """Gain of a natural-gradient step of the channel alone: `1/2 G_:c^T (H_O + a I)^-1 G_:c / (H_I + b I)_cc` (method 2.1, 3.4).
+    """The gain of a natural-gradient step of the channel alone, `1/2 G_:c^T (H_O + a I)^-1 G_:c / (H_I + b I)_cc`.
 
-    G is the gradient of the mean answer loss for the right answers, `H_O (x) H_I` the Kronecker product nearest to its Fisher; a
-    and b are `damping` times the mean diagonals. A layer without Fisher has no natural gradient and scores 0. `modality` selects
-    the curvature only: the gradient is that of all tokens. RSAVQ's "+ 1" belongs to its allocation rule and is not added here.
+    G is the gradient of the mean answer loss for the right answers and `H_O (x) H_I` the Kronecker product nearest to its Fisher
+    (Xu et al. 2025; docs/method.md, eq. (natural-gradient)). A layer without a Fisher has no natural gradient and scores 0.
+    `modality` selects the curvature only: the gradient is that of all tokens. RSAVQ's "+ 1" belongs to its allocation rule and is
+    not added here.
     """
 
     damping: float
+    """a and b as a share of the mean diagonals of both factors, in (0, 1]."""
     needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
 
     def __post_init__(self) -> None:

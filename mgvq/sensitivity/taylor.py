@@ -1,4 +1,4 @@
-"""The change of the loss when a channel is lost, to second order."""
+"""The change of the loss when a channel is lost, to second order in its weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from mgvq.types import Needs, SiteStats
 
 @dataclass(frozen=True, kw_only=True)
 class Taylor(LayerScore):
-    """`|<G_:c, W_:c>| + 1/2 W_:c^T F_c W_:c` in nats of the mean answer loss (method 3.4).
+    """`|<G_:c, W_:c>| + 1/2 W_:c^T F_c W_:c` in nats of the mean answer loss (docs/method.md, eq. (fisher)).
 
     G is the gradient of the mean answer loss for the right answers, F_c the channel's block of the Fisher. `modality` selects
     the curvature only: the gradient is that of all tokens.

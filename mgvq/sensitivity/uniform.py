@@ -13,7 +13,7 @@ from mgvq.types import Needs, Site, StatsBank
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """1 for every channel."""
+    """Every channel scores 1."""
 
     needs: ClassVar[Needs] = Needs()
     needs_images: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""The energy of a channel's weights; no data."""
+"""The squared norm of a channel's weights, without any data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from mgvq.sensitivity.channels import as_score, column_energy
+from mgvq.sensitivity.channels import as_score, column_norms
 from mgvq.types import Needs, Site, StatsBank
 
 
@@ -19,4 +19,4 @@ class WeightNorm:
     needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
-        return {site: as_score(column_energy(weight)) for site, weight in weights.items()}
+        return {site: as_score(column_norms(weight)) for site, weight in weights.items()}

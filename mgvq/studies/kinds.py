@@ -43,6 +43,13 @@ class Kind:
     by_task: bool = False
     """The samples belong to tasks that count alike; each has a column in tables, with the metric `TASK/accuracy`."""
 
+    headline_types: tuple[str, ...] = ()
+    """The types of questions that make the headline accuracy, each with the same weight; empty: all questions count alike."""
+
+    redraw: str | None = None
+    """The dotted path of a function from a row of `samples.parquet` to the image of its question, an array, or None where that
+    image is no longer known; None where the evaluation has no such function."""
+
     def __post_init__(self) -> None:
         for name, words in (("measures", get_args(Measure)), ("planned", get_args(Planned))):
             if unknown := sorted(set(getattr(self, name)) - set(words)):
@@ -61,7 +68,7 @@ def kind_of_config(evaluation: Mapping[str, Any]) -> Kind | None:
 
 def kind_from(settings: Mapping[str, Any]) -> Kind:
     """Raises UserError for settings that are not those of a kind."""
-    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned")}
+    lists = {name: tuple(value) for name, value in settings.items() if name in ("measures", "planned", "headline_types")}
     try:
         return Kind(**{**settings, **lists})
     except TypeError as error:

@@ -2,86 +2,66 @@
 
 import itertools
 import re
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mgvq.errors import UserError
+from mgvq.studies.yaml_file import read_settings
 
 METRICS = ("accuracy", "loss", "perplexity")
-_COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """A study as its file says it. Arms are the rows of its table, values of the grid the sections.
+    """The runs that make a claim: every arm at every point of a grid, with several seeds.
 
-    Raises UserError for values that make no study.
+    Raises UserError where the parts do not fit together.
     """
 
     name: str
-    """The name of the study's folder, of its record, its tables and its figures."""
-
+    """The name of its record, tables and figures."""
     question: str
-    """What the study answers, in one sentence."""
-
+    """What the study asks, in a sentence."""
     arms: dict[str, list[str]]
-    """The overrides of every arm, by its name. An arm in which nothing is random is one run for all seeds."""
-
+    """Overrides by the name of the arm, which is a row of the table. An arm's own override of a key of the grid wins over the
+    grid's. An arm in which nothing is random is one run for all seeds."""
     seeds: list[int] | dict[Any, list[int]]
-    """The seeds of every arm; or a list for each value of one key of the grid."""
-
+    """The seeds, or those for each value of one key of the grid."""
     common: list[str] = field(default_factory=list)
-    """The overrides that all runs share."""
-
+    """Overrides of every run."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Settings and their values; every arm is run at every combination. An arm's own override of a key wins over the grid's."""
-
+    """Values by the setting; every combination, a point, is a section of the table and has all arms."""
     baseline: str | list[str] | None = None
-    """The arm that the others are compared with; of several, each makes a table."""
-
+    """The arm that the others are compared with, if there is one; of several, each makes a table."""
     primary: dict[str, str] | None = None
     """`{arm: ..., metric: accuracy | loss | perplexity}`: the one comparison with the first baseline that was planned before a
-    run was started, and is therefore not corrected for the other arms."""
-
+    run was started, which is therefore not corrected for the others."""
     spread: str | None = None
-    """The arm that draws everything anew with the seed, where the others draw one thing each; it makes a table of spreads."""
-
+    """The arm that draws everything anew with the seed, where the others draw one thing each: such a study of seeds has a table
+    of spreads beside the usual one."""
     trainings: str | None = None
-    """The only key of the grid, whose values are one model trained from several seeds; it makes a table that tells how much of
-    what is seen belongs to the model and how much to its quantising."""
-
+    """The key of the grid, its only one, whose values are one model trained from several seeds: another table then tells how much
+    of what is seen belongs to the model and how much to its quantising."""
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
-    """The arms that are run at some values of a key of the grid alone: `{arm: {key: [value, ...]}}`."""
-
+    """Arms that are run at some values of a grid key alone: `{arm: {key: [value, ...]}}`."""
     frozen: str | None = None
     """The commit whose code has run the study, which is not run again: it is reported from its record alone, since today's
     code may give its runs other names or other numbers. None: the study is run."""
 
     def __post_init__(self) -> None:
-        if self.frozen is not None and not (isinstance(self.frozen, str) and _COMMIT.fullmatch(self.frozen)):
+        self._check_names()
+        if self.frozen is not None and not _COMMIT.fullmatch(self.frozen):
             raise UserError(f"study {self.name}: frozen must be 7 to 40 hex digits of a commit, in quotes, got {self.frozen!r}.")
         for name, least in (("arms", self.arms), ("seeds", self.seeds), *self.grid.items()):
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
-        lists = {"seeds": self.seeds, "common": self.common, **self.arms, **self.grid}
-        if isinstance(self.seeds, dict):
-            if set(self.seeds) not in map(set, self.grid.values()):
-                raise UserError(
-                    f"study {self.name}: seeds names {', '.join(map(str, self.seeds))}, which no key of the grid has as values."
-                )
-            lists |= {"seeds": list(self.seeds), **{f"seeds of {value}": own for value, own in self.seeds.items()}}
-        for name, value in lists.items():
-            if not isinstance(value, list):
-                raise UserError(f"study {self.name}: {name} must be a list, got {value!r}.")
-        own = self.seeds.values() if isinstance(self.seeds, dict) else [self.seeds]
-        if bad := [seed for seeds in own for seed in seeds if not (type(seed) is int and seed >= 0)]:
-            raise UserError(f"study {self.name}: seeds must be whole numbers >= 0, got {bad[0]!r}.")
+        self._check_lists()
         for baseline in self.baselines:
             if baseline not in self.arms:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
+        self._check_baselines()
         if self.spread is not None and self.spread not in self.arms:
             raise UserError(f"study {self.name}: spread must be one of the arms {', '.join(self.arms)}; got {self.spread!r}.")
         if self.trainings is not None and (list(self.grid) != [self.trainings] or len(self.points()) < 2 or self.only):
@@ -93,20 +73,67 @@ class Study:
         if self.primary is not None:
             self._check_primary(self.primary)
 
+    def _check_names(self) -> None:
+        """Names of studies become names of files, and names of arms cells of tables."""
+        if not _NAME.fullmatch(self.name):
+            raise UserError(
+                f"study {self.name!r}: its name is the name of its files, and so must be 1 to 80 letters, digits, `_` and `-`, "
+                "not beginning with `-`."
+            )
+        if not self.question.strip():
+            raise UserError(f"study {self.name}: question is empty; say in a sentence what the study asks.")
+        for arm in self.arms:
+            if not arm.strip() or arm != arm.strip() or not arm.isprintable() or len(arm) > 200:
+                raise UserError(
+                    f"study {self.name}: the arm {arm!r} must be named by 1 to 200 characters that can be printed, without "
+                    "blanks before and after."
+                )
+
+    def _check_lists(self) -> None:
+        """Nothing is named twice, and every point has seeds."""
+        if isinstance(self.seeds, dict):
+            names = list(self.seeds)
+            if not any(len(values) == len(names) and all(name in values for name in names) for values in self.grid.values()):
+                raise UserError(
+                    f"study {self.name}: seeds names {', '.join(map(str, names))}, which no key of the grid has as values."
+                )
+        own = list(self.seeds.items()) if isinstance(self.seeds, dict) else [("the study", self.seeds)]
+        for name, seeds in own:
+            if bad := [seed for seed in seeds if not (type(seed) is int and seed >= 0)]:
+                raise UserError(f"study {self.name}: seeds must be whole numbers >= 0, got {bad[0]!r}.")
+            if not seeds:
+                raise UserError(f"study {self.name}: seeds of {name} is empty, so there is nothing to run.")
+        seeds_of = [(f"seeds of {name}", seeds) for name, seeds in own]
+        for name, values in (*seeds_of, *self.grid.items(), ("baseline", self.baselines)):
+            if twice := [value for place, value in enumerate(values) if value in values[:place]]:  # 2 is 2.0
+                raise UserError(f"study {self.name}: {name} names {twice[0]} twice.")
+
+    def _check_baselines(self) -> None:
+        """Each baseline but the first has files of its own."""
+        files = Counter(map(file_part, self.baselines[1:]))
+        if same := [name for name, number in files.items() if number > 1]:
+            clash = [baseline for baseline in self.baselines[1:] if file_part(baseline) == same[0]]
+            raise UserError(
+                f"study {self.name}: the tables against {' and '.join(map(repr, clash))} would both be {self.name}_vs_{same[0]}: "
+                "rename an arm."
+            )
+
     @property
     def baselines(self) -> list[str]:
-        """The baselines: no arm, one or several."""
+        """The arms that others are compared with; empty, one or several."""
         return self.baseline if isinstance(self.baseline, list) else [self.baseline] if self.baseline else []
 
     def _check_only(self) -> None:
+        """Arms that are run at some points are arms, and the points are of the grid."""
         for arm, keys in self.only.items():
             if arm not in self.arms or arm in self.baselines:
                 raise UserError(f"study {self.name}: only names {arm!r}, which is no arm, or a baseline.")
             for key, values in keys.items():
-                if not values or not set(values) <= set(self.grid.get(key, ())):
+                if not values or not all(value in self.grid.get(key, ()) for value in values):
                     raise UserError(f"study {self.name}: only {arm}: {key} {values} are no values of that key of the grid.")
 
     def _check_primary(self, primary: dict[str, str]) -> None:
+        """The planned comparison is one that can be made."""
         if not self.baselines:
             raise UserError(f"study {self.name}: primary compares an arm with the baseline; name one with baseline: ARM.")
         if not (isinstance(primary, dict) and set(primary) == {"arm", "metric"}):
@@ -134,7 +161,7 @@ class Study:
         return [arm for arm in self.arms if arm not in left_out]
 
     def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
-        """The overrides of an arm at one combination of the grid's values."""
+        """The overrides of one arm at one combination of the grid's values."""
         own = {word.partition("=")[0].lstrip("+~") for word in self.arms[arm]}
         values = [f"{key}={'null' if value is None else value}" for key, value in point.items() if key not in own]
         return [*self.common, *values, *self.arms[arm]]
@@ -152,11 +179,24 @@ def frozen_line(commit: str) -> str:
     )
 
 
+def file_part(arm: str) -> str:
+    """An arm's name as part of a file's name."""
+    return re.sub("[^a-z0-9]+", "_", arm.lower())
+
+
 def read_study(path: Path) -> Study:
-    """Raises UserError for a missing file, unknown or missing keys."""
-    if not path.is_file():
-        raise UserError(f"{path} is no study file; the studies lie in experiments/*/study.yaml.")
+    """Read a study file.
+
+    Raises UserError, naming the file, where it is missing or no YAML mapping, where a key is unknown, missing or there twice, and
+    where its values make no study.
+    """
+    required = [f.name for f in fields(Study) if f.default is MISSING and f.default_factory is MISSING]
+    settings = read_settings(path, known=[f.name for f in fields(Study)], required=required)
     try:
-        return Study(**yaml.safe_load(path.read_text()))
-    except (TypeError, yaml.YAMLError) as error:
+        return Study(**settings)
+    except (UserError, ValueError, TypeError) as error:
         raise UserError(f"{path} is no valid study: {error}") from error
+
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,79}")
+_COMMIT = re.compile(r"[0-9a-f]{7,40}")

@@ -39,9 +39,10 @@ NEEDS = {
 }
 NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
-    "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "passes", "statistics"},
-    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget"},
-    "codebook": {"lloyd", "nearest", "refit", "vector"}, "compensation": {"damping", "ldl", "ldlq", "vectors"},
+    "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
+    "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
+    "codebook": {"exponent", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
+    "compensation": {"damping", "direction", "ldl", "ldlq", "vectors"},
     "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
 

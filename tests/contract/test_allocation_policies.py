@@ -7,36 +7,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import built, everyone
 
 from mgvq.allocation.exact import Exact
-from mgvq.allocation.greedy import Greedy
-from mgvq.allocation.ratio import Ratio
-from mgvq.allocation.threshold import Threshold
 from mgvq.allocation.transfer import Transfer
 from mgvq.allocation.uniform import Uniform
-from mgvq.allocation.water_filling import WaterFilling
 from mgvq.errors import UserError
 from mgvq.protocols import Allocation
 from mgvq.types import Rate, RateTable, TableGroupInfo
 
 OFF = dict(min_bits=None, min_bits_kv=None)
-BY_SCORE = {
-    "threshold-model": Threshold(thresholds=[0.25, 0.75], steps=[-0.5, 0.0, 0.5], within="model", **OFF),
-    "threshold-layer": Threshold(thresholds=[0.4], steps=[0.0, 1.0], within="layer", **OFF),
-    "ratio": Ratio(within="model", **OFF),
-    "ratio-layer": Ratio(within="layer", **OFF),
-    "water_filling": WaterFilling(**OFF),
-}
-BY_LOSS = {
-    "greedy": Greedy(distortion="measured", **OFF),
-    "exact": Exact(distortion="measured", gap=1e-5, time_limit=60.0, **OFF),
-}
+ALL = everyone("allocation")
+POLICIES = {name: policy for name, policy in ALL.items() if hasattr(policy, "min_bits")}  # those that give out bits by need
+BY_LOSS = {name: policy for name, policy in POLICIES.items() if policy.distortion}
+RULES = {name: policy for name, policy in POLICIES.items() if not policy.distortion}
+BY_SCORE = {name: policy for name, policy in RULES.items() if name != "transfer"}  # which has its wishes from another run
 KINDS = ("q_proj", "k_proj", "v_proj", "down_proj")
 any_table = settings(max_examples=15, derandomize=True, deadline=None, database=None)
 
 
 def make(sizes, scores, offered, table_bits, noise):
-    """Units whose codes are padded to whole bytes and whose tables cost `table_bits` a rate, with losses of any shape."""
+    """Table groups whose codes are padded to whole bytes and whose tables cost `table_bits` a rate, with losses of any shape."""
     kinds = [KINDS[u % 4] for u in range(len(sizes))]
     table_groups = [
         TableGroupInfo(f"u{u}", "language", kinds[u], u // 4, 0.5, 0, n, s, (u + 0.5) / len(sizes))
@@ -50,7 +41,7 @@ def make(sizes, scores, offered, table_bits, noise):
 
 @st.composite
 def tables(draw):
-    """Up to nine units of 1 to 5000 weights, up to six rates, some of equal index bits; scores may be 0."""
+    """Up to nine table groups of 1 to 5000 weights, up to six rates, some of equal index bits; scores may be 0."""
     table_groups = draw(st.integers(1, 9))
     some = dict(min_size=table_groups, max_size=table_groups)
     offered = draw(st.lists(st.sampled_from([0.75, 1.0, 4 / 3, 1.5, 2.0, 2.5, 3.0, 4.0]), min_size=1, max_size=6))
@@ -77,26 +68,17 @@ def budgets(table):
     return [least, least + (most - least) // 3, least + 3 * (most - least) // 4, 2 * most]
 
 
-@pytest.fixture(scope="module")
-def policies(tmp_path_factory):
-    """All that are not uniform; the source of `transfer` knows three of the four kinds."""
-    file = tmp_path_factory.mktemp("source") / "allocation.parquet"
-    rows = [("language", k, 0.2, q, 10, b) for k, q, b in [("q_proj", 0.1, 1.0), ("k_proj", 0.6, 3.0), ("v_proj", 0.9, 2.5)]]
-    pd.DataFrame(rows, columns=["tower", "kind", "depth", "quantile", "num_weights", "index_bits"]).to_parquet(file)
-    return {**BY_SCORE, **BY_LOSS, "transfer": Transfer(source=str(file), depth_bins=3, quantile_bins=4, **OFF)}
-
-
-@pytest.fixture(params=[*BY_SCORE, *BY_LOSS, "transfer"])
-def policy(request, policies):
-    return policies[request.param]
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return POLICIES[request.param]
 
 
 @any_table
 @given(table=tables())
-def test_the_budget_is_met_and_nothing_useful_fits_any_more(policies, table):
+def test_the_budget_is_met_and_nothing_useful_fits_any_more(table):
     before = table.bits.clone(), table.loss.clone()
     offered = torch.tensor([r.index_bits for r in table.rates])
-    for name, policy in policies.items():
+    for name, policy in POLICIES.items():
         assert torch.equal(*(policy(table, budgets(table)[2]) for _ in range(2))), name
         for budget in budgets(table):
             choice = policy(table, budget)
@@ -106,7 +88,7 @@ def test_the_budget_is_met_and_nothing_useful_fits_any_more(policies, table):
             better = table.loss < table.loss.gather(1, choice[:, None]) * (1 - 1e-4)
             if name not in BY_LOSS:
                 better = offered > offered[choice][:, None]
-            if name != "exact":  # which may leave what is within its gap
+            if not isinstance(policy, Exact):  # which may leave what is within its gap
                 assert not (affordable & better).any(), name
     assert torch.equal(table.bits, before[0])
     assert torch.equal(table.loss, before[1])
@@ -114,7 +96,7 @@ def test_the_budget_is_met_and_nothing_useful_fits_any_more(policies, table):
 
 @any_table
 @given(table=tables(), floor=st.sampled_from([0.5, 1.0, 1.5, 2.0]), floor_kv=st.sampled_from([None, 1.0, 2.0, 3.0]))
-def test_floors_are_kept_or_refused(policies, table, floor, floor_kv):
+def test_floors_are_kept_or_refused(table, floor, floor_kv):
     kv = [u.kind in ("k_proj", "v_proj") for u in table.table_groups]
     highest = table.rates[-1].index_bits
     least = [max(floor, (floor_kv or 0) if mine else 0) for mine in kv]
@@ -122,7 +104,7 @@ def test_floors_are_kept_or_refused(policies, table, floor, floor_kv):
         min((b for b, r in zip(bits, table.rates, strict=True) if r.index_bits >= needed), default=0)
         for bits, needed in zip(table.bits.tolist(), least, strict=True)
     )
-    for name, plain in policies.items():
+    for name, plain in POLICIES.items():
         policy = dataclasses.replace(plain, min_bits=floor, min_bits_kv=floor_kv)
         if highest < max(floor, floor_kv or 0) or (floor_kv and not any(kv)):
             with pytest.raises(UserError, match=r"allocation\.min_bits"):
@@ -135,10 +117,10 @@ def test_floors_are_kept_or_refused(policies, table, floor, floor_kv):
             policy(table, cheapest - 1)
 
 
-def test_losses_are_asked_for_by_those_that_look_at_them(policies):
-    for name, policy in policies.items():
+def test_they_meet_the_protocol():
+    for policy in ALL.values():
         assert isinstance(policy, Allocation)
-        assert policy.distortion == ("measured" if name in BY_LOSS else None)
+        assert policy.distortion in ("measured", "gaussian", None)
 
 
 def test_a_budget_that_nothing_fits_is_named_with_the_smallest_choice(policy):
@@ -149,30 +131,32 @@ def test_a_budget_that_nothing_fits_is_named_with_the_smallest_choice(policy):
 
 @any_table
 @given(table=tables(), factor=st.sampled_from([1e-12, 7.0, 1e9]))
-def test_only_ratios_of_scores_count(policies, table, factor):
+def test_only_ratios_of_scores_count(table, factor):
     table_groups = [dataclasses.replace(u, score=u.score * factor) for u in table.table_groups]
     scaled = dataclasses.replace(table, table_groups=table_groups)
     budget = budgets(table)[1]
-    for name in (*BY_SCORE, "transfer"):
-        assert torch.equal(policies[name](scaled, budget), policies[name](table, budget)), name
+    for name in RULES:
+        assert torch.equal(POLICIES[name](scaled, budget), POLICIES[name](table, budget)), name
 
 
 @pytest.mark.parametrize("name", BY_SCORE)
-def test_of_units_alike_the_one_of_higher_score_has_no_less(name):
+def test_of_table_groups_alike_the_one_of_higher_score_has_no_less(name):
     scores = torch.rand(12, generator=torch.Generator().manual_seed(0)).exp().pow(4).tolist()
     table = make([640] * 12, scores, [1.0, 1.5, 2.0, 2.5, 3.0, 4.0], [0] * 6, [1.0] * 6)
     for budget in range(8000, 24000, 700):
         bits = index_bits(table, BY_SCORE[name](table, budget))
-        groups = [range(i, i + 4) for i in (0, 4, 8)] if "layer" in name else [range(12)]
-        for group in groups:  # kinds differ, so that within a layer nothing is compared: then all are in one class
+        layers = getattr(BY_SCORE[name], "within", "model") == "layer"
+        for group in (
+            [range(i, i + 4) for i in (0, 4, 8)] if layers else [range(12)]
+        ):  # kinds differ, so that within a layer nothing is compared: then all are in one class
             ranked = [bits[u] for u in sorted(group, key=lambda u: scores[u])]
             assert ranked == sorted(ranked), budget
 
 
-def test_scores_that_are_all_zero_give_equal_bits(policies):
+def test_scores_that_are_all_zero_give_equal_bits():
     table = make([640] * 8, [0.0] * 8, [1.0, 2.0, 3.0], [0] * 3, [1.0] * 3)
     for name in BY_SCORE:
-        assert set(index_bits(table, policies[name](table, 2 * 8 * 640))) == {2.0}, name
+        assert set(index_bits(table, POLICIES[name](table, 2 * 8 * 640))) == {2.0}, name
 
 
 def test_a_rate_no_finer_and_no_cheaper_than_another_is_not_taken_by_score():
@@ -183,9 +167,9 @@ def test_a_rate_no_finer_and_no_cheaper_than_another_is_not_taken_by_score():
             assert 1 not in policy(table, budget)
 
 
-def test_without_kv_layers_their_floor_has_no_effect_and_is_refused(policies):
+def test_without_kv_layers_their_floor_has_no_effect_and_is_refused():
     table = make([640], [1.0], [1.0, 2.0], [0, 0], [1.0, 1.0])
-    for policy in policies.values():
+    for policy in POLICIES.values():
         with pytest.raises(UserError, match=r"allocation\.min_bits_kv=2 has no effect"):
             dataclasses.replace(policy, min_bits_kv=2.0)(table, 2000)
 
@@ -231,11 +215,7 @@ def test_uniform_names_the_smallest_rate_where_nothing_fits():
 
 FINE = {
     "uniform": Uniform(tolerance=0.0, spread=False),
-    "threshold": BY_SCORE["threshold-model"],
-    "ratio": BY_SCORE["ratio"],
-    "water_filling": BY_SCORE["water_filling"],
-    "greedy": BY_LOSS["greedy"],
-    "exact": BY_LOSS["exact"],
+    **{name: built("allocation", name) for name in ("threshold", "ratio", "water_filling", "greedy", "exact")},
 }
 
 

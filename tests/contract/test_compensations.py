@@ -1,48 +1,33 @@
-"""Every compensation rounds with every codebook, at any rates of its pieces, to codes that are stored and decoded."""
+"""Every compensation rounds with every codebook, at any rates of its slices, to codes that are stored and decoded."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
+from variants import built as variant_of
+from variants import each, everyone
 
-from mgvq.codebook.columns import Columns
-from mgvq.codebook.grid import Grid
-from mgvq.codebook.kmeans import KMeans
-from mgvq.codebook.product import Product
-from mgvq.codebook.residual import Residual
-from mgvq.codebook.scalar import Scalar
 from mgvq.compensation.none import NoCompensation
 from mgvq.protocols import Compensation, FittedSlice
-from mgvq.runs.build import build
-from mgvq.runs.places import conf_folder
 from mgvq.types import ChannelSlice, Metric, Site
 
-VARIANTS = sorted(f.stem for f in (ROOT / "conf" / "compensation").glob("*.yaml"))
-VECTORS = dict(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=3, sample=None, seed=0)
+VARIANTS = everyone("compensation")
 CODEBOOKS = {
-    "scalar": Scalar(group_size=None, clip="min_max"),
-    "scalar-grouped": Scalar(group_size=3, clip="mse"),
-    "grid": Grid(group_size=4, scale_bits=2),
-    "kmeans": KMeans(**VECTORS),
-    "kmeans-lengths": KMeans(**VECTORS | dict(vector_length=[2, 3])),
-    "kmeans-shared-int8": KMeans(**VECTORS | dict(share="kind", table="int8", vector_length=4)),
-    "product": Product(**VECTORS, num_tables=3),
-    "residual": Residual(**VECTORS | dict(vector_length=3)),
-    "columns": Columns(**VECTORS | dict(vector_length=3)),
+    **{name: codebook for name, codebook in each("codebook").items() if not codebook.needs_importance},
+    "kmeans": variant_of("codebook", "kmeans"),
+    "kmeans of two lengths": variant_of("codebook", "kmeans", "vector_length=[2,3]"),
+    "kmeans of shared tables": variant_of("codebook", "kmeans", "vector_length=4", "share=kind", "table=int8"),
+    "columns": variant_of("codebook", "columns", "vector_length=3"),
 }
+KMEANS = CODEBOOKS["kmeans"]
 RATES = {"lowest": [0, 0], "highest": [-1, -1], "mixed": [0, 3]}  # of two groups, as an allocation may choose them
 SHAPES = [(8, 13), (5, 2), (1, 6)]
 each_variant = pytest.mark.parametrize("variant", VARIANTS)
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
 
-@functools.cache
 def built(variant: str) -> Compensation:
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return build(compose("config", [f"compensation={variant}"]), "compensation")
+    return VARIANTS[variant]
 
 
 def normal(*shape, seed=0):
@@ -55,12 +40,14 @@ def factor(size, seed=0):
 
 
 def problem(codebook, rates=(1, 1), shape=(8, 13)):
-    """A layer in two groups: weight, metric, fitted pieces, score."""
+    """A layer in two groups: weight, metric, fitted slices, score."""
     weight, metric = normal(*shape), Metric((factor(shape[1], 10),), factor(shape[0], 20))
     site, slices = Site("layer", "language", "layer", None, *shape), []
     for group, rate in enumerate(rates):
         channel_slice = ChannelSlice(site, group, torch.arange(group, shape[1], 2))
-        fitted = codebook.fit("unit", [weight[:, channel_slice.columns]], codebook.rates()[rate], [None], [])
+        fitted = codebook.fit(
+            "unit", [weight[:, channel_slice.columns]], codebook.rates()[min(rate, len(codebook.rates()) - 1)], [None], []
+        )
         slices.append(FittedSlice(channel_slice, fitted[0]))
     return weight, metric, slices, normal(shape[1]).abs()
 
@@ -116,7 +103,7 @@ def test_it_uses_what_it_says_it_uses(variant):
     A shift that needs an output factor needs it for its target.
     """
     compensation = built(variant)
-    weight, metric, slices, score = problem(CODEBOOKS["kmeans"])
+    weight, metric, slices, score = problem(KMEANS)
 
     def codes_of(metric, score):
         aim = weight
@@ -137,7 +124,7 @@ def test_it_uses_what_it_says_it_uses(variant):
 @each_variant
 def test_dead_and_singular_metrics_are_rounded_and_flagged(variant):
     compensation = built(variant)
-    weight, _, slices, score = problem(CODEBOOKS["kmeans"])
+    weight, _, slices, score = problem(KMEANS)
     token, gradient = normal(13), normal(8)
     token[[2, 5]] = 0
     for metric in (Metric((token.outer(token),), gradient.outer(gradient)), Metric((torch.zeros(13, 13),), torch.zeros(8, 8))):
@@ -151,7 +138,7 @@ def test_dead_and_singular_metrics_are_rounded_and_flagged(variant):
 
 @each_variant
 def test_weights_of_half_precision_are_rounded_as_what_they_are(variant):
-    weight, metric, slices, score = problem(CODEBOOKS["kmeans"])
+    weight, metric, slices, score = problem(KMEANS)
     half = weight.bfloat16()
     one, other = (built(variant).round(w, metric, slices, score, []) for w in (half, half.float()))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -4,25 +4,19 @@ import itertools
 
 import pytest
 import torch
+from variants import everyone
 
 from mgvq.curvature.fusion import mbq_weights
 from mgvq.curvature.guided import Guided
 from mgvq.curvature.input import Input
 from mgvq.curvature.kronecker import KroneckerFisher
-from mgvq.curvature.token_weighted import TokenWeighted
 from mgvq.errors import UserError
 from mgvq.model.passes import Rows
 from mgvq.protocols import Curvature
 from mgvq.rng import generator
 from mgvq.types import MODALITIES, Batch, Kronecker, Needs, Site, SiteStats
 
-KRONECKER = [("token", "none"), ("token", "mbq_ratio"), ("token", "kron"), ("token", "token"), ("sequence", "none")]
-CURVATURES = {
-    **{f"input-{f}": Input(fusion=f) for f in ("none", "mbq_ratio")},
-    "token_weighted": TokenWeighted(),
-    **{f"guided-{n}": Guided(num_groups=n) for n in (1, 4)},
-    **{f"kronecker-{w}-{f}": KroneckerFisher(granularity=w, fusion=f, rounds=None) for w, f in KRONECKER},
-}
+CURVATURES = everyone("curvature")
 each_curvature = pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES.keys())
 VISION, LANGUAGE = Site("vision.0", "vision", "fc1", 0, 7, 4), Site("language.0", "language", "o_proj", 0, 5, 6)
 
@@ -32,7 +26,7 @@ def rows(num_tokens, size, *names):
 
 
 def stats(site, needs, *, image=9, text=9, importance=1.0):
-    """What `needs` asks for, of random tokens; `energy` scales the gradients."""
+    """What `needs` asks for, of random tokens; `importance` scales the gradients."""
     num_tokens = {"image": image, "text": 0 if site.tower == "vision" else text}
     x = {m: rows(n, site.in_features, site.name, m, "x") for m, n in num_tokens.items()}
     g = {m: importance * rows(n, site.out_features, site.name, m, "g") for m, n in num_tokens.items()}
@@ -73,7 +67,7 @@ def test_metrics_have_the_shapes_of_their_layers(curvature) -> None:
 
 
 @each_curvature
-@pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"energy": 0.0}], ids=str)
+@pytest.mark.parametrize("missing", [{"image": 0}, {"text": 0}, {"image": 0, "text": 0}, {"importance": 0.0}], ids=str)
 def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
     bank = {s: stats(s, curvature.needs, **missing) for s in (VISION, LANGUAGE)}
     if isinstance(curvature, KroneckerFisher) and (curvature.granularity, curvature.fusion) in (
@@ -83,7 +77,7 @@ def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
         return  # handed through
     for site, metric in curvature.fuse(bank).items():
         check(site, metric)
-        if metric.h_out is not None and missing.get("energy") == 0:
+        if metric.h_out is not None and missing.get("importance") == 0:
             assert not metric.h_in[0].any()
             assert torch.equal(metric.h_out, torch.eye(site.out_features))
 

@@ -1,14 +1,12 @@
 """Compensation, codebook and allocation, each with each of the others, through `quantize`, on a language model of two blocks."""
 
 import dataclasses
-import functools
 import itertools
 
 import pytest
 import torch
-from conftest import ROOT
-from hydra import compose, initialize_config_dir
 from transformers import LlamaConfig, LlamaForCausalLM
+from variants import built, variants
 
 from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
@@ -17,37 +15,27 @@ from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.refit.closed_form import ClosedForm
-from mgvq.runs.build import build
-from mgvq.runs.places import conf_folder
 from mgvq.types import Batch, Needs, Site
 
 BITS = 4.0
 MORE = {  # settings that the small layers, or the time, ask for
-    "codebook": {name: ["codebook.iterations=2"] for name in ("columns", "kmeans", "product", "residual")},
-    "allocation": {"uniform": ["allocation.spread=true", "allocation.tolerance=0.1"], "transfer": None},
-    "compensation": {"gradient_hessian": ["compensation.steps=[0.0,0.1]"]},
+    ("codebook", "scaled_grid"): ("num_exponents=3",),
+    ("allocation", "uniform"): ("spread=true", "tolerance=0.1"),
+    ("compensation", "gradient_hessian"): ("steps=[0.0,0.1]",),
 }
 
 
-def variants(group: str) -> list[str]:
-    names = (f.stem for f in (ROOT / "conf" / group).glob("*.yaml"))
-    return sorted(name for name in names if MORE[group].get(name, ()) is not None and (group, name) not in NOTHING)
+def variant(group: str, name: str):
+    return built(group, name, *MORE.get((group, name), ()))
 
 
-NOTHING = {("codebook", "none"), ("allocation", "none")}
-
-
-@functools.cache
-def built(group: str, name: str):
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return build(compose("config", [f"{group}={name}", *MORE[group].get(name, ())]), group)
-
-
-@functools.cache
-def parts():
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        cfg = compose("config", ["curvature=kronecker", "sensitivity=wanda", "grouping=score", "grouping.num_groups=2"])
-        return {group: build(cfg, group) for group in ("curvature", "sensitivity", "grouping")}
+def others():
+    """The stages that stay the same."""
+    return {
+        "curvature": built("curvature", "kronecker"),
+        "sensitivity": built("sensitivity", "wanda"),
+        "grouping": built("grouping", "score", "num_groups=2"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +62,20 @@ def batch(model, seed: int) -> Batch:
 
 
 def in_pairs() -> list[tuple[str, str, str]]:
-    """(codebook, allocation, compensation), every two of any two groups together somewhere: the allocations in turn, one further
-    in each row."""
+    """(codebook, allocation, compensation), so that every two of any two groups meet somewhere.
+
+    The columns are the codebooks. In each row the compensations go one further, and so do the allocations from column to column.
+    """
     codebooks, allocations, compensations = map(variants, ("codebook", "allocation", "compensation"))
-    return [
-        (codebook, allocations[(row + column) % len(allocations)], compensation)
-        for row, compensation in enumerate(compensations)
+    rows = range(max(len(allocations), len(compensations)))
+    pairs = [
+        (codebook, allocations[(row + column) % len(allocations)], compensations[row % len(compensations)])
+        for row in rows
         for column, codebook in enumerate(codebooks)
     ]
+    met = {(allocation, compensation) for _, allocation, compensation in pairs}
+    missing = sorted(set(itertools.product(allocations, compensations)) - met)  # where there are fewer codebooks than allocations
+    return pairs + [(codebooks[i % len(codebooks)], *both) for i, both in enumerate(missing)]
 
 
 def test_every_pair_is_tried() -> None:
@@ -94,7 +88,7 @@ def test_every_pair_is_tried() -> None:
 def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook: str, allocation: str, compensation: str) -> None:
     model, sites, bank, samples = problem
     chosen = {"codebook": codebook, "allocation": allocation, "compensation": compensation}
-    stages = {**parts(), **{group: built(group, name) for group, name in chosen.items()}}
+    stages = {**others(), **{group: variant(group, name) for group, name in chosen.items()}}
     if stages["codebook"].spans_rows and stages["compensation"].corrects_rows:
         with pytest.raises(UserError, match="several rows at once"):
             Method(**stages)

@@ -30,6 +30,7 @@ from mgvq.runs.store import RunFolder
 METHODS = sorted(f.stem for f in (ROOT / "conf" / "method").glob("*.yaml"))
 SMALL = ["evaluation=perplexity", "evaluation.num_passages=3"]
 FEW = ["calibration=text", "calibration.num_samples=3", "calibration.heldout_samples=1"]
+BUDGET = 2.1  # tables of layers this small take up to a tenth of a bit; at 2.0 bits: test_methods.py
 ONCE = ["compensation.sweeps=1", "compensation.steps=[0.0,0.1]"]  # the gradient's work, made less
 
 
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = BpeTrainer(vocab_size=1024, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(list(docstrings().passages.values())[:100], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>").save_pretrained(path)
-    shape = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8}
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
     config = LlamaConfig(vocab_size=1024, num_key_value_heads=4, tie_word_embeddings=True, eos_token_id=0, **shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -76,21 +77,23 @@ def test_every_method_runs_on_text_or_says_why_not(folder: Path, method: str) ->
         with pytest.raises(UserError, match=r"calibration=text shows no image.* method=mbq is awq"):
             run(folder, *overrides)
         return
-    done = run(folder, *overrides)
+    quantises = method != "full_precision"
+    done = run(folder, *overrides, *([f"budget.bits_per_weight={BUDGET}"] if quantises else []))
     metrics = done.metrics()
     assert metrics["text/perplexity"] == pytest.approx(torch.tensor(metrics["loss/answer"]).exp().item())
-    if method == "full_precision":
-        assert metrics["kl/full_precision"] < 1e-6
-    else:
+    if quantises:
         assert metrics["kl/full_precision"] > 1e-4
-        assert metrics["bits/quantized_layers"] <= 2.02
+        assert 0.9 * BUDGET <= metrics["bits/quantized_layers"] <= 1.01 * BUDGET
+    else:
+        assert metrics["kl/full_precision"] < 1e-6
     told = json.loads((done.path / "provenance.json").read_text())["texts"]
     assert told["evaluation"] == language_reference().sha256
     assert told.get("calibration") == (docstrings().sha256 if reads else None)
 
 
 def test_the_gradient_may_be_taken_for_several_blocks_together(folder: Path) -> None:
-    assert run(folder, "method=mgvq", *FEW, *ONCE, "compensation.refresh=2").metrics()["kl/full_precision"] > 0
+    words = ["method=mgvq", *FEW, *ONCE, "compensation.refresh=2", f"budget.bits_per_weight={BUDGET}"]
+    assert run(folder, *words).metrics()["kl/full_precision"] > 0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_pictures_are_refused(folder: Path, tmp_path: Path, overrides: list[str]
 
 
 def test_a_checkpoint_is_a_model_again(folder: Path) -> None:
-    done = run(folder, "method=kmeans", "seed=1")
+    done = run(folder, "method=kmeans", "seed=1", f"budget.bits_per_weight={BUDGET}")
     model, tokenizer = load_checkpoint(done.checkpoint), load_processor(str(done.checkpoint))
     assert model.generate(**tokenizer("the value", return_tensors="pt"), max_new_tokens=3, do_sample=False).shape[1] > 2
     sites = list_sites(model, "all")
@@ -123,7 +126,7 @@ def test_loss_and_divergence_are_those_of_each_passage_alone(folder: Path) -> No
     from mgvq.evaluation.forced import score
 
     loaded = load(Source(name="x", path=str(folder), revision=None, dtype="float32"), torch.device("cpu"))
-    other = load_checkpoint(run(folder, "method=rtn", "seed=0").checkpoint)
+    other = load_checkpoint(run(folder, "method=rtn", "seed=0", f"budget.bits_per_weight={BUDGET}").checkpoint)
     passages = [Passage(name, text) for name, text in list(language_reference().passages.items())[:5]]
     scored = score(other, loaded.model, text_batches(loaded.processor, passages, 4))
     for passage in passages:

@@ -11,7 +11,8 @@ from conftest import ROOT, run_command
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
-from mgvq.analysis.sensitivity import layer_means, rank_correlation, stability, write_tables
+from mgvq.analysis.statistics.sensitivity import layer_means, rank_correlation, stability
+from mgvq.analysis.tables.sensitivity_tables import write_tables
 from mgvq.cli.sensitivity import main
 
 SMALL = ("calibration.num_images=2", "calibration.heldout_images=1", "--seeds", "2", "--metrics", "uniform,random,wanda,taylor")

@@ -34,7 +34,8 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     assert "2 seeds x 2 pictures, Holm over 1 arm; spread assumed" in planned.stdout
     unfinished = run_command("mgvq.cli.report", str(study), results=results, check=False)
     assert unfinished.returncode == 2
-    assert "not finished" in unfinished.stderr
+    assert "4 of 4 runs are missing" in unfinished.stderr
+    assert "two bits (tiny_internvl), seed 0: not run" in unfinished.stderr
     first = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=results)
     assert [line.split()[:2] for line in first.stderr.splitlines() if "done after" in line] == [
         [f"{i}/4", "done"] for i in range(1, 5)
@@ -53,16 +54,46 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     run_command("mgvq.cli.report", str(study), "--from-records", results=results)
     assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written
     assert "spread of quick" in run_command("mgvq.cli.study", str(study), "--dry", results=results).stdout
+    study.write_text(f'{COMPARED}frozen: "0123abc"\n')
+    (results / "runs").rename(tmp_path / "gone")
+    run_command("mgvq.cli.report", str(study), results=results)
+    assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written, "from the record alone"
+
+
+def test_a_frozen_study_is_not_run(tmp_path: Path) -> None:
+    study = tmp_path / "study.yaml"
+    study.write_text(f'{QUICK.replace("method=kmeans", "method=gone")}frozen: "0123abc"\n')
+    results = tmp_path / "results"
+    refused = run_command("mgvq.cli.study", str(study), results=results, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("mgvq-study: study quick is frozen at 0123abc: it is reported from its record")
+    assert len(refused.stderr.splitlines()) == 1
+    dry = run_command("mgvq.cli.study", str(study), "--dry", results=results)
+    assert f"frozen at 0123abc: nothing is run, mgvq-report reads {results}/records/quick.parquet" in dry.stdout
+    report = run_command("mgvq.cli.report", str(study), results=results, check=False)
+    assert report.returncode == 2
+    assert "records/quick.parquet is missing" in report.stderr
+    assert not results.exists()
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
-    """A budget below the smallest rate shows only when the layers are known: at run time."""
+    """A budget below the smallest rate shows only when the layers are known: at run time. The others get their table."""
     study = tmp_path / "study.yaml"
     study.write_text(QUICK.replace("three bits: [method=kmeans, budget.bits_per_weight=3]", "tiny: [budget.bits_per_weight=0.1]"))
     done = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=tmp_path / "results", check=False)
     assert done.returncode == 1
     assert "smallest rate" in done.stderr
     assert "2 runs failed" in done.stderr
+    assert "arm tiny, seed 1" in done.stderr
+    assert "**PARTIAL: 2 of 4 runs are missing" in done.stdout
+    assert "tiny (tiny_internvl), seed 0: failed: " in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.startswith("| t")]) == 2
+    partial = run_command("mgvq.cli.report", str(study), "--partial", results=tmp_path / "results")
+    assert "quick_partial.md" in partial.stdout
+    assert not (tmp_path / "results" / "records").exists()
+    refused = run_command("mgvq.cli.report", str(study), results=tmp_path / "results", check=False)
+    assert refused.returncode == 2
+    assert "tiny (tiny_internvl), seed 1: failed: " in refused.stderr
     assert len(list(tmp_path.glob("results/runs/*/DONE"))) == 2
 
 
@@ -77,6 +108,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
         (QUICK.replace("budget.bits_per_weight=3", "sensitivity=weight_norm"), "sensitivity has no effect"),
         (COMPARED.replace("baseline: two bits", "baseline: one bit"), "baseline must be one of the arms"),
         (COMPARED.replace("{arm: three bits, metric: loss}", "three bits"), "primary must be {arm: ..."),
+        (f"{QUICK}frozen: yes", "frozen must be 7 to 40 hex digits of a commit, in quotes, got True"),
     ],
 )
 def test_a_bad_study_is_refused_before_its_first_run(content: str, named: str, tmp_path: Path) -> None:

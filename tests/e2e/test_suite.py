@@ -20,7 +20,7 @@ from lmms_eval.utils import load_yaml_config
 from PIL.Image import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
 from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
 from mgvq.evaluation.suite import Suite

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
-from mgvq.curvature.fusion import nearest
 from mgvq.curvature.kronecker import KroneckerFisher
 from mgvq.curvature.statistics import collect, sketch
 from mgvq.evaluation.documents import documents
+from mgvq.linalg import nearest_kronecker
 from mgvq.model.encode import batches, encode
 from mgvq.model.passes import sampled_labels
 from mgvq.model.sites import linear, list_sites
@@ -283,8 +283,8 @@ def test_independent_gradients_and_inputs_give_the_fisher_itself(fusion) -> None
 def test_kron_fusion_equals_the_nearest_product_by_svd() -> None:
     a, b = ([spd(n, str(n), k) for k in range(2)] for n in (4, 3))
     rearranged = sum(torch.outer(out.flatten(), of_in.flatten()) for of_in, out in zip(a, b, strict=True))
-    found = nearest(list(zip(a, b, strict=True)), rounds=30)
-    close(torch.outer(found.h_out.flatten(), found.h_in.flatten()), nearest_product(rearranged), 1e-6)
+    h_in, h_out = nearest_kronecker(list(zip(a, b, strict=True)), rounds=30)
+    close(torch.outer(h_out.flatten(), h_in.flatten()), nearest_product(rearranged), 1e-6)
 
 
 def test_sequence_sketch_gives_a_kronecker_fisher_back() -> None:

@@ -8,19 +8,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, declare_done
 from omegaconf import OmegaConf
 
 from mgvq.analysis.html import write_html
+from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.layers import collect_layers
-from mgvq.analysis.records.records import collect, questions, read_records, write_records
+from mgvq.analysis.records.records import StudyRecord, read_record, write_record
 from mgvq.analysis.report import write_figures
 from mgvq.analysis.statistics.compare import compare
 from mgvq.analysis.statistics.forecast import detectable
 from mgvq.analysis.statistics.significance import paired_difference
-from mgvq.analysis.statistics.verdict import verdict
-from mgvq.analysis.tables.render import markdown, plain, printable
+from mgvq.analysis.tables.arms import arms_table
+from mgvq.analysis.tables.render import markdown
 from mgvq.analysis.tables.table import rows
+from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.evaluation.suite_metrics import averages, metrics
 from mgvq.runs.places import conf_folder
@@ -67,7 +69,8 @@ def finish(folder: Path, arm: str, seed: int) -> None:
         json.dumps({**found, "rate": "full_precision" if arm == "full" else "2x16", "flags": []})
     )
     (folder / "identity.json").write_text("{}")
-    (folder / "DONE").touch()
+    (folder / "config.yaml").write_text("{}")
+    declare_done(folder)
 
 
 def plan(results: Path) -> list[PlannedRun]:
@@ -88,36 +91,37 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(results: Path) -> pd.DataFrame:
+def record(results: Path) -> StudyRecord:
     """As the file keeps them."""
     path = results / "records" / "another.parquet"
-    write_records(collect(STUDY, plan(results)), path)
-    return read_records(path)
+    write_record(collect(STUDY, plan(results)), path)
+    return read_record(path)
 
 
-def test_every_task_has_a_column_and_their_mean_is_the_first(records: pd.DataFrame) -> None:
-    header, *lines = printable(records)
+def test_every_task_has_a_column_and_their_mean_is_the_first(record: StudyRecord) -> None:
+    table = arms_table(record)
+    header, lines = table.header, table.lines
     assert header[:8] == [
         "arm", "accuracy %", "vs baseline", "p", "mmstar %", "vizwiz_vqa_val %", "corrected %", "unparsed %"
     ]  # fmt: skip
     assert not {"loss", "KL", "perplexity"} & set(header)
-    for row, line in zip(rows(records), lines, strict=True):
+    for row, line in zip(rows(record), lines, strict=True):
         asked = pd.concat([answers(row.arm, seed) for seed in STUDY.seeds])
         task = {name: 100 * part.score.mean() for name, part in asked.groupby("task")}
         assert row.mean("mmstar %") == pytest.approx(task["mmstar"])
         assert row.mean("vizwiz_vqa_val %") == pytest.approx(task["vizwiz_vqa_val"])
         assert row.mean("accuracy %") == pytest.approx((task["mmstar"] + task["vizwiz_vqa_val"]) / 2)
         assert row.mean("unparsed %") == pytest.approx(50 * (1 - asked.parsed[asked.task == "mmstar"].mean()))
-        assert line[1].strip("*").startswith(f"{row.mean('accuracy %'):.1f} +- ")
+        assert line[1].startswith(f"{row.mean('accuracy %'):.1f} +- ")
         assert row.gap_closed is None
-    assert [line[0] for line in lines if line[1].startswith("**")] == ["better"]
-    assert "a wrong choice of k costs 1/(k - 1)" in markdown(records)
-    assert "loss" not in plain(records)
+    assert [lines[i][0] for i, column in table.bold if column == 1] == ["better"]
+    assert "a wrong choice of k costs 1/(k - 1)" in markdown(table)
+    assert "loss" not in table.csv
 
 
-def test_arms_are_compared_by_the_mean_over_tasks_on_shared_pictures(records: pd.DataFrame) -> None:
+def test_arms_are_compared_by_the_mean_over_tasks_on_shared_pictures(record: StudyRecord) -> None:
     """Against a table of differences made by hand: a picture's part of either task's mean."""
-    found = compare(records)
+    found = compare(record)
     assert {(measure, arm) for measure, _, arm in found} == {("accuracy", "full"), ("accuracy", "better")}
     table = []
     for seed in STUDY.seeds:
@@ -130,23 +134,22 @@ def test_arms_are_compared_by_the_mean_over_tasks_on_shared_pictures(records: pd
     assert comparison.planned
     for name in ("mean", "low", "high", "p"):
         assert getattr(comparison.effect, name) == pytest.approx(getattr(expected, name), rel=1e-5)
-    assert comparison.effect.num_samples == questions(records).picture.nunique() == 60
+    assert comparison.effect.num_samples == record.questions.picture.nunique() == 60
 
 
-def test_the_report_is_made_of_accuracy(records: pd.DataFrame, results: Path) -> None:
-    summary, sentence = verdict(records)
+def test_the_report_is_made_of_accuracy(record: StudyRecord, results: Path) -> None:
+    summary, sentence = verdict(record)
     assert summary == "The planned comparison, better against base by accuracy: better than base on 1 of 1 grid points."
     assert "3 seeds x 60 pictures" in sentence
-    written = write_figures(STUDY.name, records, collect_layers(plan(results)), results)
+    written = write_figures(STUDY.name, record, collect_layers(plan(results)), results)
     assert [path.name for path in written] == ["made_up_benchmarks_arms.svg"]
-    assert "Accuracy by type" not in write_html(STUDY, records, results).read_text()
-    unplanned = records.copy()
-    unplanned.attrs = {**records.attrs, "primary": None}
+    assert "Accuracy by type" not in write_html(STUDY.name, STUDY, record, results).read_text()
+    unplanned = replace(record, primary=None)
     assert "by accuracy 1 of 1 arms are better than base, 0 worse; the best is better: accuracy +" in verdict(unplanned)[1]
 
 
-def test_what_it_can_find_comes_from_a_study_of_benchmarks(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
-    write_records(read_records(ROOT / "results" / "records" / "e01_main.parquet"), tmp_path / "e01_main.parquet")
+def test_what_it_can_find_comes_from_a_study_of_benchmarks(record: StudyRecord, results: Path, tmp_path: Path) -> None:
+    write_record(read_record(ROOT / "results" / "records" / "e01_main.parquet"), tmp_path / "e01_main.parquet")
     assert "no study with its evaluation has a record" in detectable(STUDY, plan(results), tmp_path)
     told = detectable(STUDY, plan(results), results / "records")
     assert "points of accuracy with 80 % power (3 seeds x 60 pictures, Holm over 2 arms; spread of another)" in told

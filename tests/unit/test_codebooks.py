@@ -247,7 +247,7 @@ def brute(fitted, vectors, root):
             table = tables[v % subspaces * fitted.stages + stage]
             codes[:, v, stage] = ((rest[:, v, None] - table) @ root.double().T).square().sum(2).argmin(1)
             rest[:, v] -= table[codes[:, v, stage]]
-    return codes if fitted.stages > 1 else codes[:, :, 0]
+    return codes
 
 
 @pytest.mark.parametrize("make", [k_means, product, residual])

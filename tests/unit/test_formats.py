@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.exponent import ExponentWeight
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, channel_bits, pack_channels, scale_levels
-from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, group_bits, pack_groups
+from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, pack_groups
 from mgvq.formats.packing import unpack
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.vector import VectorWeight, centroids, codes_bits, index_width, store_table, table_bits, to_vectors
@@ -218,19 +219,27 @@ def test_every_piece_fills_the_channels_of_its_group(num_groups):
         assert torch.equal(decoded[:, group == g], channel_slice.decode())
 
 
-@pytest.mark.parametrize("num_groups", [2, 3, 4, 5, 16])
+@pytest.mark.parametrize("exponent", [-120, -22, 22, 120])
+def test_an_exponent_costs_no_tensor_and_comes_back(exponent):
+    for plain in (scalar_weight((5, 7), 3, 3), grid_weight((5, 7), 3, 4, 3), vector_weight((5, 7), 2, 8)):
+        weight = ExponentWeight(plain, exponent)
+        loaded = reloaded(weight)
+        assert loaded.shape == weight.shape == (5, 7)
+        assert torch.equal(loaded.decode(), plain.decode() * 2.0**exponent)
+        assert bits_of(weight.tensors()) == bits_of(plain.tensors())
+
+
+GROUP_BYTES = {2: 3, 3: 6, 4: 6, 5: 9, 16: 12}  # of 23 channels, by hand
+
+
+@pytest.mark.parametrize("num_groups", GROUP_BYTES)
 def test_grouped_round_trip_and_bits(num_groups):
     weight, group = grouped(num_groups)
     loaded = reloaded(weight)
     assert loaded.shape == weight.shape == (5, 23)
     assert torch.equal(loaded.decode(), weight.decode())
     assert unpack(weight.groups, index_width(num_groups), 23).tolist() == group.tolist()
-    assert bits_of(weight.tensors()) == sum(bits_of(p.tensors()) for p in weight.slices) + group_bits(23, num_groups)
-
-
-def test_group_bits_by_hand():
-    # 23 channels: 3 bytes for two groups, 6 for three or four, 9 for five.
-    assert [group_bits(23, n) for n in (2, 3, 4, 5)] == [8 * 3, 8 * 6, 8 * 6, 8 * 9]
+    assert bits_of(weight.tensors()) == sum(bits_of(p.tensors()) for p in weight.slices) + 8 * GROUP_BYTES[num_groups]
 
 
 def test_a_checkpoint_stores_what_layers_share_once_and_loads_as_it_was(loaded, tmp_path):
@@ -252,7 +261,7 @@ def test_a_checkpoint_stores_what_layers_share_once_and_loads_as_it_was(loaded, 
 
     stored = [e for e in ledger.entries if e.tensor.startswith((f"{q.name}.", f"{k.name}.")) and not e.tensor.endswith("bias")]
     codes = sum(codes_bits((s.out_features, size), 4, 16) for s in (q, k) for size in sizes)
-    assert 8 * sum(e.num_bytes for e in stored) == codes + table_bits(4, 16, "fp16") + group_bits(q.in_features, 3)
+    assert 8 * sum(e.num_bytes for e in stored) == codes + table_bits(4, 16, "fp16") + 8 * -(-q.in_features * 2 // 8)
     assert sum(e.num_weights for e in stored) == q.num_weights + k.num_weights
     for packed in (False, True):
         model = load(tmp_path / "checkpoint", packed=packed)

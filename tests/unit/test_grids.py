@@ -98,7 +98,7 @@ def test_awq_says_that_it_has_no_activations() -> None:
 
 def test_rows_with_a_metric_of_their_own_must_not_cut_a_vector() -> None:
     fitted = fit(Columns(**VECTORS), normal(8, 6))
-    assert fitted.rows(slice(2, 8)).encode(normal(6, 1)[:, :, None], 0, None)[0].shape == (3, 1)
+    assert fitted.rows(slice(2, 8)).encode(normal(6, 1)[:, :, None], 0, None)[0].shape == (3, 1, 1)
     with pytest.raises(UserError, match=r"codebook\.vector_length=2"):
         fitted.rows(slice(3, 8))
 

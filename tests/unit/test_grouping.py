@@ -116,4 +116,4 @@ def test_measured_losses_are_the_weighted_errors_of_the_fits() -> None:
             assert int(table.bits[u, r]) == 8 * stored_bytes
     modelled = rate_table(cache, "gaussian")
     assert float(modelled.loss[0, 0]) == pytest.approx(cache.table_groups[0].info.score * 4.0 ** -table.rates[0].index_bits)
-    assert not rate_table(fits, SCORES, None).loss.any()
+    assert not rate_table(cache, None).loss.any()

@@ -1,4 +1,4 @@
-"""Pictures and the HTML report, on made-up runs whose numbers can be followed."""
+"""Figures and the HTML report, on made-up runs whose numbers can be followed."""
 
 import json
 import re
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import declare_done
+from omegaconf import OmegaConf
 from PIL import Image
 
 from mgvq.analysis.examples import examples
@@ -17,13 +19,15 @@ from mgvq.analysis.figures.layer_figures import has_stages, heat_map, proxy_figu
 from mgvq.analysis.figures.study_figures import arms_figure, has_bit_widths
 from mgvq.analysis.html import write_html
 from mgvq.analysis.records import layers as layers_module
-from mgvq.analysis.records.layers import _evenness, collect_layers, read_layers, write_layers
-from mgvq.analysis.records.records import collect
+from mgvq.analysis.records.collect import collect
+from mgvq.analysis.records.layers import collect_layers, evenness, read_layers, write_layers
+from mgvq.analysis.records.records import StudyRecord
 from mgvq.analysis.report import write_figures
-from mgvq.analysis.statistics.verdict import verdict
 from mgvq.analysis.tables.table import rows
+from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
+from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
 from mgvq.studies.spec import Study
@@ -77,7 +81,8 @@ def finish(folder: Path, arm: str, seed: int) -> None:
         layer.assign(proxy_error=[0.5, 0.25]).to_parquet(folder / "layers.parquet")
         stages = [layer.assign(part="nearest", proxy_error=[2.0, 1.0]), layer.assign(part="feedback", proxy_error=[0.5, 0.25])]
         pd.concat(stages).to_parquet(folder / "proxy.parquet")
-    (folder / "DONE").touch()
+    (folder / "config.yaml").write_text("{}")
+    declare_done(folder)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +92,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(results: Path) -> list[PlannedRun]:
+    cfg = OmegaConf.create({"evaluation": OmegaConf.load(conf_folder() / "evaluation" / "tiny_vqa.yaml")})
     planned = []
     for point in STUDY.points():
         for arm in STUDY.arms:
@@ -100,7 +106,7 @@ def runs(results: Path) -> list[PlannedRun]:
 
 
 @pytest.fixture(scope="module")
-def records(runs: list[PlannedRun]) -> pd.DataFrame:
+def record(runs: list[PlannedRun]) -> StudyRecord:
     return collect(STUDY, runs)
 
 
@@ -132,7 +138,7 @@ def test_the_table_by_layer_has_means_over_distinct_runs(layers: pd.DataFrame, t
 def test_usage_is_the_entropy_of_the_codes_over_its_maximum(
     codes: list[list[int]], tables: int, size: int, expected: float
 ) -> None:
-    assert _evenness(np.array(codes)[..., None], tables, size) == pytest.approx(expected)
+    assert evenness(np.array(codes)[..., None], tables, size) == pytest.approx(expected)
 
 
 def test_the_proxy_figure_shows_every_stage_over_the_nearest(layers: pd.DataFrame) -> None:
@@ -155,8 +161,8 @@ def test_heat_maps_show_the_values_and_leave_out_what_is_alike(layers: pd.DataFr
     assert np.asarray(shown) == pytest.approx(np.log10(np.array([[1, 10], [2, 20]]) / 10.5), abs=1e-6)
 
 
-def test_the_figure_of_arms_shows_the_tables_differences(records: pd.DataFrame) -> None:
-    table = rows(records)
+def test_the_figure_of_arms_shows_the_tables_differences(record: StudyRecord) -> None:
+    table = rows(record)
     with style():
         figure = arms_figure(table, "bad")
     good = next(row for row in table if row.arm == "good")
@@ -166,43 +172,44 @@ def test_the_figure_of_arms_shows_the_tables_differences(records: pd.DataFrame) 
     assert not has_bit_widths(table)
 
 
-def test_equal_records_give_equal_pictures(records: pd.DataFrame, layers: pd.DataFrame, tmp_path: Path) -> None:
-    first, second = ({f.name: f.read_bytes() for f in write_figures("x", records, layers, tmp_path / str(i))} for i in range(2))
+def test_equal_records_give_equal_figures(record: StudyRecord, layers: pd.DataFrame, tmp_path: Path) -> None:
+    first, second = ({f.name: f.read_bytes() for f in write_figures("x", record, layers, tmp_path / str(i))} for i in range(2))
     assert first == second
     assert set(first) == {f"x_{kind}.svg" for kind in ("arms", "allocation", "sensitivity", "proxy")}
     assert not any(b"dc:date" in svg or b"Matplotlib v" in svg for svg in first.values())
 
 
-def test_the_verdict_reads_the_planned_comparison(records: pd.DataFrame) -> None:
-    summary, *sentences = verdict(records)
+def test_the_verdict_reads_the_planned_comparison(record: StudyRecord) -> None:
+    summary, *sentences = verdict(record)
     assert summary == "The planned comparison, good against bad by answer loss: better than bad on 2 of 2 grid points."
-    good = next(row for row in rows(records) if row.arm == "good")
+    good = next(row for row in rows(record) if row.arm == "good")
     assert f"{good.comparisons['loss'].effect.mean:+.3f} nats a token" in sentences[0]
 
 
-def test_examples_follow_their_rule(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
-    found = examples(records, results / "runs")
+def test_examples_follow_their_rule(record: StudyRecord, results: Path, tmp_path: Path) -> None:
+    found = examples(record, results / "runs")
     assert len(found) == 2
     for example in next(iter(found.values())):
-        by_arm = {arm: (text, right) for text, right, arms in example.answers for arm in arms}
+        by_arm = {arm: (given.text, given.is_right) for given in example.answers for arm in given.arms}
         assert by_arm["full"] == (example.answer, True)
         assert by_arm["good"][1] != by_arm["bad"][1]
-        assert example.picture.startswith("data:image/png;base64,")
-    assert examples(records, tmp_path) == {}
+        assert example.image.startswith("data:image/png;base64,")
+    assert examples(record, tmp_path) == {}
 
 
-def test_a_picture_that_is_another_one_is_refused(records: pd.DataFrame, results: Path, tmp_path: Path) -> None:
+def test_an_image_that_is_another_one_is_refused(record: StudyRecord, results: Path, tmp_path: Path) -> None:
     shutil.copytree(results / "runs", tmp_path / "runs")
     for file in (tmp_path / "runs").glob("*/samples.parquet"):
         pd.read_parquet(file).assign(sample_hash="0").to_parquet(file)
-    with pytest.raises(UserError, match="another picture"):
-        examples(records, tmp_path / "runs")
+        declare_done(file.parent)
+    with pytest.raises(UserError, match="another image"):
+        examples(record, tmp_path / "runs")
 
 
 @pytest.fixture(scope="module")
-def page(records: pd.DataFrame, layers: pd.DataFrame, results: Path) -> Path:
-    write_figures(STUDY.name, records, layers, results)
-    return write_html(STUDY, records, results)
+def page(record: StudyRecord, layers: pd.DataFrame, results: Path) -> Path:
+    write_figures(STUDY.name, record, layers, results)
+    return write_html(STUDY.name, STUDY, record, results)
 
 
 def test_the_page_stands_alone_and_escapes(page: Path) -> None:

@@ -8,18 +8,22 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import declare_done
 from omegaconf import OmegaConf
 
 from mgvq.analysis.html import write_html
+from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.layers import collect_layers
-from mgvq.analysis.records.records import collect, questions, write_records
+from mgvq.analysis.records.records import StudyRecord, write_record
 from mgvq.analysis.report import write_figures
 from mgvq.analysis.statistics.compare import compare, differences
 from mgvq.analysis.statistics.forecast import detectable
+from mgvq.analysis.statistics.measures import MEASURES
 from mgvq.analysis.statistics.significance import paired_difference
-from mgvq.analysis.statistics.verdict import verdict
-from mgvq.analysis.tables.render import markdown, plain, printable
+from mgvq.analysis.tables.arms import arms_table
+from mgvq.analysis.tables.render import markdown
 from mgvq.analysis.tables.table import rows
+from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
@@ -68,7 +72,8 @@ def finish(folder: Path, arm: str, seed: int, bits: float) -> None:
     samples.to_parquet(folder / "samples.parquet")
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "identity.json").write_text("{}")
-    (folder / "DONE").touch()
+    (folder / "config.yaml").write_text("{}")
+    declare_done(folder)
 
 
 def plan(results: Path) -> list[PlannedRun]:
@@ -91,61 +96,60 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def records(results: Path) -> pd.DataFrame:
+def record(results: Path) -> StudyRecord:
     return collect(STUDY, plan(results))
 
 
-def test_perplexity_stands_where_accuracy_would(records: pd.DataFrame) -> None:
-    header, *lines = printable(records)
+def test_perplexity_stands_where_accuracy_would(record: StudyRecord) -> None:
+    table = arms_table(record)
+    header, lines = table.header, table.lines
     assert "perplexity" in header
     assert "accuracy %" not in header
-    assert [line[:2] for line in lines] == [["3.0", "full"], ["3.0", "base"], ["3.0", "better"], ["2.0", "full"], ["2.0", "base"],
-                                            ["2.0", "better"], ["2.0", "late"]]  # fmt: skip
-    best = [line[1] for line in lines if line[header.index("perplexity")].startswith("**")]
+    order = [("3.0", arm) for arm in ("full", "base", "better")] + [("2.0", arm) for arm in LOSS]
+    assert [tuple(line[:2]) for line in lines] == order
+    best = [lines[i][1] for i, column in sorted(table.bold) if header[column] == "perplexity"]
     assert best == ["better", "better"]  # the lowest, full precision apart
-    assert "20 test passages" in markdown(records)
-    assert "3 seeds x 5 topics" in markdown(records)
-    assert "accuracy" not in plain(records)
-    for row in rows(records):
+    assert "20 test passages" in markdown(arms_table(record))
+    assert "3 seeds x 5 topics" in markdown(arms_table(record))
+    assert "accuracy" not in arms_table(record).csv
+    for row in rows(record):
         assert row.values["perplexity"] == pytest.approx(np.exp(row.values["loss"]))
 
 
-def test_perplexity_is_compared_by_the_loss(records: pd.DataFrame) -> None:
+def test_perplexity_is_compared_by_the_loss(record: StudyRecord) -> None:
     """Its planned comparison is the one that is not corrected."""
-    found = compare(records)
+    found = compare(record)
     assert {measure for measure, *_ in found} == {"loss"}
     planned = {(point, arm): c for (_, point, arm), c in found.items() if c.planned}
     ((point, arm),) = planned
-    assert (json.loads(point), arm) == ({"budget.bits_per_weight": 2.0}, "late")
-    d = next(d for p, a, d in differences(records, "loss") if (p, a) == (point, arm))
+    assert (dict(point.values), arm) == ({"budget.bits_per_weight": 2.0}, "late")
+    d = next(d for p, a, d in differences(record, MEASURES["loss"]) if (p, a) == (point, arm))
     assert planned[point, arm].effect == paired_difference(d)
     assert planned[point, arm].p == paired_difference(d).p
     assert d.shape == (3, len(TOPICS))
-    assert questions(records).picture.nunique() == len(TOPICS)
-    table = {(row.point["bits_per_weight"], row.arm): row for row in rows(records)}
+    assert record.questions.picture.nunique() == len(TOPICS)
+    table = {(row.point.short["bits_per_weight"], row.arm): row for row in rows(record)}
     difference = table[2.0, "late"].mean("loss") - table[2.0, "base"].mean("loss")
     assert planned[point, arm].effect.mean == pytest.approx(difference, abs=1e-5)
 
 
-def test_the_report_is_made_of_what_there_is(records: pd.DataFrame, results: Path) -> None:
-    summary, *sentences = verdict(records)
+def test_the_report_is_made_of_what_there_is(record: StudyRecord, results: Path) -> None:
+    summary, *sentences = verdict(record)
     assert summary == "The planned comparison, late against base by perplexity: better than base on 1 of 1 grid points."
     assert "3 seeds x 5 topics" in sentences[0]
-    write_figures("made_up_text", records, collect_layers(plan(results)), results)
-    page = write_html(STUDY, records, results).read_text()
+    write_figures("made_up_text", record, collect_layers(plan(results)), results)
+    page = write_html(STUDY.name, STUDY, record, results).read_text()
     assert "Accuracy by type" not in page
-    records = records.copy()
-    records.attrs = {**records.attrs, "baseline": None, "primary": None}
-    assert "better keeps most, perplexity 1" in verdict(records)[1]
+    assert "better keeps most, perplexity 1" in verdict(record.against(None))[1]
 
 
-def test_what_it_can_find_comes_from_its_own_record(records: pd.DataFrame, results: Path) -> None:
+def test_what_it_can_find_comes_from_its_own_record(record: StudyRecord, results: Path) -> None:
     runs = plan(results)
     assert "no study with its evaluation has a record" in detectable(STUDY, runs, results / "records")
-    write_records(records, results / "records" / "made_up_text.parquet")
+    write_record(record, results / "records" / "made_up_text.parquet")
     told = detectable(STUDY, runs, results / "records")
     assert told.startswith("finds differences of 0.")
-    assert "nats a token with 80 % power (3 seeds x 5 topics" in told
+    assert "nats a token of answer loss with 80 % power (3 seeds x 5 topics" in told
 
 
 @pytest.mark.parametrize(

@@ -1,52 +1,63 @@
 """The table of trainings: planted variances are found, the interval covers, differences are paired."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from mgvq.analysis.statistics.trainings import note, plain, printable, split, splits
-from mgvq.analysis.statistics.verdict import verdict
+from mgvq.analysis.records.records import Cell, Point, RunRecord, StudyRecord
+from mgvq.analysis.statistics.measures import LOSS
+from mgvq.analysis.statistics.trainings import split, splits
+from mgvq.analysis.tables.trainings_table import trainings_table
+from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
+from mgvq.studies.kinds import kind_of_metrics
 from mgvq.studies.spec import Study
 
 PICTURES = 50
 GRID = {"model": ["one", "other", "third"]}
 
 
-def made_up() -> pd.DataFrame:
-    """Losses of three trainings that differ by 1, of seeds that differ by .1; the arm costs .5 and .2 less than the baseline."""
+def made_up(turned: float = 0.0) -> StudyRecord:
+    """Losses of three trainings that differ by 1, of seeds that differ by .1; the arm costs .5 and .2 less than the baseline.
+
+    `turned` is what the arm costs more in the third training.
+    """
     rng = np.random.default_rng(0)
     questions = rng.standard_normal(PICTURES)
-    rows = []
+    cells = []
     for number, name in enumerate(GRID["model"]):
         seeds = 0.1 * rng.standard_normal(4)
-        for arm, losses in (("full", [0.0]), ("base", 0.7 + seeds), ("arm", 0.5 + seeds)):
-            for seed, loss in enumerate(losses):
-                values = 5 + number + loss + questions
-                row = {"point": json.dumps({"model": name}), "arm": arm, "run": f"{name}{arm}{seed}", "overrides": ""}
-                metrics = {
-                    "rate": "full_precision" if arm == "full" else "uniform",
-                    "flags": [],
-                    "loss/answer": float(values.mean()),
-                }
-                metrics |= dict.fromkeys(
-                    ("tiny_vqa/accuracy", "kl/full_precision", "bits/quantized_layers", "bits/model", "time/quantize_s",
-                     "time/evaluate_s"), 1.0,
-                )  # fmt: skip
-                row |= {"seeds": [seed] if arm != "full" else [0, 1, 2, 3], "metrics": json.dumps(metrics)}
-                rows.append(row | {"losses": values.tolist(), "scores": [True] * PICTURES})
-    records = pd.DataFrame(rows).assign(num_samples=PICTURES)
-    asked = {"type": ["count"] * PICTURES, "num_tokens": [1] * PICTURES, "picture": range(PICTURES)}
-    told = {name: " ".join(map(str, words)) for name, words in asked.items()}
-    records.attrs = {"baseline": "base", "baselines": ["base"], "primary": None, "trainings": "model", "questions": told}
-    return records
+        for arm, losses in (("full", [0.0]), ("base", 0.7 + seeds), ("arm", 0.5 + seeds + turned * (number == 2))):
+            of_arm = {seed: 5 + number + loss + questions for seed, loss in enumerate(losses)}
+            runs = [run(f"{name}{arm}{seed}", arm, (seed,) if arm != "full" else (0, 1, 2, 3), v) for seed, v in of_arm.items()]
+            cells.append(Cell(point=Point(json.dumps({"model": name})), arm=arm, runs=tuple(runs)))
+    asked = pd.DataFrame({"type": ["count"] * PICTURES, "num_tokens": [1] * PICTURES, "picture": range(PICTURES)})
+    kind = kind_of_metrics(cells[0].runs[0].metrics)
+    return StudyRecord(cells=tuple(cells), kind=kind, questions=asked, baseline="base", baselines=("base",), trainings="model")
+
+
+def run(name: str, arm: str, seeds: tuple[int, ...], losses: np.ndarray) -> RunRecord:
+    metrics = {"rate": "full_precision" if arm == "full" else "uniform", "flags": [], "loss/answer": float(losses.mean())}
+    others = (
+        "tiny_vqa/accuracy",
+        "kl/full_precision",
+        "bits/quantized_layers",
+        "bits/model",
+        "time/quantize_s",
+        "time/evaluate_s",
+    )
+    return RunRecord(
+        run=name, seeds=seeds, overrides="", num_samples=PICTURES, samples="", metrics=metrics | dict.fromkeys(others, 1.0),
+        identity="{}", scores=np.ones(PICTURES, bool), losses=losses,
+    )  # fmt: skip
 
 
 def test_differences_are_taken_within_a_training_at_equal_seeds() -> None:
-    found = {(other, arm): split for measure, other, arm, split in splits(made_up()) if measure == "loss"}
+    found = {(figure.minus, figure.arm): figure.split for figure in splits(made_up()) if figure.measure is LOSS}
     assert list(found) == [("", "full"), ("", "base"), ("", "arm"), ("full", "base"), ("full", "arm"), ("base", "arm")]
     margin = found["base", "arm"]
     assert margin.means == pytest.approx([-0.2] * 3)
@@ -85,22 +96,19 @@ def test_without_any_spread() -> None:
 
 
 def test_the_pages_show_every_figure_once() -> None:
-    header, *lines = printable(made_up())
-    assert {len(line) for line in lines} == {len(header)}
-    assert [line[:2] for line in lines].count(["loss - base", "arm"]) == 1
-    assert len(lines) == 2 * 6
-    assert "one, other, third" in note(made_up())
-    assert plain(made_up()).count("\n") == 1 + 2 * 6
+    table = trainings_table(made_up())
+    assert {len(line) for line in table.lines} == {len(table.header)}
+    assert [line[:2] for line in table.lines].count(["loss - base", "arm"]) == 1
+    assert len(table.lines) == 2 * 6
+    assert "one, other, third" in table.note
+    assert table.csv.count("\n") == 1 + 2 * 6
 
 
 def test_the_verdict_says_whether_another_training_could_turn_it() -> None:
-    records = made_up()
-    records.attrs["primary"] = {"arm": "arm", "metric": "loss"}
-    (said,) = [sentence for sentence in verdict(records) if "trained once more" in sentence]
+    planned = {"arm": "arm", "metric": "loss"}
+    (said,) = [sentence for sentence in verdict(replace(made_up(), primary=planned)) if "trained once more" in sentence]
     assert "the sign of arm - base is settled by 3 trainings: answer loss -0.200 nats a token [-0.200, -0.200]" in said
-    turned = records.point.str.contains("third") & (records.arm == "arm")
-    records["losses"] = [[x + 5 * t for x in losses] for losses, t in zip(records.losses, turned, strict=True)]
-    assert any("is not settled by 3 trainings" in sentence for sentence in verdict(records))
+    assert any("is not settled by 3 trainings" in sentence for sentence in verdict(replace(made_up(5.0), primary=planned)))
 
 
 @pytest.mark.parametrize("grid", [{"model": ["one"]}, {"model": ["one", "other"], "bits": [2, 3]}, {}])

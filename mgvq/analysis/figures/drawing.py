@@ -1,7 +1,8 @@
-"""How every picture of a study looks, and how it is written: equal numbers give equal bytes."""
+"""How every figure of a study looks, and how it is written: equal numbers give equal bytes."""
 
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ QUIET = "#6b6b6b"
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "mgvq",
     "svg.fonttype": "none",  # text stays text: small, searchable, and read aloud
+    "text.parse_math": False,  # an arm may have dollars in its name
     "font.size": 8.5,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -37,13 +39,13 @@ _STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Figures are made and saved inside."""
+    """The common style: figures are made and saved inside of this context."""
     with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):  # type: ignore[arg-type]
         yield
 
 
 def look(number: int) -> dict[str, Any]:
-    """Colour and marker of the series `number`; no two of the first 49 alike."""
+    """The colour and the marker of the series `number`; no two of the first 49 are alike."""
     turn, colour = divmod(number, len(COLOURS))
     return {"color": COLOURS[colour], "marker": MARKERS[(colour + turn) % len(MARKERS)]}
 
@@ -55,16 +57,18 @@ def panels(num_rows: int, num_columns: int, height: float, **options: Any) -> tu
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """As SVG, without date and version."""
+    """Write a figure as SVG, without date and version, and return the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    path.write_text(_settled(text.getvalue()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the viewer's font draws it
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    path.write_text(_settled(text.getvalue()), encoding="utf-8")
     return path
 
 
 def _settled(svg: str) -> str:
-    """Without what differs between processors: the last bits of coordinates, and ids that are digests of them.
+    """An SVG without what differs between processors: the last bits of coordinates, and ids that are digests of them.
 
     Coordinates get three decimals (of a point: far below what a screen shows), ids are numbered.
     """

@@ -1,9 +1,8 @@
-"""Pictures by layer: where bits, sensitivity and codebook use lie, and what each stage of rounding does to a layer's error.
+"""Figures by layer: where bits, sensitivity and codebook use lie, and what each stage of rounding does to a layer's error.
 
 They are drawn from the table that `mgvq.analysis.records.layers` describes.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import LogLocator
 
 from mgvq.analysis.figures.drawing import COLOURS, MARKERS, QUIET, panels
 from mgvq.analysis.records.layers import PROXY
+from mgvq.analysis.records.records import Point
 
 _LEGEND = {
     "bits": "index bits a weight",
@@ -33,7 +33,7 @@ _STAGES = {
 
 
 def varies(layers: pd.DataFrame, quantity: str) -> bool:
-    """Some arm has different values of it in different layers or groups."""
+    """Whether some arm has different values of a quantity in different layers or groups."""
     part = layers[layers.quantity == quantity]
     return bool((part.groupby(["point", "arm"])["value"].nunique() > 1).any())
 
@@ -42,7 +42,7 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
     """A panel a grid point: layers by arms, the channel groups of an arm side by side (by ascending score).
 
     Arms with one value everywhere are left out. `sensitivity` is the score over the mean of the model, in powers of ten from -2
-    to 2: definitions have different units.
+    to 2: definitions have different units. A cell that lacks a value is grey.
     """
     part = layers.loc[layers.quantity == quantity]
     differs = part.arm[part.groupby(["point", "arm"])["value"].transform(lambda values: values.nunique() > 1)]
@@ -60,9 +60,11 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
             if not table.empty:
                 table = table.reindex(index=rows.layer.unique())[sorted(table)]
                 where = (place, place + 1, len(table), 0)
+                if table.isna().to_numpy().any():
+                    ax.set_facecolor("lightgrey")
                 ax.imshow(table.to_numpy(float), extent=where, aspect="auto", interpolation="none", **colours)
         _label(ax, list(rows.layer.unique()), arms)
-        ax.set_title(("\n" if len(flat) > 1 and _one_row(flat) else ", ").join(map(str, json.loads(point).values())))
+        ax.set_title(Point(point).title("\n" if len(flat) > 1 and _one_row(flat) else ", "))
     bar = figure.colorbar(flat[0].images[0], ax=flat, aspect=40, pad=0.01)
     bar.solids.set_edgecolor("face")  # type: ignore[union-attr]
     bar.set_label(_LEGEND[quantity])
@@ -70,7 +72,10 @@ def heat_map(layers: pd.DataFrame, quantity: str) -> Figure:
 
 
 def _heat_panels(num_layers: Sequence[int], arms: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """One below the other, or side by side where points and their arms are few; layers so high that their names can be read."""
+    """The panels, one below the other, or side by side where points and their arms are few.
+
+    Layers are so high that their names can be read.
+    """
     row = min(0.14, 9 / max(num_layers))
     names = 0.5 + 0.05 * max(map(len, arms))
     if len(num_layers) <= 4 and len(arms) * len(num_layers) <= 8:
@@ -86,12 +91,13 @@ def _one_row(axes: Sequence[Axes]) -> bool:
 
 
 def _relative(layers: pd.DataFrame, rows: pd.DataFrame) -> pd.Series:
-    """log10 of a mean channel score over that of the model, all weights alike."""
+    """log10 of a mean channel score over that of the model, all weights alike; NaN where the model lacks a score."""
     keys = ["point", "arm", "site", "group"]
     weights = rows[keys].merge(layers[layers.quantity == "weights"], on=keys, how="left").value.to_numpy(float)
     cells = [rows.point, rows.arm]
     values = rows.value.astype(float)
     mean = (values * weights).groupby(cells).transform("sum") / pd.Series(weights, rows.index).groupby(cells).transform("sum")
+    mean = mean.mask(values.isna().groupby(cells).transform("any"))  # sums skip what is NaN
     return np.log10((values / mean).clip(lower=1e-12))  # a score may be 0
 
 
@@ -114,15 +120,15 @@ def _label(ax: Axes, layers: Sequence[str], arms: Sequence[str]) -> None:
 
 
 def has_stages(layers: pd.DataFrame) -> bool:
-    """Some run kept its layers' errors before compensation."""
+    """Whether some run kept its layers' errors before compensation."""
     return bool((layers.quantity == PROXY[0]).any())
 
 
 def proxy_figure(layers: pd.DataFrame) -> Figure:
     """A panel an arm and grid point: the proxy error of each layer after each stage, over that of the nearest centroids.
 
-    Below 1 a stage helps. The geometric mean of the layers stands in the panel's corner. Arms whose runs kept no stages are
-    left out.
+    Below 1 a stage helps. The geometric mean of the layers stands in the panel's corner, a dash where an error is not finite.
+    Arms whose runs kept no stages are left out.
     """
     part = layers[layers.quantity.isin(PROXY)]
     cells = [cell for _, cell in part.groupby(["point", "arm"], sort=False)]
@@ -143,9 +149,10 @@ def proxy_figure(layers: pd.DataFrame) -> Figure:
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("")
         ax.grid(axis="y")
-        last = np.exp(np.log(table[stages[-1]] / table[PROXY[0]]).mean())
-        ax.text(0.98, 0.04, f"{last:.2f}", transform=ax.transAxes, ha="right", va="bottom", color=QUIET)
-        ax.set_title(f"{', '.join(map(str, json.loads(cell.point.iloc[0]).values()))}\n{cell.arm.iloc[0]}", fontsize=8)
+        last = np.exp(np.log(table[stages[-1]] / table[PROXY[0]]).mean())  # over the layers that went through that stage
+        shown = "-" if cell.value.isna().any() else f"{last:.2f}"
+        ax.text(0.98, 0.04, shown, transform=ax.transAxes, ha="right", va="bottom", color=QUIET)
+        ax.set_title(f"{Point(cell.point.iloc[0]).title()}\n{cell.arm.iloc[0]}", fontsize=8)
     for ax in flat[len(cells) :]:
         ax.remove()
     for line in axes:

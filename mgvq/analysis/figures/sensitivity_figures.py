@@ -1,4 +1,4 @@
-"""Heat maps of the frame of scores that `mgvq.analysis.sensitivity` describes."""
+"""Heat maps of the frame of channel scores that `mgvq.quantization.scoring` makes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mgvq.analysis.sensitivity import layer_means, number, rank_correlation
+from mgvq.analysis.statistics.sensitivity import layer_means, rank_correlation
+from mgvq.analysis.tables.sensitivity_tables import number
 
 
 def draw_figures(name: str, scores: pd.DataFrame, results: Path) -> list[Path]:
-    """`figures/sensitivity_NAME_layers.png` and `_ranks.png` under `results`."""
+    """Write `figures/sensitivity_NAME_layers.png` and `_ranks.png` under `results`, and return them."""
     paths = []
     for kind, figure in (("layers", layers_figure(name, scores)), ("ranks", ranks_figure(name, scores))):
         path = results / "figures" / f"sensitivity_{name}_{kind}.png"
@@ -22,7 +23,7 @@ def draw_figures(name: str, scores: pd.DataFrame, results: Path) -> list[Path]:
 
 
 def layers_figure(name: str, scores: pd.DataFrame) -> Figure:
-    """Layers by definitions: the mean score of each layer over that of the model, colours in powers of ten, 0 in grey."""
+    """A map of layers by definitions: the mean score of each layer over that of the model, in powers of ten, 0 in grey."""
     means = layer_means(scores)
     ticks = {-2: "1/100", -1: "1/10", 0: "1", 1: "10", 2: "100"}
     figure = _heat_map(means.where(means > 0).map(np.log10), ticks, colours="PuOr_r", row_height=0.25)
@@ -31,7 +32,7 @@ def layers_figure(name: str, scores: pd.DataFrame) -> Figure:
 
 
 def ranks_figure(name: str, scores: pd.DataFrame) -> Figure:
-    """Definitions by definitions: `rank_correlation` with its numbers."""
+    """A map of definitions by definitions: `rank_correlation` with its numbers."""
     ranks = rank_correlation(scores)
     figure = _heat_map(ranks, {-1: "-1", 0: "0", 1: "1"}, colours="RdBu_r", row_height=0.4)
     figure.suptitle(
@@ -45,7 +46,7 @@ def ranks_figure(name: str, scores: pd.DataFrame) -> Figure:
 
 
 def _heat_map(values: pd.DataFrame, ticks: Mapping[int, str], *, colours: str, row_height: float) -> Figure:
-    """The map, rows `row_height` inches high and NaN grey, and a colour bar from the least to the greatest of `ticks`."""
+    """A map with rows `row_height` inches high and NaN in grey, and a colour bar from the least to the greatest of `ticks`."""
     rows, columns = values.shape
     figure = Figure(figsize=(5 + 0.5 * columns, 2 + row_height * rows), layout="constrained")
     axes = figure.add_subplot()

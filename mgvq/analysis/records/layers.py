@@ -1,6 +1,6 @@
 """What a study's runs did to each layer: bits and sensitivity by channel group, error of the rounding, use of the codebooks.
 
-Means over the runs of an arm, small enough to be committed beside the record: the pictures by layer are drawn from it.
+Means over the runs of an arm, small enough to be committed beside the record: the figures by layer are drawn from it.
 """
 
 import json
@@ -9,60 +9,72 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
+from mgvq.analysis.records.records import StudyRecord, read_parquet
+from mgvq.errors import UserError
 from mgvq.progress import progress
+from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
 
 KEYS = ["point", "arm", "site", "tower", "kind", "block", "group"]
+COLUMNS = [*KEYS, "quantity", "value"]
 PROXY = ("nearest", "feedback", "shifted", "refit")  # the stages of rounding a layer, in this order
 
 
-def collect_layers(runs: Sequence[PlannedRun]) -> pd.DataFrame:
+def collect_layers(runs: Sequence[PlannedRun], record: StudyRecord | None = None) -> pd.DataFrame:
     """One row a grid point, arm, layer, channel group and quantity; `value` is its mean over the arm's distinct runs.
 
     Quantities: `bits` (index bits a weight), `sensitivity` (mean channel score), `usage` (entropy of a codebook's codes over the
     log of its size: 1 where all centroids are used alike; a mean over stages, none for a scalar grid), by group; `weights`, how
     many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them,
-    the proxy error after each stage of `PROXY`. Full-precision runs have no rows; without any other the table is empty.
+    the proxy error after each stage of `PROXY`. A mean over values of which one is NaN is NaN. Full-precision runs have no rows;
+    without any other the table is empty. With a `record` only its runs are read. Raises UserError where a run's files are not
+    those that it wrote.
     """
-    cells = dict.fromkeys((json.dumps(run.point), run.arm, run.folder.path) for run in runs)  # seeds that share a run count once
+    known = None if record is None else {run.run for run in record.runs}
+    folders = {run.folder.path: run.folder for run in runs if known is None or run.folder.path.name in known}
+    cells = dict.fromkeys((json.dumps(run.point), run.arm, run.folder.path) for run in runs if run.folder.path in folders)
     parts = [
         part.assign(point=point, arm=arm)
-        for point, arm, folder in progress(cells, "layers of the runs")
-        for part in _tables(folder)
+        for point, arm, path in progress(cells, "layers of the runs")  # seeds that share a run count once
+        for part in _tables(folders[path])
     ]
     if not parts:
-        return pd.DataFrame(columns=[*KEYS, "quantity", "value"])
+        return pd.DataFrame(columns=COLUMNS)
     rows = pd.concat(parts)
-    means = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False, as_index=False).agg({"value": "mean"})
+    by = rows.groupby([*KEYS, "quantity"], sort=False, dropna=False, as_index=False)
+    means = pd.DataFrame(by[["value"]].mean(skipna=False))
     return means.astype({"value": "float32"})
 
 
-def _tables(run: Path) -> Iterator[pd.DataFrame]:
+def _tables(folder: RunFolder) -> Iterator[pd.DataFrame]:
+    """The quantities of one run."""
+    run, remedy = folder.path, "delete the run's folder and run it again."
     if not (run / "allocation.parquet").is_file():
         return
-    slices = pd.read_parquet(run / "allocation.parquet")
+    folder.verify()
+    slices = read_parquet(run / "allocation.parquet", remedy)
     groups = slices[["site", "tower", "kind", "block", "group"]]
     score = slices.score / slices.num_channels
+    for quantity, value in {"bits": slices.index_bits, "sensitivity": score, "weights": slices.num_weights}.items():
+        yield groups.assign(quantity=quantity, value=value.astype(float))
     used = codebook_usage(run / "checkpoint")
-    usage = pd.Series([used.get(key) for key in zip(slices.site, slices.group, strict=True)], slices.index, dtype=float)
-    found = {"bits": slices.index_bits, "sensitivity": score, "usage": usage, "weights": slices.num_weights}
-    for quantity, value in found.items():
-        yield groups.assign(quantity=quantity, value=value).dropna(subset="value")
-    layers = pd.read_parquet(run / "layers.parquet")
-    whole = layers[["site", "tower", "kind", "block"]].assign(group=-1)
-    yield whole.assign(quantity="stored", value=layers.proxy_error).dropna(subset="value")
+    keys = list(zip(slices.site, slices.group, strict=True))
+    has_codebook = np.array([key in used for key in keys], bool)
+    usage = [used[key] for key in keys if key in used]
+    yield groups.loc[has_codebook].assign(quantity="usage", value=usage)
+    layers = read_parquet(run / "layers.parquet", remedy)
+    if layers.proxy_error.notna().any():  # without a metric there is none
+        yield layers[["site", "tower", "kind", "block"]].assign(group=-1, quantity="stored", value=layers.proxy_error)
     if (run / "proxy.parquet").is_file():
-        proxy = pd.read_parquet(run / "proxy.parquet")
+        proxy = read_parquet(run / "proxy.parquet", remedy)
         columns = {"group": -1, "quantity": proxy.part, "value": proxy.proxy_error}
-        yield proxy[["site", "tower", "kind", "block"]].assign(**columns).dropna(subset="value")
+        yield proxy[["site", "tower", "kind", "block"]].assign(**columns)
 
 
 def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
-    """By layer and channel group: the entropy of its codes over log k, a mean over the codebooks of a piece.
-
-    Where layers share a table, the codes of one layer may well use a part of it.
-    """
+    """The `evenness` of the codes by layer and channel group. Groups without a codebook have no entry."""
     from mgvq.checkpoint.load import FORMATS, read  # here: torch takes seconds to import, and records need none of it
 
     usage = {}
@@ -70,12 +82,16 @@ def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
         stored = FORMATS[layer.format].load(layer.tensors, **layer.settings)
         for group, channel_slice in enumerate(getattr(stored, "slices", (stored,))):
             if channel_slice.format == "vector":
-                usage[layer.name, group] = _evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])
+                usage[layer.name, group] = evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])
     return usage
 
 
-def _evenness(codes: np.ndarray, num_tables: int, num_centroids: int) -> float:
-    """Codes are (out, vectors, stages); see `VectorWeight` for which table an entry points into."""
+def evenness(codes: Int[np.ndarray, "out vectors stages"], num_tables: int, num_centroids: int) -> float:
+    """The entropy of codes over log(`num_centroids`), a mean over the tables: 1 where all centroids are used alike.
+
+    Vector v of a row takes stage s from table (v mod (num_tables / stages)) * stages + s, as `VectorWeight` says. Where layers
+    share a table, the codes of one layer may well use a part of it.
+    """
     _, num_vectors, stages = codes.shape
     table = (np.arange(num_vectors)[:, None] % (num_tables // stages)) * stages + np.arange(stages)
     counts = np.bincount((table * num_centroids + codes).ravel(), minlength=num_tables * num_centroids)
@@ -85,16 +101,24 @@ def _evenness(codes: np.ndarray, num_tables: int, num_centroids: int) -> float:
 
 
 def layers_path(results: Path, study: str) -> Path:
-    """Beside the records, in a folder of its own."""
+    """Where the layers of a study lie: beside the records, in a folder of their own."""
     return results / "records" / "layers" / f"{study}.parquet"
 
 
 def write_layers(layers: pd.DataFrame, path: Path) -> None:
-    """One parquet file; what repeats is stored once."""
+    """Write one parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     layers.to_parquet(path, index=False, compression="zstd")
 
 
 def read_layers(path: Path) -> pd.DataFrame:
-    """Empty where the study kept none, as one without quantised runs does."""
-    return pd.read_parquet(path) if path.is_file() else pd.DataFrame(columns=[*KEYS, "quantity", "value"])
+    """Read what `write_layers` wrote: an empty table where the study kept none, as one without quantised runs does.
+
+    Raises UserError, naming the file, where it is damaged or holds something else.
+    """
+    if not path.is_file():
+        return pd.DataFrame(columns=COLUMNS)
+    layers = read_parquet(path, "mgvq-report STUDY.yaml writes it again from finished runs.")
+    if absent := [name for name in COLUMNS if name not in layers]:
+        raise UserError(f"{path} is no table of layers: it has no {', '.join(absent)}. mgvq-report STUDY.yaml writes one.")
+    return layers

@@ -1,142 +1,306 @@
-"""The compact record of a study: one row a cell and distinct run, enough to rebuild every table without the run folders."""
+"""The record of a study: its finished runs with a value for every question, enough to make every table without the run folders.
 
-import hashlib
+One parquet file a study, `results/records/STUDY.parquet`: a row for every run in every cell, and what the rows have in common in
+the file's metadata. `StudyRecord` is what the analysis works on.
+"""
+
 import json
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from mgvq.errors import UserError
-from mgvq.model.source import FLAG
-from mgvq.studies.plan import PlannedRun
-from mgvq.studies.spec import Study
+from mgvq.studies.kinds import Kind, kind_from, kind_of_metrics
+
+COLUMNS = ("run", "arm", "point", "seeds", "overrides", "num_samples", "samples", "metrics", "identity", "scores")
 
 
-def collect(study: Study, runs: Sequence[PlannedRun]) -> pd.DataFrame:
-    """Columns: `run, arm, point, seeds, overrides, num_samples, samples, metrics, identity, scores, losses`.
+@dataclass(frozen=True)
+class Point:
+    """One combination of the values of a study's grid. Two points are equal where their texts are."""
 
-    `point`, `metrics` and `identity` are JSON text. Where a run is of a stress variant, or of a model whose revision may move,
-    the points say so as their `model`, and so do all tables. `seeds` are all that the run stands for, `overrides` the command's
-    words at the first of them; `scores` and rounded `losses` (none of benchmarks) are lists with an entry a question; `samples`
-    is a digest of the questions. What the rows have in common is in the `attrs`, which the parquet file keeps: the study's
-    `baseline` (the first of its `baselines`), `primary`, `spread` and `trainings`, the `kind` of its evaluation, and what
-    `questions` reads. Raises UserError where a run is not done, where an evaluation is none that tables know, or where runs
-    answered different questions: their numbers do not belong into one table.
-    """
-    cells: dict[tuple[str, str, Path], list[PlannedRun]] = {}
-    for run in runs:
-        cells.setdefault((run.arm, json.dumps(run.point), run.folder.path), []).append(run)
-    records = pd.DataFrame([_record(cell) for cell in cells.values()])
-    if records.samples.nunique() > 1:
-        raise UserError(f"the runs answered different test questions: {records.groupby('samples').run.first().to_dict()}")
-    records["point"] = records.point.map(_labelled_points(records))
-    baseline = next(iter(study.baselines), None)
-    common = {name: getattr(study, name) for name in ("baselines", "primary", "spread", "trainings")}
-    kind = runs[0].kind
-    assert kind is not None, "each of the records has been asked for it"
-    records.attrs = {"baseline": baseline, **common, "kind": kind.settings(), "questions": _describe(_samples(runs[0]))}
-    return records
+    text: str
+    """The grid's keys and values as JSON."""
 
+    @cached_property
+    def values(self) -> Mapping[str, Any]:
+        """The grid's values by their full keys."""
+        return json.loads(self.text)
 
-def _labelled_points(records: pd.DataFrame) -> dict[str, str]:
-    """The points as they are where no run has a flag about its model; otherwise each with a label of all its models."""
-    marks = [[f.removeprefix(FLAG) for f in json.loads(text)["flags"] if f.startswith(FLAG)] for text in records.metrics]
-    if not any(marks):
-        return {point: point for point in records.point}
-    labels: dict[str, dict[str, None]] = {}
-    for point, identity, mark in zip(records.point, records.identity, marks, strict=True):
-        name = json.loads(identity)["model"]["name"]
-        labels.setdefault(point, {})[f"{name} ({', '.join(mark)})" if mark else name] = None
-    return {point: json.dumps(json.loads(point) | {"model": " / ".join(found)}) for point, found in labels.items()}
+    @cached_property
+    def short(self) -> Mapping[str, Any]:
+        """The grid's values by the last parts of their keys (`bits_per_weight`), as tables show them."""
+        return {key.rsplit(".", 1)[-1]: value for key, value in self.values.items()}
+
+    @property
+    def words(self) -> str:
+        """The point in a sentence: text values alone, others after their keys; `all runs` for a study without a grid."""
+        return self.named(self.short) or "all runs"
+
+    @staticmethod
+    def named(values: Mapping[str, Any]) -> str:
+        """Some of a point's values in words."""
+        return ", ".join(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in values.items())
+
+    def title(self, separator: str = ", ") -> str:
+        """The bare values, for a heading."""
+        return separator.join(map(str, self.values.values()))
 
 
-def against(records: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """The same records with another baseline; the study's primary comparison is not one of these."""
-    other = records.copy()
-    other.attrs = {**records.attrs, "baseline": baseline, "primary": None}
-    return other
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RunRecord:
+    """One finished run in one cell of its study."""
+
+    run: str
+    """The run's id, the name of its folder."""
+    seeds: tuple[int, ...]
+    """All seeds that the run stands for; several where nothing in it is random."""
+    overrides: str
+    """The words of the command that makes the run at the first of its seeds."""
+    num_samples: int
+    """How many questions or passages the run answered."""
+    samples: str
+    """A digest of these questions."""
+    metrics: Mapping[str, Any]
+    """`metrics.json` of the run. A metric that was not finite is None."""
+    identity: str
+    """`identity.json` of the run, as it is written there."""
+    scores: np.ndarray
+    """The score of every answer: bool for right or wrong, else float32."""
+    losses: np.ndarray | None
+    """The loss of every right answer in nats, to three digits; None for benchmarks, which have none."""
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether the run quantised nothing."""
+        return self.metrics["rate"] == "full_precision"
+
+    def metric(self, name: str) -> float:
+        """A metric of the run, NaN where it was not finite or not measured."""
+        value = self.metrics.get(name)
+        return float(value) if value is not None and np.isfinite(value) else np.nan
 
 
-def _record(cell: Sequence[PlannedRun]) -> dict[str, object]:
-    run = cell[0]
-    metrics, samples = run.folder.metrics(), _samples(run)
-    if run.kind is None:
-        raise UserError(f"arm {run.arm}: evaluation={run.cfg.variants.evaluation} declares no kind, so that no table knows it.")
-    if run.kind.headline not in metrics:
-        raise UserError(
-            f"arm {run.arm}: tables are of runs that measured {run.kind.headline}; this one has {', '.join(sorted(metrics))}. "
-            f"They are in {run.folder.path}/metrics.json."
-        )
-    return {
-        "run": run.folder.path.name,
-        "arm": run.arm,
-        "point": json.dumps(run.point),
-        "seeds": [planned.seed for planned in cell],
-        "overrides": shlex.join(run.overrides),
-        "num_samples": len(samples),
-        "samples": hashlib.sha256("".join(samples.sample_hash).encode()).hexdigest()[:16],
-        "metrics": json.dumps(metrics),
-        "identity": (run.folder.path / "identity.json").read_text(),
-        **_answers(samples),
+@dataclass(frozen=True, kw_only=True)
+class MissingRun:
+    """A run of the study that has no result, or none that can be trusted."""
+
+    seeds: tuple[int, ...]
+    """The seeds that it would stand for."""
+    reason: str
+    """What became of it: not run, failed with which error, damaged in which file."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Cell:
+    """All runs of one arm at one point of the grid."""
+
+    point: Point
+    arm: str
+    runs: tuple[RunRecord, ...]
+    missing: tuple[MissingRun, ...] = ()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether one run stands for all seeds."""
+        return len(self.runs) == 1 and not self.missing
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether all runs quantised nothing."""
+        return bool(self.runs) and all(run.is_full_precision for run in self.runs)
+
+    @property
+    def seeds(self) -> set[int]:
+        """The seeds that have a run."""
+        return {seed for run in self.runs for seed in run.seeds}
+
+    def metric(self, name: str) -> Float[np.ndarray, "runs"]:
+        """One metric of all runs, NaN where it was not finite."""
+        return np.array([run.metric(name) for run in self.runs], float)
+
+    def values(self, column: str, seeds: Sequence[int] | None = None) -> Float[np.ndarray, "seeds questions"]:
+        """`scores` or `losses`: a row for every seed in ascending order, one row where one run stands for all seeds.
+
+        `seeds` chooses among the rows where there are several; each must have a run.
+        """
+        if self.is_fixed:
+            return np.array([getattr(self.runs[0], column)], float)
+        rows = {seed: getattr(run, column) for run in self.runs for seed in run.seeds}
+        return np.array([rows[seed] for seed in sorted(rows if seeds is None else seeds)], float)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StudyRecord:
+    """The results of a study: what its tables, figures and verdict are made of."""
+
+    cells: tuple[Cell, ...]
+    """Every arm at every point that it is run at, in the order of the study file."""
+    kind: Kind
+    """What the runs answered, all of them the same."""
+    questions: pd.DataFrame
+    """One row a question. Columns: `type` and `num_tokens` of the right answer, or its `task` where there is no loss; `picture`,
+    the number of the cluster that it belongs to."""
+    baselines: tuple[str, ...] = ()
+    """The arms that others are compared with: each makes a table."""
+    baseline: str | None = None
+    """The one of them that this record is compared with; None compares nothing."""
+    primary: Mapping[str, str] | None = None
+    """`arm` and `metric` of the one comparison that was planned before the first run."""
+    spread: str | None = None
+    """In a study of seeds, the arm that draws everything anew with each."""
+    trainings: str | None = None
+    """In a study of trainings, the key of the grid whose values are one model trained from several seeds."""
+
+    @cached_property
+    def runs(self) -> tuple[RunRecord, ...]:
+        """All runs; one that belongs to several cells is here as often."""
+        return tuple(run for cell in self.cells for run in cell.runs)
+
+    @cached_property
+    def points(self) -> tuple[Point, ...]:
+        """The points of the grid."""
+        return tuple(dict.fromkeys(cell.point for cell in self.cells))
+
+    @cached_property
+    def arms(self) -> tuple[str, ...]:
+        """The names of all arms."""
+        return tuple(dict.fromkeys(cell.arm for cell in self.cells))
+
+    def at(self, point: Point) -> dict[str, Cell]:
+        """The cells of one point by arm."""
+        return {cell.arm: cell for cell in self.cells if cell.point == point}
+
+    @property
+    def num_samples(self) -> int:
+        """How many questions or passages every run answered."""
+        return self.runs[0].num_samples
+
+    @property
+    def missing(self) -> list[tuple[Cell, MissingRun]]:
+        """What a partial record lacks; empty for a complete one."""
+        return [(cell, missing) for cell in self.cells for missing in cell.missing]
+
+    def against(self, baseline: str | None) -> "StudyRecord":
+        """The same results with another baseline; the study's planned comparison is not one of these."""
+        return replace(self, baseline=baseline, primary=None)
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """`seed 3`, or `seeds 0, 1`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
+
+
+def metric_frame(record: StudyRecord) -> pd.DataFrame:
+    """A row a run with a column for each grid key, `arm`, `run`, and each metric."""
+    return pd.DataFrame(
+        {**cell.point.values, "arm": cell.arm, "run": run.run, **run.metrics} for cell in record.cells for run in cell.runs
+    )
+
+
+def write_record(record: StudyRecord, path: Path) -> None:
+    """Write one parquet file. Raises UserError for a record from which runs are missing."""
+    if record.missing:
+        raise UserError(f"{path} is not written: a record of a study needs all its runs, and {len(record.missing)} are missing.")
+    frame = pd.DataFrame(_lines(record))
+    questions = {str(name): " ".join(map(str, column)) for name, column in record.questions.items()}
+    frame.attrs = {
+        "baseline": next(iter(record.baselines), None),
+        "baselines": list(record.baselines),
+        "primary": record.primary,
+        "spread": record.spread,
+        "trainings": record.trainings,
+        "kind": record.kind.settings(),
+        "questions": questions,
     }
-
-
-def _answers(samples: pd.DataFrame) -> dict[str, list[bool] | list[float]]:
-    """Of benchmarks the scores alone, some of them between 0 and 1; else whether each answer is right, and its loss."""
-    if "loss" not in samples:
-        return {"scores": samples.score.astype("float32").to_list()}
-    return {"scores": (samples.score > 0).to_list(), "losses": samples.loss.round(3).astype("float32").to_list()}
-
-
-def _samples(run: PlannedRun) -> pd.DataFrame:
-    return pd.read_parquet(run.folder.path / "samples.parquet")
-
-
-def _describe(samples: pd.DataFrame) -> dict[str, str]:
-    """A word a question: its type and the tokens of its answer, or its task where there is no loss; and its picture (a sample
-    id without its last part)."""
-    pictures, _ = pd.factorize(samples.sample_id.str.rpartition("-")[0])
-    known = {"type": samples.type, "num_tokens": samples.num_tokens} if "loss" in samples else {"task": samples.task}
-    columns = {**known, "picture": pictures}
-    return {name: " ".join(map(str, column)) for name, column in columns.items()}
-
-
-def questions(records: pd.DataFrame) -> pd.DataFrame:
-    """One row a question: `type` and `num_tokens` of the right answer, or its `task`; and the number of its `picture`."""
-    columns = {name: words.split() for name, words in records.attrs["questions"].items()}
-    return pd.DataFrame(columns).astype({name: int for name in ("num_tokens", "picture") if name in columns})
-
-
-def write_records(records: pd.DataFrame, path: Path) -> None:
-    """One parquet file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.to_parquet(path, index=False, compression="zstd")
+    frame.to_parquet(path, index=False, compression="zstd")
 
 
-def read_records(path: Path) -> pd.DataFrame:
-    """Raises UserError where there is no such file."""
+def _lines(record: StudyRecord) -> Iterator[dict[str, object]]:
+    exact = all(run.scores.dtype == bool for run in record.runs)  # a column has one type
+    for cell in record.cells:
+        for run in cell.runs:
+            yield {
+                "run": run.run,
+                "arm": cell.arm,
+                "point": cell.point.text,
+                "seeds": list(run.seeds),
+                "overrides": run.overrides,
+                "num_samples": run.num_samples,
+                "samples": run.samples,
+                "metrics": json.dumps(run.metrics),
+                "identity": run.identity,
+                "scores": run.scores if exact else run.scores.astype("float32"),
+                **({} if run.losses is None else {"losses": run.losses}),
+            }
+
+
+def read_record(path: Path) -> StudyRecord:
+    """Read what `write_record` wrote. Raises UserError, naming the file, where it is missing, damaged or no record."""
+    frame = read_parquet(path, "mgvq-report STUDY.yaml writes it from finished runs.")
+    told = frame.attrs
+    if absent := [name for name in COLUMNS if name not in frame] + [name for name in ("questions",) if name not in told]:
+        raise UserError(f"{path} is no record of a study: it has no {', '.join(absent)}. mgvq-report STUDY.yaml writes one.")
+    try:
+        cells = _cells(frame)
+        kind = kind_from(told["kind"]) if told.get("kind") else kind_of_metrics(cells[0].runs[0].metrics)
+        if not all(kind.headline in run.metrics for cell in cells for run in cell.runs):
+            raise ValueError(f"a run in it has not measured {kind.headline}")
+        return StudyRecord(
+            cells=cells,
+            kind=kind,
+            questions=_questions(told["questions"]),
+            baselines=tuple(told.get("baselines") or ()),
+            baseline=told.get("baseline"),
+            primary=told.get("primary"),
+            spread=told.get("spread"),
+            trainings=told.get("trainings"),
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no record of a study: {error}. mgvq-report STUDY.yaml writes one.") from error
+
+
+def read_parquet(path: Path, remedy: str) -> pd.DataFrame:
+    """A parquet file. Raises UserError with its name and the `remedy` where it is missing, empty, cut short or not parquet."""
     if not path.is_file():
-        raise UserError(f"{path} is missing; mgvq-report STUDY.yaml writes it from finished runs.")
-    return pd.read_parquet(path)
+        raise UserError(f"{path} is missing; {remedy}")
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError, KeyError) as error:  # ArrowInvalid is a ValueError
+        raise UserError(f"{path} cannot be read as parquet ({_first_line(error)}); {remedy}") from error
 
 
-def metric_frame(records: pd.DataFrame) -> pd.DataFrame:
-    """A row a record with a column for each grid key and each metric; `attrs["points"]` are the grid keys' names."""
-    rows = [
-        {**json.loads(row["point"]), "arm": row["arm"], "run": row["run"], **json.loads(row["metrics"])}
-        for row in records.to_dict(orient="records")
-    ]
-    frame = pd.DataFrame(rows)
-    frame.attrs["points"] = list(json.loads(records.point.iloc[0]))
-    return frame
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def values_by_seed(records: pd.DataFrame, column: str) -> np.ndarray:
-    """`scores` or `losses` of one arm at one grid point: a row a seed in ascending order, or one if all seeds are one run."""
-    if len(records) == 1:
-        return np.array([records[column].iloc[0]], float)
-    rows = {seed: row for seeds, row in zip(records.seeds, records[column], strict=True) for seed in seeds}
-    return np.array([rows[seed] for seed in sorted(rows)], float)
+def _cells(frame: pd.DataFrame) -> tuple[Cell, ...]:
+    found: dict[tuple[Point, str], list[RunRecord]] = {}
+    for row in frame.to_dict(orient="records"):
+        run = RunRecord(
+            run=row["run"],
+            seeds=tuple(map(int, row["seeds"])),
+            overrides=row["overrides"],
+            num_samples=int(row["num_samples"]),
+            samples=row["samples"],
+            metrics=json.loads(row["metrics"]),
+            identity=row["identity"],
+            scores=row["scores"],
+            losses=row.get("losses"),
+        )
+        found.setdefault((Point(row["point"]), row["arm"]), []).append(run)
+    if not found:
+        raise ValueError("it has no runs")
+    return tuple(Cell(point=point, arm=arm, runs=tuple(runs)) for (point, arm), runs in found.items())
+
+
+def _questions(words: Mapping[str, str]) -> pd.DataFrame:
+    columns = {name: text.split() for name, text in words.items()}
+    return pd.DataFrame(columns).astype({name: int for name in ("num_tokens", "picture") if name in columns})

@@ -1,89 +1,96 @@
-"""Every arm against the study's baseline, at every point of its grid: accuracy and answer loss, with intervals and p values."""
+"""Every arm against the study's baseline, at every point of its grid, with intervals and p values."""
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
-from mgvq.analysis.records.records import questions, values_by_seed
+from mgvq.analysis.records.records import Cell, Point, StudyRecord
+from mgvq.analysis.statistics.measures import MEASURES, Measure, measure_of
 from mgvq.analysis.statistics.significance import Effect, holm, paired_difference, reweighted
-from mgvq.data.tiny_vqa.questions import HEADLINE
-from mgvq.studies.kinds import Kind, kind_from, kind_of_metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Procedure:
+    """How a difference is tested, and how its p value is corrected for the other arms of its grid point."""
+
+    test: Callable[[Float[np.ndarray, "seeds clusters"]], Effect]
+    """The test: it makes an effect of the differences of two arms, paired by seed and cluster of questions."""
+    correct: Callable[[Float[np.ndarray, "tests"]], Float[np.ndarray, "tests"]]
+    """The correction: it adjusts the p values of a grid point; NaN is no test, and stays NaN."""
+    test_name: str
+    """The test in the note under a table."""
+    correction_name: str
+    """The correction in the note under a table."""
+
+
+# The one place that says which statistics the studies use; both functions are in `significance.py`.
+PROCEDURE = Procedure(test=paired_difference, correct=holm, test_name="two-way random-effects t test", correction_name="Holm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """An arm minus the baseline. `p` is adjusted for the other arms of the point, unless the comparison was `planned`."""
+    """An arm minus the baseline."""
 
     effect: Effect
+    """The difference with its interval, and its p alone."""
     p: float
+    """The p value, corrected for the other arms of the point unless the comparison was planned."""
     planned: bool
+    """Whether this is the comparison that the study named before its first run."""
 
 
-def headline_weights(asked: pd.DataFrame) -> Float[np.ndarray, "questions"]:
-    """Weights under which the sum of all scores is the headline accuracy: headline types alike, questions of a type alike.
+def differences(record: StudyRecord, measure: Measure) -> Iterator[tuple[Point, str, Float[np.ndarray, "seeds clusters"]]]:
+    """Grid point, arm, and its differences to the baseline, whose mean is the difference of the metric.
 
-    Where they belong to tasks: tasks alike, questions of a task alike. Where no type is one of the headline: all alike.
+    The baseline has none, nor has an arm that shares no seed with it. NaN where a question has no finite value.
     """
-    if "task" not in asked and not set(asked.type) & set(HEADLINE):
-        return np.full(len(asked), 1 / len(asked))
-    label, worth = (asked.task, dict.fromkeys(asked.task, 1)) if "task" in asked else (asked.type, HEADLINE)
-    counts = label.map(label.value_counts())
-    weights = label.map(worth).fillna(0).to_numpy(float)
-    total = sum(weight for kind, weight in worth.items() if kind in set(label))
-    return weights / counts.to_numpy(float) / max(total, 1)
+    weights = measure.weigh(record.questions, record.kind)
+    clusters = record.questions.picture.to_numpy()
+    for point in record.points:
+        cells = record.at(point)
+        base = cells.get(str(record.baseline))
+        for arm, cell in cells.items():
+            if base is not None and cell is not base and (pair := paired_values(cell, base, measure.column)) is not None:
+                yield point, arm, reweighted(pair, weights, clusters)
 
 
-def token_weights(asked: pd.DataFrame) -> Float[np.ndarray, "questions"]:
-    """Weights under which the sum of all losses (each summed over its answer) is the loss of a token."""
-    return np.full(len(asked), 1 / asked.num_tokens.sum())
+def paired_values(cell: Cell, other: Cell, column: str) -> Float[np.ndarray, "seeds questions"] | None:
+    """The values of one cell minus those of another at the seeds that both have; one row where both are one run for all seeds.
+
+    None where they share no seed.
+    """
+    shared = sorted(cell.seeds & other.seeds)
+    if not shared:
+        return None
+    with np.errstate(invalid="ignore"):  # infinite minus infinite: no value, as it should be
+        found = cell.values(column, shared) - other.values(column, shared)
+    return np.where(np.isfinite(found), found, np.nan)
 
 
-# Metric of a study file -> where its values are, and what makes the metric of them.
-MEASURES: dict[str, tuple[str, Callable[[pd.DataFrame], np.ndarray]]] = {
-    "accuracy": ("scores", headline_weights),
-    "loss": ("losses", token_weights),
-}
-# Perplexity is the exponential of the loss: what differs in the one differs in the other, and the loss is a mean over tokens.
-TESTED_AS = {"perplexity": "loss"}
+def compare(record: StudyRecord, procedure: Procedure = PROCEDURE) -> dict[tuple[str, Point, str], Comparison]:
+    """Comparisons with the baseline by measure, grid point and arm; nothing where there is no baseline.
 
-
-def kind_of(records: pd.DataFrame) -> Kind:
-    """What the runs answered, all of them the same. Older records do not say it."""
-    if (kind := records.attrs.get("kind")) is not None:
-        return kind_from(kind)
-    return kind_of_metrics(json.loads(records.metrics.iloc[0]))
-
-
-def differences(records: pd.DataFrame, measure: str) -> Iterator[tuple[str, str, Float[np.ndarray, "seeds pictures"]]]:
-    """Grid point (JSON text), arm, and its differences to the baseline, their mean that of the metric. The baseline has none."""
-    column, weigh = MEASURES[measure]
-    asked, baseline = questions(records), records.attrs["baseline"]
-    weights, pictures = weigh(asked), asked.picture.to_numpy()
-    for point, rows in records.groupby("point", sort=False):
-        values = {arm: values_by_seed(part, column) for arm, part in rows.groupby("arm", sort=False)}
-        for arm in values:
-            if arm != baseline:
-                yield str(point), str(arm), reweighted(values[arm] - values[baseline], weights, pictures)
-
-
-def compare(records: pd.DataFrame) -> dict[tuple[str, str, str], Comparison]:
-    """By measure, grid point (JSON text) and arm. Nothing where the study has no baseline."""
-    if records.attrs.get("baseline") is None:
+    An arm whose difference has no value (a question without a finite loss, runs that are missing) has no comparison, but counts
+    as one in the correction of the others: what is missing makes nobody better.
+    """
+    if record.baseline is None:
         return {}
-    found: dict[tuple[str, str, str], Comparison] = {}
-    primary = records.attrs["primary"] or {"arm": None, "metric": ""}
-    primary = {**primary, "metric": TESTED_AS.get(primary["metric"], primary["metric"])}
-    for measure in kind_of(records).measures:
-        effects = {(point, arm): paired_difference(d) for point, arm, d in differences(records, measure)}
-        for point in records.point.unique():
-            arms = [arm for at, arm in effects if at == point]
-            planned = np.array([primary == {"arm": arm, "metric": measure} for arm in arms])
-            plain = np.array([effects[point, arm].p for arm in arms])
-            p = np.where(planned, plain, holm(np.where(planned, np.nan, plain)))
-            for arm, value, was_planned in zip(arms, p, planned, strict=True):
-                found[measure, point, arm] = Comparison(effect=effects[point, arm], p=float(value), planned=bool(was_planned))
+    planned_arm, planned_measure = None, None
+    if record.primary is not None:
+        planned_arm, planned_measure = record.primary["arm"], measure_of(record.primary["metric"]).name
+    found: dict[tuple[str, Point, str], Comparison] = {}
+    for name in record.kind.measures:
+        effects = {(point, arm): procedure.test(d) for point, arm, d in differences(record, MEASURES[name])}
+        for point in record.points:
+            arms = [arm for arm in record.at(point) if arm != record.baseline]
+            known = [effects.get((point, arm)) for arm in arms]
+            known = [effect if effect is not None and np.isfinite(effect.mean) else None for effect in known]
+            planned = np.array([(arm, name) == (planned_arm, planned_measure) for arm in arms], bool)
+            alone = np.array([1.0 if effect is None else effect.p for effect in known], float)
+            p = np.where(planned, alone, procedure.correct(np.where(planned, np.nan, alone)))
+            for arm, effect, value, was_planned in zip(arms, known, p, planned, strict=True):
+                if effect is not None:
+                    found[name, point, arm] = Comparison(effect=effect, p=float(value), planned=bool(was_planned))
     return found

@@ -5,7 +5,6 @@ questions. The mean gets a t test whose variance comes from the mean squares of 
 of Satterthwaite (1946). How often it errs: `experiments/simulate_null`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,19 +15,27 @@ from scipy import optimize, stats
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
-    """A mean difference with its interval, standard error, degrees of freedom, and the p of "no difference" (two-sided).
+    """A mean difference and how sure it is.
 
-    NaN, all but the mean, where a single number leaves nothing to estimate a spread from.
+    All but the mean is NaN where a single number leaves nothing to estimate a spread from; all is NaN where a difference is.
     """
 
     mean: float
+    """The mean difference."""
     low: float
+    """The lower end of its interval."""
     high: float
+    """The upper end of its interval."""
     p: float
+    """The two-sided p of "no difference"."""
     df: float
+    """The degrees of freedom of the t distribution."""
     se: float
+    """The standard error of the mean."""
     num_seeds: int
+    """How many seeds the differences have."""
     num_samples: int
+    """How many samples (clusters of questions) they have."""
 
     @property
     def samples_only(self) -> bool:
@@ -38,11 +45,14 @@ class Effect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Components:
-    """Variances of a difference: between seeds, between samples, and what neither explains."""
+    """The parts of the variance of a difference."""
 
     seed: float
+    """Between seeds."""
     sample: float
+    """Between samples."""
     residual: float
+    """What neither explains."""
 
 
 def paired_difference(d: Float[np.ndarray, "seeds samples"], level: float = 0.95) -> Effect:
@@ -77,7 +87,7 @@ def p_value(
 
 
 def _mean_squares(d: Float[np.ndarray, "*studies seeds samples"]) -> tuple[Any, Any, Any]:
-    """Of seeds, samples and residual. With one seed the samples' is all there is, with one sample the seeds'."""
+    """The mean squares of seeds, samples and residual. With one seed the samples' is all there is, with one sample the seeds'."""
     seeds, samples = d.shape[-2:]
     mean = d.mean((-2, -1))
     by_seed = d.mean(-1) - mean[..., None]
@@ -109,7 +119,7 @@ def reweighted(
     """One column a cluster, so that their plain mean is the weighted sum `d @ weights` exactly.
 
     Column c is (number of clusters) * sum over its questions n of w_n d_n: a metric that weighs questions becomes a mean of
-    independent samples, which is what the test asks for. Questions about one picture are not independent: taken so, they make the
+    independent samples, which is what the test asks for. Questions about one image are not independent: taken so, they make the
     standard error too small; hence the clusters. Those without any weight are left out. Without a difference every column has
     mean 0 whatever the weights, so the test keeps its size; with one, that it differs by type of question counts as spread among
     the samples, which makes the interval wider rather than narrower.
@@ -180,23 +190,3 @@ def smallest_difference(
     while missing(largest) > 0:
         largest *= 2
     return float(optimize.root_scalar(missing, bracket=(0, largest), rtol=1e-6).root)
-
-
-def crossed_bootstrap(
-    statistic: Callable[[Float[np.ndarray, "draws seeds"], Float[np.ndarray, "draws samples"]], Float[np.ndarray, "draws"]],
-    *,
-    num_seeds: int,
-    num_samples: int,
-    rng: np.random.Generator,
-    num_draws: int = 10_000,
-    level: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile interval of what is no mean over samples (a difference of perplexities, say).
-
-    Seeds and samples are drawn anew, independently (Owen 2007); `statistic` gets the weights of either in every draw,
-    which add up to 1. Approximate and rather too wide: where the metric is a mean, `paired_difference` is the better one.
-    """
-    seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_draws) / num_seeds
-    samples = rng.multinomial(num_samples, np.full(num_samples, 1 / num_samples), num_draws) / num_samples
-    low, high = np.quantile(statistic(seeds, samples), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -5,47 +5,45 @@ interval over trainings: the claim is about a model that was trained again. The 
 (Searle, Casella and McCulloch 1992, chapter 3), and whether trainings differ at all is its F test.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from mgvq.analysis.records.records import questions, values_by_seed
-from mgvq.analysis.statistics.compare import MEASURES, kind_of
-from mgvq.analysis.tables.table import Column, columns_of, is_full_precision, shown_p
-
-HEADER = ("figure", "arm", "mean", "95 % interval", "each training", "sd of trainings", "sd of seeds", "% trainings", "p")
+from mgvq.analysis.records.records import StudyRecord
+from mgvq.analysis.statistics.measures import MEASURES, Measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """A figure's mean over trainings and its standard deviations, in the metric's unit.
-
-    `low` to `high`: where the mean over any number of trainings lies, 95 times of 100 (t, one degree of freedom less than there
-    are trainings). `trainings` and `seeds`: the two components, the first 0 where its estimate is negative. `share`: the
-    trainings' part of their joint variance. `p`: of "the trainings do not differ". The last three are None for one run a
-    training.
-    """
+    """A figure's mean over trainings and its standard deviations, in the metric's unit."""
 
     means: tuple[float, ...]
+    """The mean over the seeds of every training."""
     low: float
+    """The lower end of the interval in which the mean over any number of trainings lies, 95 times of 100 (t, one degree of
+    freedom less than there are trainings)."""
     high: float
+    """The upper end of that interval."""
     trainings: float
+    """The component between trainings, 0 where its estimate is negative."""
     seeds: float | None
+    """The component between seeds; None for one run a training."""
     share: float | None
+    """The trainings' part of their joint variance; None for one run a training."""
     p: float | None
+    """The p of "the trainings do not differ"; None for one run a training."""
 
     @property
     def mean(self) -> float:
+        """The mean over trainings."""
         return float(np.mean(self.means))
 
 
 def split(values: Float[np.ndarray, "trainings seeds"]) -> Split:
-    """Raises ValueError for fewer than two trainings."""
+    """The mean and the components of a figure. Raises ValueError for fewer than two trainings."""
     num_trainings, num_seeds = values.shape
     if num_trainings < 2:
         raise ValueError("one training has no spread between trainings")
@@ -64,76 +62,47 @@ def split(values: Float[np.ndarray, "trainings seeds"]) -> Split:
     return Split(means=told, low=low, high=high, trainings=between**0.5, seeds=within**0.5, share=share, p=p)
 
 
-def splits(records: pd.DataFrame) -> Iterator[tuple[str, str, str, Split]]:
-    """Measure, what it is held against (nothing, full precision or the baseline; empty: nothing), arm, and the figure.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One number that the table of trainings splits."""
 
-    Differences are taken within a training, at equal seeds.
+    measure: Measure
+    """What is measured."""
+    minus: str
+    """The arm that it is held against: full precision or the baseline; empty for the metric itself."""
+    arm: str
+    """The arm that was measured."""
+    split: Split
+    """Its parts."""
+
+
+def splits(record: StudyRecord) -> Iterator[Figure]:
+    """The figures of every arm: the metric, and its differences to full precision and to the baseline.
+
+    Differences are taken within a training, at equal seeds. An arm that lacks a run, or a finite value, has no figure.
     """
-    full = next(
-        (str(arm) for arm, part in records.groupby("arm") if is_full_precision(list(map(json.loads, part.metrics)))), None
-    )
-    for measure in kind_of(records).measures:
-        found = _values(records, measure)
-        for other in dict.fromkeys(("", full, records.attrs.get("baseline"))):
-            if other is None:
+    full = next((cell.arm for cell in sorted(record.cells, key=lambda cell: cell.arm) if cell.is_full_precision), None)
+    for name in record.kind.measures:
+        measure = MEASURES[name]
+        found = _values(record, measure)
+        for other in dict.fromkeys(("", full, record.baseline)):
+            if other is None or (other and other not in found):
                 continue
             for arm, values in found.items():
                 if arm != other and not (other and arm == full):
-                    yield measure, other, arm, split(values - found[other] if other else values)
+                    difference = values - found[other] if other else values
+                    yield Figure(measure=measure, minus=other, arm=arm, split=split(difference))
 
 
-def _values(records: pd.DataFrame, measure: str) -> Mapping[str, Float[np.ndarray, "trainings seeds"]]:
+def _values(record: StudyRecord, measure: Measure) -> Mapping[str, Float[np.ndarray, "trainings seeds"]]:
     """The metric of every run, by arm; one seed where all seeds are one run."""
-    column, weigh = MEASURES[measure]
-    weights = weigh(questions(records))
-    return {
-        str(arm): np.stack([values_by_seed(runs, column) @ weights for _, runs in part.groupby("point", sort=False)])
-        for arm, part in records.groupby("arm", sort=False)
-    }
-
-
-def plain(records: pd.DataFrame) -> str:
-    """CSV of the bare numbers in the metrics' own units, a row a figure and arm."""
-    lines = [
-        {"measure": measure, "minus": other, "arm": arm, "mean": found.mean, **asdict(found)}
-        for measure, other, arm, found in splits(records)
-    ]
-    for line in lines:
-        line["means"] = " ".join(f"{mean:.6g}" for mean in line["means"])
-    return pd.DataFrame(lines).to_csv(index=False, float_format="%.6g", lineterminator="\n")
-
-
-def printable(records: pd.DataFrame) -> list[list[str]]:
-    """Header and cells, a row a figure and arm."""
-    columns = {c.measure: (name, c) for name, c in columns_of(records).items() if c.measure}
-    lines = []
-    for measure, other, arm, found in splits(records):
-        name, column = columns[measure]
-        lines.append([f"{name} - {other}" if other else name, arm, *_cells(found, column, signed=bool(other))])
-    return [list(HEADER), *lines]
-
-
-def _cells(found: Split, column: Column, *, signed: bool) -> list[str]:
-    def shown(value: float, more: int = 0) -> str:
-        return f"{value * column.factor:{'+' if signed and not more else ''}.{column.decimals + more}f}"
-
-    each = ", ".join(map(shown, found.means))
-    cells = [shown(found.mean), f"[{shown(found.low)}, {shown(found.high)}]", each, shown(found.trainings, 1)]
-    if found.seeds is None or found.share is None or found.p is None:
-        return [*cells, "-", "-", "-"]
-    return [*cells, shown(found.seeds, 1), f"{100 * found.share:.0f}", shown_p(found.p)]
-
-
-def note(records: pd.DataFrame) -> str:
-    """What the columns are."""
-    key = records.attrs["trainings"]
-    trainings = [str(json.loads(point)[key]) for point in records.point.unique()]
-    seeds = len({seed for seeds in records.seeds for seed in seeds})
-    return (
-        f"Trainings: {', '.join(trainings)}; {seeds} seeds of the quantiser each, {records.num_samples.iloc[0]:,} questions "
-        "shared by all runs. Accuracy in points, loss in nats a token; differences within a training at equal seeds. Mean: over "
-        "trainings, with its 95 % interval for trainings at large (t over the trainings' means). Sd of trainings and of seeds: "
-        "the two components of the one-way random-effects analysis; % trainings: the first one's part of their variance. p: of "
-        'the F test of "the trainings do not differ". An arm in which nothing is random has one run a training, and its sd is '
-        "that of the runs."
-    )
+    weights = measure.weigh(record.questions, record.kind)
+    found = {}
+    for arm in record.arms:
+        cells = [cell for cell in record.cells if cell.arm == arm]
+        if any(cell.missing for cell in cells):
+            continue
+        values = np.stack([cell.values(measure.column) @ weights for cell in cells])
+        if np.isfinite(values).all():
+            found[arm] = values
+    return found

@@ -6,7 +6,7 @@ import pandas as pd
 
 
 def bits_by_kind(run: Path) -> pd.DataFrame:
-    """A row a tower and kind of layer, in the order of the data: layers, million weights, index bits and stored bits a weight.
+    """A row for every tower and kind of layer, in the order of the data: layers, million weights, index and stored bits a weight.
 
     Stored bits come from the ledger: codes, tables, scales, group ids; what layers share counts where it is stored. Empty for a
     run that quantised nothing.

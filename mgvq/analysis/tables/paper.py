@@ -26,17 +26,26 @@ _Entry = TypeVar("_Entry")
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """A number as it is printed: what it measures, on what, and where it stands. `benchmark` None: not named there."""
+    """A number as it is printed. Raises UserError for evidence of an unknown kind."""
 
     value: Decimal
+    """The number, with the digits that are printed."""
     unit: str
+    """Its unit."""
     metric: str
+    """What it measures."""
     method: str
+    """The method that it was measured for."""
     model: str
+    """The model that was quantised."""
     benchmark: str | None
+    """The questions that were asked; None where they are not named."""
     bits: Decimal
+    """Bits a weight, as they are printed."""
     where: str
+    """Where in the work it stands."""
     evidence: str
+    """How it was read: a key of `EVIDENCE`."""
 
     def __post_init__(self) -> None:
         _check_evidence(self.evidence)
@@ -44,27 +53,35 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A printed difference `value`, which should be that of the two numbers in `minus`; 0: both print the same thing."""
+    """A printed difference of two printed numbers. Raises UserError for evidence of an unknown kind."""
 
     says: str
+    """What is claimed."""
     value: Decimal
+    """The printed difference; 0 where both numbers print the same thing."""
     unit: str
+    """Its unit."""
     minus: tuple[Number, Number]
+    """The numbers whose difference it should be, the first minus the second."""
     where: str
+    """Where in the work it stands."""
     evidence: str
+    """How it was read: a key of `EVIDENCE`."""
 
     def __post_init__(self) -> None:
         _check_evidence(self.evidence)
 
     @property
     def computed(self) -> Decimal:
+        """The difference of the two printed numbers."""
         return self.minus[0].value - self.minus[1].value
 
     @property
     def verdict(self) -> str:
-        """`holds`; `within rounding`: off by no more than half a unit of the last digit of each printed number; else how far off.
+        """Whether the arithmetic of what is printed holds.
 
-        Of two prints of one thing: `agree`, or by how much they `differ`.
+        `holds`; `within rounding`: off by no more than half a unit of the last digit of each printed number; else how far off.
+        Two prints of one thing `agree`, or `differ` by so much.
         """
         off = abs(self.computed - self.value)
         if not self.value:
@@ -77,12 +94,16 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Ours:
-    """An arm of a study minus another, by accuracy or loss."""
+    """An arm of a study of ours minus another. Raises UserError for an unknown measure."""
 
     study: str
+    """The name of the study."""
     arm: str
+    """The arm."""
     against: str
+    """The arm that it is held against."""
     measure: str
+    """What they are compared by: `accuracy` or `loss`."""
 
     def __post_init__(self) -> None:
         if self.measure not in ("accuracy", "loss"):
@@ -91,40 +112,53 @@ class Ours:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A published difference, the first number minus the second, and which of ours stands beside it."""
+    """A published difference, and which of ours stands beside it."""
 
     says: str
+    """What is compared."""
     theirs: tuple[Number, Number]
+    """The published numbers, the first minus the second."""
     ours: Ours
+    """Our difference."""
     note: str = ""
+    """What a reader should know of the comparison."""
 
     @property
     def value(self) -> Decimal:
+        """The published difference."""
         return self.theirs[0].value - self.theirs[1].value
 
 
 @dataclass(frozen=True, kw_only=True)
 class TwoBits:
-    """The paper's 2-bit rows: method, our arm in `study` (or None) and the published number (or None)."""
+    """The paper's rows at 2 bits, beside ours."""
 
     study: str
+    """Our study of them."""
     rows: tuple[tuple[str, str | None, Number | None], ...]
+    """The method, our arm in the study, and the published number; None where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """One file of `results/paper`."""
+    """What is published in one work: a file of `results/paper`."""
 
     work: str
+    """The work's short name."""
     source: str
+    """Where it is published."""
     numbers: dict[str, Number]
+    """The numbers that it prints, by names that the file itself uses."""
     claims: list[Claim] = field(default_factory=list)
+    """Its printed differences."""
     beside: list[Beside] = field(default_factory=list)
+    """Differences beside which one of ours is shown."""
     two_bits: TwoBits | None = None
+    """Its rows at 2 bits."""
 
 
 def read_works(folder: Path) -> list[Work]:
-    """All files, MGVQ's first. Raises UserError, naming the file, for missing or unknown keys and names of numbers."""
+    """The works of all files, MGVQ's first. Raises UserError, naming the file, for missing or unknown keys and numbers."""
     files = sorted(folder.glob("*.yaml"), key=lambda file: (file.stem != "mgvq", file.stem))
     if not files:
         raise UserError(f"{folder} has no *.yaml; published numbers are kept there.")
@@ -148,7 +182,7 @@ def _read(file: Path) -> Work:
 
 
 class _Printed(yaml.SafeLoader):
-    """Numbers become Decimal, with the digits that are printed."""
+    """A YAML loader that makes Decimals of numbers, with the digits that are printed."""
 
 
 for _tag in ("int", "float"):
@@ -202,8 +236,10 @@ def _slug(name: str) -> str:
 
 
 def judge(published: Decimal, mean: float, low: float, high: float) -> str:
-    """Of comparable numbers. `reproduced`: ours rounds to the published one; `inside the interval`: that lies in ours; else
-    `not reproduced`."""
+    """The verdict on our mean and interval where they can be held against a published number.
+
+    `reproduced`: ours rounds to the published one; `inside the interval`: the published one lies in ours; else `not reproduced`.
+    """
     if abs(Decimal(str(mean)) - published) <= _half_unit(published):
         return "reproduced"
     return "inside the interval" if low <= float(published) <= high else "not reproduced"

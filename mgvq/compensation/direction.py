@@ -1,0 +1,19 @@
+"""The natural gradient of a layer, along which compensations move the target of rounding."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.linalg import damped_solve
+from mgvq.types import Metric
+
+
+def natural_gradient(gradient: Float[Tensor, "out in"], metric: Metric, damping: float) -> Float[Tensor, "out in"]:
+    """`(H_O + a I)^-1 G (H_I + b I)^-1` in float64, a and b `damping` times the mean diagonals of the two factors.
+
+    Rows in runs with an input factor of their own are solved with that one; a metric without an output factor has the identity
+    (docs/method.md, eq. (natural-gradient)). `metric` is on the device of the gradient.
+    """
+    wide = gradient.double()
+    natural = torch.cat([damped_solve(h_in, wide[rows].T, damping).T for rows, h_in in metric.row_runs(len(wide))])
+    return natural if metric.h_out is None else damped_solve(metric.h_out, natural, damping)

@@ -1,0 +1,51 @@
+"""Weights far outside the range of fp16: stored as a power of two times a weight that lies inside."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, get_args
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.grid import GridWeight
+from mgvq.formats.scalar import ScalarWeight
+from mgvq.formats.vector import VectorWeight
+
+PlainWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
+PLAIN_FORMATS = {f.format: f for f in get_args(PlainWeight)}
+
+
+@dataclass(frozen=True)
+class ExponentWeight:
+    """`2^exponent` times a weight of another format. The exponent is a setting, so that `tensors` cost what they cost without."""
+
+    plain: PlainWeight
+    """The weight whose tables and scales fp16 can hold."""
+    exponent: int
+    """The power of two, from -120 to 120."""
+
+    format: ClassVar[str] = "exponent"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.plain.shape
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """Return the weight in float32, exactly the same on every device."""
+        return self.plain.decode() * 2.0**self.exponent
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.plain.tensors()
+
+    def num_weights(self) -> Mapping[str, int]:
+        return self.plain.num_weights()
+
+    def settings(self) -> Mapping[str, Any]:
+        plain = {"format": self.plain.format, **self.plain.settings()}
+        return {"shape": list(self.shape), "exponent": self.exponent, "plain": plain}
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, plain: Mapping[str, Any]) -> "ExponentWeight":
+        settings = {key: value for key, value in plain.items() if key != "format"}
+        return cls(PLAIN_FORMATS[plain["format"]].load(tensors, **settings), exponent)

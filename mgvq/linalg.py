@@ -1,0 +1,72 @@
+"""The linear algebra that several stages share; a leaf that knows tensors and nothing of layers or statistics."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def row_runs(num_rows: int, number: int) -> list[slice]:
+    """The rows of a matrix in at most `number` consecutive runs of `ceil(num_rows / number)` rows, the last one shorter.
+
+    This is how `torch.chunk` cuts: 5 rows in 4 runs are 3 runs (2, 2 and 1 rows).
+    """
+    size = -(-num_rows // number)
+    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+
+
+def second_moment(sums: Sequence[Float[Tensor, "*shape"]], counts: Sequence[int | float]) -> Float[Tensor, "*shape"]:
+    """`E[x x^T]` from sums of `x x^T` (or of their diagonals) over disjoint sets of tokens and the sizes of the sets.
+
+    The dtype is that of the sums. Without any token the sums, which are zeros, come back as they are.
+    """
+    return torch.stack(list(sums)).sum(0) / (sum(counts) or 1)
+
+
+def damped(matrix: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
+    """`matrix + share * mean diagonal * I` in float64, positive definite for any positive semidefinite matrix and `share > 0`.
+
+    The mean diagonal of a zero matrix counts as 1e-30.
+    """
+    wide = matrix.double()
+    shift = share * wide.diagonal().mean().clamp(min=1e-30)
+    return wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+
+
+def damped_solve(matrix: Float[Tensor, "n n"], right: Float[Tensor, "n k"], share: float) -> Float[Tensor, "n k"]:
+    """`damped(matrix, share)^-1 right` in float64, by Cholesky; raises `torch.linalg.LinAlgError` for a matrix that has none."""
+    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(matrix, share)))
+
+
+def nearest_kronecker(
+    terms: Sequence[tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]], rounds: int
+) -> tuple[Float[Tensor, "in in"], Float[Tensor, "out out"]]:
+    """The A and B whose `B (x) A` is nearest (Frobenius) to `sum_i B_i (x) A_i` of the terms (A_i, B_i), in float64.
+
+    A power iteration from `B = I` (Van Loan & Pitsianis 1993; docs/method.md, eq. (kronecker)), each round of which is
+    `A <- sum_i <B_i, B> A_i / |B|^2, B <- sum_i <A_i, A> B_i / |A|^2`. Both factors are combinations of the terms, so that the
+    combinations alone are iterated, on the inner products of the terms. One term is met exactly after one round; where all terms
+    are zero both factors are zero.
+    """
+    inputs, outputs = ([t.double() for t in factors] for factors in zip(*terms, strict=True))
+    inner_in, inner_out = _inner_products(inputs), _inner_products(outputs)
+    share = torch.stack([b.trace() / len(b) for b in outputs])  # of the A_i in the first A, whose B is the identity
+    for _ in range(rounds - 1):
+        share = _half_step(inner_out, _half_step(inner_in, share))
+    return _combined(share, inputs), _combined(_half_step(inner_in, share), outputs)
+
+
+def _inner_products(matrices: Sequence[Float[Tensor, "n n"]]) -> Float[Tensor, "i i"]:
+    return torch.stack([torch.stack([(a * b).sum() for b in matrices]) for a in matrices])
+
+
+def _half_step(inner: Float[Tensor, "i i"], share: Float[Tensor, "i"]) -> Float[Tensor, "i"]:
+    """The shares in one factor, `<., sum_j share_j .> / |sum_j share_j .|^2`, from those in the other; zeros where that is 0."""
+    products = inner @ share
+    norm = share @ products
+    return products / norm if norm > 0 else torch.zeros_like(share)
+
+
+def _combined(share: Float[Tensor, "i"], matrices: Sequence[Float[Tensor, "n n"]]) -> Float[Tensor, "n n"]:
+    return torch.stack([s * m for s, m in zip(share, matrices, strict=True)]).sum(0)

@@ -1,0 +1,161 @@
+"""Study files as people write them: what makes no study is refused in one paragraph, and odd names leave tables whole."""
+
+import csv
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from made_up_study import plan, with_names
+
+from mgvq.analysis.html import write_html
+from mgvq.analysis.records.collect import collect
+from mgvq.analysis.records.layers import collect_layers
+from mgvq.analysis.records.records import read_record, write_record
+from mgvq.analysis.report import write_figures, write_tables
+from mgvq.cli import report
+from mgvq.errors import UserError
+from mgvq.studies.spec import read_study
+
+GOOD = """\
+name: quick
+question: does it run?
+arms:
+  first: [method=rtn]
+  second: [method=kmeans]
+seeds: [0, 1]
+"""
+TWO_LISTS = 'baseline: [first, "a b", "a_b"]\n'
+
+# A file, and what the refusal names. A new input is a line.
+BAD = {
+    "empty": ("", "is no study file: it is empty"),
+    "only a comment": ("# nothing\n", "it is empty"),
+    "a list": ("- name: quick\n", "it is a list"),
+    "a word": ("quick\n", "it is a single value"),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00\xff", "cannot be read as YAML"),
+    "null bytes": (b"name: a\x00b\n", "cannot be read as YAML"),
+    "UTF-16": (GOOD.encode("utf-16"), "cannot be read as YAML"),
+    "a tab": (GOOD.replace("  first", "\tfirst"), "cannot be read as YAML"),
+    "cut short": (GOOD[:70], "lacks|cannot be read as YAML"),
+    "contains itself": (GOOD + "grid: &x {model: [*x]}\n", "contains itself|recursive"),
+    "two arms of one name": (GOOD.replace("second:", "first:"), "'first' stands 2 times as an arm, in lines 4 and 5"),
+    "two names": (GOOD + "name: other\n", "'name' stands 2 times as a key, in lines 1 and 7"),
+    "a grid key twice": (GOOD + "grid: {model: [a], model: [b]}\n", "'model' stands 2 times as a key, in line 7"),
+    "a seed twice": (GOOD.replace("[0, 1]", "[0, 0]"), "'0' stands 2 times as a seed, in line 6"),
+    "a seed twice, in lines": (GOOD.replace("[0, 1]", "\n- 0\n- 1\n- 0"), "'0' stands 2 times as a seed, in lines 7 and 9"),
+    "a seed twice at a point": (GOOD.replace("[0, 1]", "{a: [0, 0]}") + "grid: {model: [a]}\n", "'0' stands 2 times as a seed"),
+    "a seed twice, spelt otherwise": (GOOD.replace("[0, 1]", "[8, 0x8]"), "seeds of the study names 8 twice"),
+    "an arm that is a number": (GOOD.replace("first:", "1:"), "arms has 1, but the name of an arm must be text: write '1'"),
+    "an arm that is a truth": (GOOD.replace("first:", "on:"), "arms has True, but the name of an arm must be text"),
+    "an arm that is nothing": (GOOD.replace("first:", "null:"), "arms has None"),
+    "an arm that is a float": (GOOD.replace("first:", "1.5:"), "arms has 1.5"),
+    "an arm that is a date": (GOOD.replace("first:", "2026-11-28:"), "must be text"),
+    "an arm without a name": (GOOD.replace("first:", "'':"), "must be named by 1 to 200 characters"),
+    "an arm with blanks around it": (GOOD.replace("first:", "' a ':"), "without blanks"),
+    "an arm of two lines": (GOOD.replace("first:", '"a\\nb":'), "that can be printed"),
+    "an arm with a bell": (GOOD.replace("first:", '"a\\x07":'), "that can be printed"),
+    "an arm without a list": (GOOD.replace("[method=rtn]", "method=rtn"), "first must be a list"),
+    "an override that is a mapping": (GOOD.replace("[method=rtn]", "[method: rtn]"), "first must list overrides KEY=VALUE"),
+    "an override that is a number": (GOOD.replace("[method=rtn]", "[3]"), "first must list overrides"),
+    "arms in a list": (GOOD.replace("arms:", "arms: []\nother:"), "unknown key 'other'|arms must be a mapping"),
+    "no arms": (re.sub(r"arms:(?s:.*)seeds", "seeds", GOOD), "it lacks arms"),
+    "a name outside": (GOOD.replace("name: quick", "name: ../../evil"), "letters, digits"),
+    "an absolute name": (GOOD.replace("name: quick", "name: /tmp/evil"), "letters, digits"),
+    "a name with a backslash": (GOOD.replace("name: quick", "name: a\\b"), "letters, digits"),
+    "a name that is an option": (GOOD.replace("name: quick", "name: -rf"), "letters, digits"),
+    "a name with a blank": (GOOD.replace("name: quick", "name: my study"), "letters, digits"),
+    "no name": (GOOD.replace("name: quick", "name: ''"), "letters, digits"),
+    "a long name": (GOOD.replace("name: quick", f"name: {'a' * 300}"), "letters, digits"),
+    "a name that is a number": (GOOD.replace("name: quick", "name: 5"), "name must be text, got 5"),
+    "a question that is none": (GOOD.replace("does it run?", "''"), "question is empty"),
+    "a question that is a list": (GOOD.replace("does it run?", "[]"), "question must be text"),
+    "an unknown key": (GOOD.replace("seeds", "sedes"), "unknown key 'sedes'; did you mean seeds?"),
+    "seeds that are words": (GOOD.replace("[0, 1]", "[a]"), "seeds must be whole numbers >= 0, got 'a'"),
+    "seeds that are a number": (GOOD.replace("[0, 1]", "3"), "seeds must be a list"),
+    "seeds below zero": (GOOD.replace("[0, 1]", "[-1]"), "seeds must be whole numbers >= 0, got -1"),
+    "seeds that are truths": (GOOD.replace("[0, 1]", "[true]"), "seeds must be whole numbers >= 0, got True"),
+    "no seed at one point": (GOOD.replace("[0, 1]", "{a: [], b: [0]}") + "grid: {model: [a, b]}\n", "seeds of a is empty"),
+    "a grid that is a list": (GOOD + "grid: [model]\n", "grid must be a mapping"),
+    "a grid key that is a number": (GOOD + "grid: {1: [2]}\n", "grid has 1, but the name of a key of the grid must be text"),
+    "a grid without lists": (GOOD + "grid: {model: a}\n", "model must be a list"),
+    "a grid value twice": (GOOD + "grid: {budget.bits_per_weight: [2, 2.0]}\n", "budget.bits_per_weight names 2.0 twice"),
+    "common that is a word": (GOOD + "common: scope=all\n", "common must be a list"),
+    "a baseline that is a number": (GOOD + "baseline: 1\n", "baseline must be the name of an arm"),
+    "a baseline that is a mapping": (GOOD + "baseline: {first: 1}\n", "baseline must be the name of an arm"),
+    "a baseline twice": (GOOD + "baseline: [first, first]\n", "baseline names first twice"),
+    "baselines that share files": (GOOD.replace("  second", "  a b: []\n  a_b: []\n  second") + TWO_LISTS, "_vs_a_b: rename"),
+    "a primary that is a list": (GOOD + "baseline: first\nprimary: [second]\n", "primary must be"),
+    "only that is a list": (GOOD + "only: [second]\n", "only must be a mapping"),
+    "only without keys": (GOOD + "only: {second: [2]}\n", "only second must be"),
+    "spread that is a number": (GOOD + "spread: 1\n", "spread must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=list(BAD))
+def test_a_study_file_that_lies_is_refused(content: tuple[str | bytes, str], tmp_path: Path) -> None:
+    text, named = content
+    path = tmp_path / "study.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=named) as caught:
+        read_study(path)
+    assert str(path) in str(caught.value)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_a_study_file_may_have_a_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").replace("run?", "gr\u00fcn?").encode())
+    assert read_study(path).question == "does it gr\u00fcn?"
+
+
+def test_the_command_refuses_in_one_paragraph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"\x00\xff")
+    monkeypatch.setattr(sys, "argv", ["mgvq-report", str(path)])
+    with pytest.raises(SystemExit) as exited:
+        report.main()
+    assert exited.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"mgvq-report: {path} is no study file")
+    assert told.count("\n") == 1
+
+
+ODD = (
+    "1",
+    "a|b",
+    "**bold** `code`",
+    "<script>alert(1)</script>",
+    "50 % & {x}_y^2 ~ #1",
+    "$x$ and $\\frac$",
+    "back\\slash",
+    '"quoted", comma',
+    "=1+1",
+    "\u00fc\u4e2d",
+)
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_names_of_arms_leave_tables_whole(name: str, tmp_path: Path) -> None:
+    study = with_names("full", name, "other")
+    runs = plan(tmp_path, study)
+    write_record(collect(study, runs), tmp_path / "records" / "made_up.parquet")
+    record = read_record(tmp_path / "records" / "made_up.parquet")
+    assert record.arms == ("full", name, "other")
+    files = {file.name: file.read_text(encoding="utf-8") for file in write_tables("made_up", record, tmp_path)}
+    table = [line for line in files["made_up.md"].splitlines() if line.startswith("|")]
+    bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table}
+    assert len(bars) == 1, "every line has as many cells"
+    assert "<script>" not in files["made_up.md"].replace(r"\<script>", "").split("\n\nvs baseline")[0]
+    lines = list(csv.DictReader(io.StringIO(files["made_up.csv"])))
+    assert [line["arm"] for line in lines] == ["full", name, "other"] * 2
+    assert {line["runs"] for line in lines} == {"1", "3"}
+    body = [line for line in files["made_up.tex"].splitlines() if line.endswith(r"\\")]
+    assert len({len(re.findall(r"(?<!\\)&", line)) for line in body}) == 1
+    assert not re.search(r"(?<!\\)[%#~^|]", "".join(body).replace(r"\textasciitilde{}", ""))
+    assert write_figures("made_up", record, collect_layers(runs), tmp_path)
+    page = write_html("made_up", study, record, tmp_path / "page").read_text(encoding="utf-8")
+    assert "<script>alert(1)</script>" not in page

@@ -1,0 +1,1 @@
+"""The yamls, found by hydra.searchpath=[pkg://theirs.conf]."""
