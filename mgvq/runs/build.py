@@ -20,7 +20,7 @@ SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "
 
 
 def build(cfg: DictConfig, group: str) -> Any:
-    """The component of one group, None where the group is `none`. Its own errors come through as they are."""
+    """Builds the variant of one group; None where that is `none`. Raises UserError, by name where it cannot be built."""
     if not chosen(cfg, group):
         return None
     settings = OmegaConf.to_container(cfg[group], resolve=True)
@@ -40,7 +40,7 @@ def chosen(cfg: DictConfig, group: str) -> bool:
 
 
 def check(cfg: DictConfig) -> None:
-    """Settings that no single group can judge; raises UserError before anything is imported or loaded."""
+    """Checks the settings that no single group can judge. Raises UserError before anything heavy is imported or loaded."""
     try:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:

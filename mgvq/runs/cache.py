@@ -1,4 +1,4 @@
-"""Statistics that were paid for once: a file for each set of settings that determines them."""
+"""The cache of calibration statistics: a file for each set of settings that determines them."""
 
 import fcntl
 import hashlib
@@ -19,8 +19,8 @@ from mgvq.types import Kronecker, Site, SiteStats, StatsBank
 def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], StatsBank], sites: Sequence[Site]) -> StatsBank:
     """The statistics of `sites` under `key`: read from `folder`, or collected and written there; the same bits either way.
 
-    `key` is JSON and names everything that can move a number. A file that is torn, or is of other sites, is written anew. Of
-    several processes that want the same one collects while the others wait; the kernel drops the lock of one that dies.
+    `key` is JSON and names everything that can move a number. A file that is torn, or is of other sites, is written anew. Where
+    several processes want the same statistics, one collects while the others wait; the kernel drops the lock of one that dies.
     """
     text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
@@ -36,7 +36,7 @@ def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], Stats
 
 
 def _write(path: Path, key: str, bank: StatsBank) -> None:
-    """Complete or not at all. A tensor that several layers hold is stored once, under the name it has first."""
+    """Writes the file completely or not at all. A tensor that several layers hold is stored once, under the name it has first."""
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
 
@@ -63,7 +63,7 @@ def _write(path: Path, key: str, bank: StatsBank) -> None:
 
 
 def _read(path: Path, sites: Sequence[Site]) -> StatsBank | None:
-    """None where there is no whole file of these sites."""
+    """Reads the statistics; None where there is no whole file of these sites."""
     try:
         with safe_open(path, "pt") as file:
             described = json.loads(file.metadata()["mgvq"])["sites"]

@@ -14,7 +14,7 @@ _NAMES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def device_name(setting: object) -> str:
-    """`cpu`, `cuda` or `cuda:N`; `auto` is `cuda` where this machine has one that torch can use.
+    """The setting as torch takes it (`cpu`, `cuda`, `cuda:N`); `auto` is `cuda` where this machine has one that torch can use.
 
     Raises UserError for any other setting.
     """
@@ -26,13 +26,13 @@ def device_name(setting: object) -> str:
 
 
 def device_type(setting: object) -> Literal["cpu", "cuda"]:
-    """The kind of device, which moves the last digits of a run; which one of several it is does not."""
+    """The kind of device: it moves the last digits of a run, while the number of the device among several does not."""
     return "cuda" if device_name(setting).startswith("cuda") else "cpu"
 
 
 @functools.cache
 def _has_cuda() -> bool:
-    """Asks NVIDIA's management library, as torch can do: unlike CUDA itself it may be asked before a process forks."""
+    """Asks NVIDIA's management library, as torch itself can do: unlike CUDA, it may be asked before a process forks."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _torch_has_cuda():
         return False
     try:
@@ -48,7 +48,7 @@ def _has_cuda() -> bool:
 
 
 def _torch_has_cuda() -> bool:
-    """Whether the installed torch was built with CUDA, as a file of it says."""
+    """Whether the installed torch was built with CUDA, as its file of versions says."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
     text = file.read_text() if file and file.is_file() else ""

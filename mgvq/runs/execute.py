@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """Fill the folder and return its metrics. Bad settings and bad data raise UserError before the model is loaded."""
+    """Fills the folder and returns its metrics. Bad settings and bad data raise UserError before the model is loaded."""
     method = build_method(cfg)
     task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
     if isinstance(task, ReadsData):
@@ -130,7 +130,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
-    """Packed where the model allows it: a third of the tokens."""
+    """The samples as batches, packed where the model allows it, which leaves a third of the tokens."""
     if drawn.packable and can_pack(loaded.model):
         parts = (packed_batches(loaded.processor, e, IMAGES) for e in (drawn.examples, drawn.heldout_examples))
     else:
@@ -140,7 +140,7 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
 
 
 def _texts(*parts: Any) -> dict[str, str]:
-    """SHA-256 of the texts that come with the Python installation, by what they are for."""
+    """The SHA-256 of the texts that come with the Python installation, by the group that reads them."""
     return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
 
 
@@ -165,7 +165,7 @@ class Clock:
 def _statistics(
     cfg: DictConfig, method: Method, loaded: Loaded, sites: Sequence[Site], drawn: CalibrationSet
 ) -> Mapping[Site, SiteStats]:
-    """From the cache that all runs of the results folder share, or by one pass over the calibration samples."""
+    """Takes the statistics from the cache that all runs of the results folder share, or collects them from the samples."""
     settings = scientific_settings(cfg)
     kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}

@@ -68,9 +68,9 @@ class RunFolder:
                     raise UserError(f"{file} is not the file that the run wrote: {remedy}")
 
     def reserve(self) -> IO[bytes] | None:
-        """For one who is about to start the run in another process: a file to hold open until that has ended.
+        """A file that whoever starts the run in another process holds open until that has ended.
 
-        None where somebody else has it.
+        None where somebody else holds it.
         """
         lock = self._lock_file(".reserved")
         try:
@@ -131,7 +131,7 @@ class RunFolder:
         temporary.rename(self.path / name)
 
     def _write(self, name: str, content: bytes) -> None:
-        """Complete or not at all, and on the disk before it has its name."""
+        """Writes a file completely or not at all; its content is on the disk before it has its name."""
         temporary = self.path / f"{name}.tmp"
         with temporary.open("wb") as file:
             file.write(content)
@@ -141,7 +141,7 @@ class RunFolder:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring to the disk which names the folder holds."""
+    """Brings to the disk which names the folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """Config, metrics, tables by layer and piece, curves over the blocks, and the ledger of the checkpoint; no weights.
+    """Sends config, metrics, tables by layer and table group, curves over the blocks and the checkpoint's ledger; no weights.
 
     Every run is written offline, to `path`/wandb/offline-run-*, which needs neither network nor account. `mode` says whether that
     folder is then sent: `offline` never, `online` always, `auto` where someone is logged in and `WANDB_MODE` says nothing else.
@@ -100,7 +100,7 @@ class Wandb:
         return Path(mirror.settings.sync_dir)
 
     def _obstacle(self) -> str | None:
-        """Why nothing can be sent now, found out within seconds; None where nothing speaks against it."""
+        """Finds out within seconds why nothing can be sent now; None where nothing speaks against it."""
         import requests
         import wandb
 
@@ -118,7 +118,7 @@ class Wandb:
         return None
 
     def _send(self, folder: Path) -> str | None:
-        """Why it did not go through, None where it did. A process of its own can be stopped; wandb alone tries for hours."""
+        """Sends the folder; returns why that failed, or None. A process can be stopped, while wandb alone tries for hours."""
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout_s)
@@ -146,7 +146,7 @@ def tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(ledger: pd.DataFrame, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes by part of the model, quantised and not, and the sums that the metrics have."""
+    """The bytes by part of the model, quantised and not, and the sums that the metrics have."""
     parts = ledger.groupby(["part", "quantized"]).num_bytes.sum()
     by_part = {f"bytes/{part}/{'quantized' if quantized else 'as it was'}": int(n) for (part, quantized), n in parts.items()}  # type: ignore[misc]
     sums = {key: value for key, value in metrics.items() if key.startswith(("bits/", "bytes/", "checkpoint_sha256"))}
