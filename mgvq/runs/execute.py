@@ -20,6 +20,7 @@ from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
+from mgvq.errors import SharedFault, UserError
 from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
 from mgvq.model.health import constant_flags
@@ -30,6 +31,7 @@ from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
+from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
@@ -70,6 +72,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
         loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
+        if method is not None:
+            predicted_bits(method, sites, cfg.budget.bits_per_weight)  # refuses a budget out of reach, before the calibration
         flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
         clock = Clock()
         report = None
@@ -186,8 +190,11 @@ def _rate(report: QuantReport | None) -> str:
 
 
 def _device(cfg: DictConfig) -> torch.device:
-    """The device that the run is named by, its arithmetic set. Raises UserError where PyTorch has no such device."""
-    device = find_device(device_name(cfg.device))
+    """The device that the run is named by, its arithmetic set. Raises SharedFault where PyTorch has no such device."""
+    try:
+        device = find_device(device_name(cfg.device))
+    except UserError as error:
+        raise SharedFault(str(error)) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     return device
 

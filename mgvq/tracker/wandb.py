@@ -71,7 +71,8 @@ class Wandb:
             if (file := run / f"{name}.parquet").is_file()
         }
         ledger = tables.pop("ledger")
-        name = re.sub(r"[^\w.-]+", "-", f"{run.name}-{self.group}" if self.group else run.name)
+        words = [run.name, *([self.group] if self.group else []), self.project]  # so that every project has a folder of its own
+        name = re.sub(r"[^\w.-]+", "-", "-".join(words))
         for left in Path(self.path).glob(f"wandb/offline-run-*-{name}"):  # of a process that was killed before it could say so
             shutil.rmtree(left)
         Path(self.path).mkdir(parents=True, exist_ok=True)
