@@ -58,10 +58,11 @@ def _check_variants(override: Override) -> None:
     known = _groups().get(group, [])
     if not known:
         return
-    if override.is_delete() or ("null" in _values(override) and group not in _PRESETS):
-        raise UserError(f"{override.input_line}: a run has every group; {group}=none, where there is one, leaves it out.")
+    if override.is_delete() or "null" in _values(override):
+        fix = "leave the word out" if group in _PRESETS else f"{group}=none, where there is one, leaves it out"
+        raise UserError(f"{override.input_line}: no run is without this group; {fix}.")
     for value in _values(override):
-        if value not in known and value != "null":
+        if value not in known:
             names = [name for name in known if name != "default"]
             raise UserError(f"{group}={value}: there is no such variant{_nearest(value, names)} There are {', '.join(names)}.")
 
@@ -113,5 +114,6 @@ def _no_such_setting(key: str, cfg: DictConfig) -> str:
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    known = list(known)
+    near = difflib.get_close_matches(name, known, 1, 0.5) or [one for one in known if name and one.startswith(name)]
     return f"; is {prefix}{near[0]} meant?" if near else "."

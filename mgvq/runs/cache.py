@@ -34,14 +34,14 @@ def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], Stats
     try:
         lock = open_lock(folder / ".locks" / path.stem)
     except SharedFault as fault:
-        log.warning("the statistics cannot be kept for other runs: %s", fault)
+        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
         lock = None
     with closing(lock) if lock else nullcontext():
         if lock:
             try:
                 try_lock(lock, wait=True)
             except SharedFault as fault:
-                log.warning("two runs at once may collect the same statistics: %s", fault)
+                log.warning("two runs at once may collect the same statistics: %s", fault.args[0])
         bank = _read(path, sites)
         if bank is None:
             bank = collect()
@@ -52,11 +52,11 @@ def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], Stats
 
 def _keep(path: Path, key: str, bank: StatsBank) -> None:
     try:
-        with disk_faults_told(path):
+        with disk_faults_told(path.parent):
             _write(path, key, bank)
     except (SharedFault, OSError) as fault:
         path.with_suffix(".tmp").unlink(missing_ok=True)
-        log.warning("the statistics are not kept for other runs: %s", fault)
+        log.warning("the statistics are not kept for other runs: %s", fault.args[0])
 
 
 def _write(path: Path, key: str, bank: StatsBank) -> None:

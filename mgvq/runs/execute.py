@@ -26,6 +26,7 @@ from mgvq.model.fit import check_samples
 from mgvq.model.health import constant_flags
 from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
+from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites, site_weights
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
@@ -70,10 +71,10 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         check_images(described.config, calibration=calibration, evaluation=task)
         check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
+        if method is not None and (empty := empty_model(source)) is not None:
+            predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
         loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
-        if method is not None:
-            predicted_bits(method, sites, cfg.budget.bits_per_weight)  # refuses a budget out of reach, before the calibration
         flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
         clock = Clock()
         report = None

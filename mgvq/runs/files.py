@@ -37,7 +37,8 @@ def disk_faults_told(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else _number_in(str(error))
-        place = Path(getattr(error, "filename", None) or folder)
+        folder = folder.absolute()
+        place = Path(getattr(error, "filename", None) or folder).absolute()
         elsewhere = not (place.is_relative_to(folder) or folder.is_relative_to(place))
         if number not in _REMEDIES or (elsewhere and _REMEDIES[number] is _CLOSED):
             raise
