@@ -40,6 +40,7 @@ from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
+from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
 from mgvq.runs.store import RunFolder
 from mgvq.types import Site, SiteStats
 
@@ -64,8 +65,12 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if folder.is_done():  # by another process, while this one was starting
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        folder.write_json("identity.json", scientific_settings(cfg))
-        folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
+        identity = scientific_settings(cfg)
+        folder.write_json("identity.json", identity)
+        other = find_quantised(folder, identity) if method else None
+        taken = {"checkpoint_of": other.path.name} if other else {}
+        origin = {**provenance(), **taken, "model": source.provenance(), "texts": _texts(calibration, task)}
+        folder.write_json("provenance.json", origin)
         log.info("loading %s", source.path)
         described = describe(source)
         check_images(described.config, calibration=calibration, evaluation=task)
@@ -77,8 +82,11 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
         clock = Clock()
-        report = None
-        if method is not None:
+        weights, report, made = {}, None, None
+        if other is not None:
+            log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
+            made = take_over(other, folder)
+        elif method is not None:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
@@ -95,18 +103,27 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             for name, table in tables.items():
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
-        weights = report.weights if report else {}
-        ledger = save(folder.checkpoint, loaded, sites, weights)
-        if report and ledger.scope_bits() != report.stored_bits:
-            raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
-        folder.write_table("ledger.parquet", ledger.frame())
+            weights = report.weights
+        if made is None:
+            ledger = save(folder.checkpoint, loaded, sites, weights)
+            if report and ledger.scope_bits() != report.stored_bits:
+                raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
+            folder.write_table("ledger.parquet", ledger.frame())
+            made = {
+                "rate": _rate(report),
+                "flags": list(report.flags) if report else [],
+                "sizes": {**ledger.bits(), "bytes/checkpoint": ledger.num_bytes},
+                "seconds": {name: clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize")},
+            }
+            folder.write_json(QUANTIZATION, made)
 
         log.info("evaluating %s", folder.checkpoint)
         clock.lap("save")
         trusted = {"trust_remote_code": source.trust_remote_code}
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
-        check_same_model(loaded, weights, model, folder.checkpoint)
+        if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
+            check_same_model(loaded, weights, model, folder.checkpoint)
         digest = file_digest(folder.checkpoint / TENSORS)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
@@ -115,16 +132,15 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         metrics = {
             **result.metrics,
             **dict.fromkeys(broken),
-            **ledger.bits(),
-            "bytes/checkpoint": ledger.num_bytes,
-            **{f"time/{name}_s": clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize", "evaluate")},
+            **made["sizes"],
+            **{f"time/{name}_s": seconds for name, seconds in {**made["seconds"], "evaluate": clock.seconds["evaluate"]}.items()},
             "memory/peak_gb": _peak_gb(device),
-            "rate": _rate(report),
+            "rate": made["rate"],
             "checkpoint_sha256": digest,
             "flags": [
                 *source.flags(),
                 *flags,
-                *(report.flags if report else ()),
+                *made["flags"],
                 *result.flags,
                 *_unexplained(broken, result.flags),
             ],
