@@ -52,10 +52,12 @@ def _number_in(text: str) -> int | None:
 
 def open_lock(file: Path) -> IO[bytes]:
     """The file to lock, made where it is missing. Raises SharedFault where its folder cannot be made or written."""
-    results = file.parent.parent
-    with disk_faults_told(results):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file.open("ab")
+    try:
+        with disk_faults_told(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return file.open("ab")
+    except OSError as error:
+        raise SharedFault(f"{file.parent} cannot be made ({error.strerror}). {_CLOSED}") from error
 
 
 def try_lock(lock: IO[bytes], *, wait: bool = False) -> bool:

@@ -109,6 +109,14 @@ def under_a_file(results: Path) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def cannot_be_made(*_: object) -> Iterator[None]:
+    """As under /proc."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "mkdir", raising(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))))
+        yield
+
+
 def raising(error: Exception) -> Callable[..., None]:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -116,7 +124,7 @@ def raising(error: Exception) -> Callable[..., None]:
     return fail
 
 
-@pytest.mark.parametrize("place", [no_locks, read_only, is_a_file, under_a_file], ids=names)
+@pytest.mark.parametrize("place", [no_locks, read_only, is_a_file, under_a_file, cannot_be_made], ids=names)
 def test_results_that_cannot_be_used_are_refused_by_name(place: Callable, tmp_path: Path) -> None:
     results = tmp_path / "parent" / "results"
     results.parent.mkdir()
@@ -127,7 +135,7 @@ def test_results_that_cannot_be_used_are_refused_by_name(place: Callable, tmp_pa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("place", [no_locks, read_only, is_a_file, under_a_file], ids=names)
+@pytest.mark.parametrize("place", [no_locks, read_only, is_a_file, under_a_file, cannot_be_made], ids=names)
 def test_a_cache_that_cannot_be_written_warns(place: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "parent" / "results"
     folder.parent.mkdir()
