@@ -8,10 +8,10 @@ import pandas as pd
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored tensor. `part` is a tower, `other` (head, embeddings outside the towers) or `container` (headers, json)."""
+    """One stored tensor."""
 
     tensor: str
-    part: str
+    part: str  # a tower, `other` (head, embeddings outside the towers) or `container` (headers, json)
     quantized: bool  # belongs to a layer in scope
     num_bytes: int
     num_weights: int  # parameters it stands for; 0 for tables, scales and headers

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 import yaml
 
 from mgvq.errors import UserError
 
-Mode = Literal["auto", "online", "offline"]
+MODES = ("auto", "online", "offline")
 PROBE_S = 5  # within which a server has to say anything at all
 _NO_STAGES = ("model", "calibration", "evaluation")  # groups of an identity that are no part of the method
 log = logging.getLogger(__name__)
@@ -36,14 +36,14 @@ class Wandb:
 
     path: str
     project: str
-    mode: Mode
+    mode: str
     timeout_s: float
     group: str | None
     name: str | None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"tracker.mode must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
+        if self.mode not in MODES:
+            raise UserError(f"tracker.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if not self.timeout_s > 0:
             raise UserError(f"tracker.timeout_s must be > 0 seconds, got {self.timeout_s!r}")
 

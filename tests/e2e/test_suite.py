@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -64,8 +65,11 @@ def answered(copies: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Eva
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
 
-    def run(task: str, answers: Sequence[str], **settings: Any) -> EvalResult:
-        monkeypatch.setattr("mgvq.evaluation.harness.generate", lambda _, __, asked, *___: list(answers)[: len(asked)])
+    def replies(answers: Sequence[str | Reply], number: int) -> list[Reply]:
+        return [answer if isinstance(answer, Reply) else Reply(answer) for answer in answers[:number]]
+
+    def run(task: str, answers: Sequence[str | Reply], **settings: Any) -> EvalResult:
+        monkeypatch.setattr("mgvq.evaluation.harness.generate", lambda _, __, asked, *___: replies(answers, len(asked)))
         return suite(copies, task, **settings)(nobody, None, None, "always the same label")
 
     return run
@@ -97,6 +101,24 @@ def right(task: str, row: dict[str, Any]) -> str:
 def wrong(task: str, row: dict[str, Any]) -> str:
     letters = options(task, row)
     return letters[letters.index(right(task, row)) - 1] if letters else "nobody knows"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_that_cannot_be_asked_costs_itself_alone(answered, task: str) -> None:
+    sound = [right(task, row) for row in asked_rows(task)]
+    result = answered(task, [sound[0], Reply("", refused="its image is 900 x 3"), *sound[2:]])
+    assert result.metrics[f"{task}/accuracy"] == pytest.approx(1 - 1 / len(sound))
+    assert result.flags == (f"unanswered:{task}:1",)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_of_numbers_that_are_none_leaves_no_metric(answered, task: str) -> None:
+    sound = [right(task, row) for row in asked_rows(task)]
+    result = answered(task, [sound[0], Reply("", finite=False), *sound[2:]])
+    left = {name for name, value in result.metrics.items() if math.isfinite(value)}
+    assert left <= {f"{task}/chance", *(f"{task}/accuracy/{kind}" for kind in result.samples.type)}
+    assert {f"non_finite:{task}/accuracy:1", f"non_finite:{task}/raw:1", "non_finite:suite/accuracy:1"} <= set(result.flags)
+    assert result.samples.score.isna().sum() == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
