@@ -51,6 +51,10 @@ class Wandb:
     def place(self) -> str:
         return f"wandb {self.project}/{self.group or ''}"
 
+    def folder_name(self, run: str) -> str:
+        """What the run is called in W&B, and its offline folder after the date: one for each project and group."""
+        return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (run, self.group, self.project))))
+
     def __call__(self, run: Path) -> None:
         folder = self._write(run)
         if obstacle := self._obstacle() or self._send(folder):
@@ -71,7 +75,7 @@ class Wandb:
             if (file := run / f"{name}.parquet").is_file()
         }
         ledger = tables.pop("ledger")
-        name = re.sub(r"[^\w.-]+", "-", f"{run.name}-{self.group}" if self.group else run.name)
+        name = self.folder_name(run.name)
         for left in Path(self.path).glob(f"wandb/offline-run-*-{name}"):  # of a process that was killed before it could say so
             shutil.rmtree(left)
         Path(self.path).mkdir(parents=True, exist_ok=True)
