@@ -23,11 +23,10 @@ from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
 from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
-from mgvq.model.health import constant_flags
 from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.shape import empty_model
-from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
@@ -80,7 +79,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
         loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
-        flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
+        flags = left_out_flags(loaded.model, sites)
         clock = Clock()
         weights, report, made = {}, None, None
         if other is not None:
