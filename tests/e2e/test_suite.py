@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import run_command
+from conftest import declare_done, run_command
 from hub_copies import ROWS, rows, write
 from hydra import compose, initialize_config_dir
 from lmms_eval.tasks.mmmu.utils import parse_multi_choice_response
 from lmms_eval.tasks.ocrbench import utils as ocrbench
 from lmms_eval.utils import load_yaml_config
+from omegaconf import OmegaConf
 from PIL.Image import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -299,9 +300,11 @@ def test_a_study_whose_evaluation_no_table_knows_has_no_table(tmp_path: Path, mo
     study.write_text("name: s\nquestion: q\ncommon: [evaluation=suite]\nseeds: [0]\ngrid: {}\narms: {rtn: [method=rtn]}\n")
     (run,) = expand(read_study(study))
     run.folder.path.mkdir(parents=True)
-    for name in ("metrics.json", "DONE"):
-        (run.folder.path / name).write_text('{"mine/score": 1.0}')
+    (run.folder.path / "metrics.json").write_text('{"mine/score": 1.0}')
+    (run.folder.path / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg, resolve=True))
+    (run.folder.path / "identity.json").write_text("{}")
     pd.DataFrame({"task": ["mmstar"], "score": [1.0], "sample_hash": ["a"]}).to_parquet(run.folder.path / "samples.parquet")
+    declare_done(run.folder.path)
     with pytest.raises(UserError, match=r"arm rtn: .*here there are mine/score"):
         collect(read_study(study), [run])
 
