@@ -18,7 +18,7 @@ STAGES = (
     "evaluation",
 )
 # Each may import itself and what stands below it.
-LAYERS = [["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
+LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
           ["data", "formats", "linalg", "rng", "progress", "checks", "digest"], ["errors"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
