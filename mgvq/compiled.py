@@ -1,0 +1,43 @@
+"""numba with its cache of compiled loops in the user's own folder: never in site-packages, never in the repository.
+
+Modules take `njit` from here, so that the folder is chosen before numba is imported.
+"""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in `folder`, which is made where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+# A folder that the user names wins. Where nothing can be written every process compiles for itself: seconds, not an error.
+FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq", appauthor=False) / "numba")))
+CACHED = writable(FOLDER)
+
+import numba  # noqa: E402  (reads NUMBA_CACHE_DIR when it is imported)
+from numba.core import config  # noqa: E402
+
+config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]  (had another package imported numba before)
+prange, get_num_threads = numba.prange, numba.get_num_threads
+
+
+def njit(function: Callable | None = None, *, parallel: bool = False) -> Any:
+    """Compile a function, or the decorator that does. Without fastmath: every machine computes the same codes."""
+    if function is None:
+        return partial(njit, parallel=parallel)
+    plain = inspect.unwrap(function)  # as it was written: tests wrap the package's functions to check shapes
+    return numba.njit(plain, nogil=True, parallel=parallel, cache=CACHED, error_model="numpy")
