@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mgvq.errors import UserError
 from mgvq.runs.declared import KEY, is_idle
 from mgvq.runs.device import device_type
+from mgvq.runs.offers import check_offers
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
@@ -27,11 +28,13 @@ def build(cfg: DictConfig, group: str) -> Any:
     assert isinstance(settings, dict)
     settings.pop(KEY, None)
     try:
-        return instantiate(settings, _convert_="all")
+        part = instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"group {group} ({cfg[group]['_target_']}) cannot be built: {error.__cause__ or error}") from error
+    check_offers(part, group)
+    return part
 
 
 def chosen(cfg: DictConfig, group: str) -> bool:
