@@ -305,7 +305,7 @@ def test_a_study_whose_evaluation_no_table_knows_has_no_table(tmp_path: Path, mo
     (run.folder.path / "identity.json").write_text("{}")
     pd.DataFrame({"task": ["mmstar"], "score": [1.0], "sample_hash": ["a"]}).to_parquet(run.folder.path / "samples.parquet")
     declare_done(run.folder.path)
-    with pytest.raises(UserError, match=r"arm rtn: .*here there are mine/score"):
+    with pytest.raises(UserError, match=r"arm rtn: .*this one has mine/score"):
         collect(read_study(study), [run])
 
 
