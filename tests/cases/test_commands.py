@@ -95,8 +95,9 @@ def test_bad_values_end_a_run_in_one_paragraph(
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupt_ends_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     number, killed = signal.Signals[name], []
-    before = {ended: signal.getsignal(ended) for ended in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background inherits that it is ignored
+    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for ended_by in before:  # a process started in the background, or by nohup, inherits that some are ignored
+        signal.signal(ended_by, signal.default_int_handler if ended_by == signal.SIGINT else signal.SIG_DFL)
     really = os.kill
 
     def hydra_main() -> None:
