@@ -44,7 +44,7 @@ def digests(models: Sequence[str], methods: Sequence[str], results: Path) -> Ite
 
 
 def main() -> None:
-    """Entry point: prints the list, as JSON with --json; exits with 1 where it differs from a list that is given."""
+    """Entry point: prints the list; exits with 1 where it differs from one that is given."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=FAMILIES, metavar="MODEL", help="default: all four")
     parser.add_argument("--methods", nargs="+", default=presets(), metavar="PRESET", help="default: all")

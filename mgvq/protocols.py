@@ -258,7 +258,7 @@ class TargetShift(Protocol):
     """Moves the target of rounding by a gradient, block by block."""
 
     @property
-    def source(self) -> Literal["kl", "block", "sft"]:
+    def source(self) -> str:
         """Whose gradient it is: `kl`, the divergence from the full-precision model; `block`, the drift of a block's output;
         `sft`, the loss of the right answers."""
         ...

@@ -36,8 +36,8 @@ class Row:
         return UserError(f"{self.source}, {self.where}: {text}")
 
     def content(self, *keys: str) -> dict[str, Any]:
-        """What stands in the row. Raises UserError where it cannot be read (no JSON, a broken image in an image column), where a
-        text in it is no Unicode, or where one of `keys` is missing."""
+        """The content of the row. Raises UserError where it cannot be read (no JSON, a broken image in an image column), where
+        a text in it is no Unicode, or where one of `keys` is missing."""
         with told_as(f"{self.source}, {self.where}: cannot be read", "Fix the row or take it out."), whole_images_only():
             content = self.read()
         if not isinstance(content, dict):
@@ -79,7 +79,8 @@ def read_text(path: str) -> str:
 
 
 def open_image(row: Row, image: Any, folder: Path) -> Image.Image:
-    """In RGB (`images.read_image`), from a file name in `folder`, the image itself, or `{"bytes": ..}` as data sets store them.
+    """The image in RGB (`images.read_image`): from a file name in `folder`, the image itself, or `{"bytes": ..}` as data sets
+    have it.
 
     Raises UserError, with the row's place, for a file that is not there and for whatever Pillow raises.
     """
@@ -109,7 +110,8 @@ def question_turns(row: Row, images: Sequence[Image.Image], question: Any, answe
 
 
 def chat_turns(row: Row, messages: Any, images: Any, folder: Path) -> tuple[Turn, ...]:
-    """Of `messages`, each `{"role", "content"}` or `{"from", "value"}` (LLaVA's); what follows the last answer is left out.
+    """The turns of `messages`, each `{"role", "content"}` or `{"from", "value"}` (LLaVA's); what follows the last answer is cut
+    off.
 
     A content is a text or a list of parts `{"type": "text", "text"}` and `{"type": "image"}`. Its image is in the part
     (`"image": name`) or the next of `images`, as it is for every `<image>` in a text.

@@ -2,24 +2,32 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
+
+from mgvq.types import Tower
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One stored tensor. `part` is a tower, `other` (head, embeddings outside the towers) or `container` (headers, json)."""
+    """One stored tensor, or a part of the container."""
 
     tensor: str
-    part: str
-    quantized: bool  # belongs to a layer in scope
+    """The name of the tensor in the file."""
+    part: Tower | Literal["other", "container"]
+    """A tower; `other`: head and embeddings outside of the towers; `container`: headers and json."""
+    quantized: bool
+    """The tensor belongs to a layer in scope."""
     num_bytes: int
-    num_weights: int  # parameters it stands for; 0 for tables, scales and headers
+    """The bytes that it takes in the file."""
+    num_weights: int
+    """The parameters of the model that it stands for; 0 for tables, scales and headers."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Sums of entries over three denominators."""
+    """All entries of a checkpoint, and their sums over three denominators."""
 
     entries: Sequence[Entry]
 
@@ -28,7 +36,7 @@ class Ledger:
         return sum(e.num_bytes for e in self.entries)
 
     def bits(self) -> Mapping[str, float]:
-        """Stored bits a weight of the layers in scope, of the language model, and of the whole model with all overhead."""
+        """The stored bits a weight: of the layers in scope, of the language model, and of the whole model with all overhead."""
         return {
             "bits/quantized_layers": self._bits([e for e in self.entries if e.quantized]),
             "bits/language_model": self._bits([e for e in self.entries if e.part == "language"]),
@@ -36,7 +44,7 @@ class Ledger:
         }
 
     def scope_bits(self) -> int:
-        """Stored bits of the layers in scope."""
+        """The stored bits of the layers in scope."""
         return 8 * sum(e.num_bytes for e in self.entries if e.quantized)
 
     def frame(self) -> pd.DataFrame:

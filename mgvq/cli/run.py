@@ -2,9 +2,11 @@
 
 import logging
 import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,10 +14,14 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+import mgvq
 from mgvq.analysis.tables.bits import bits_by_kind
-from mgvq.errors import UserError
+from mgvq.cli.words import check_words
+from mgvq.errors import SharedFault, UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import with_variants
+from mgvq.runs.device import check_device
+from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
@@ -24,6 +30,7 @@ from mgvq.runs.tracking import track
 register_resolvers()
 log = logging.getLogger(__name__)
 EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}  # a plugin of Hydra's, and the extra that installs it
+SHOWING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")  # what prints, and runs nothing
 SUMMARY = ("text/perplexity", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
 
 
@@ -42,14 +49,25 @@ def hydra_main(cfg: DictConfig) -> None:
         check(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+        if folder.is_done() and (gone := folder.missing_files()):
+            log.warning("%s was done before, but %s is gone: it runs again", folder.path, _few(gone))
+            folder.reopen()
         if folder.is_done():
             print("done before; delete the folder to run it again")
         else:
+            check_device(cfg.device)
+            folder.check_writable()
+            if len(sys.argv) == 1:
+                print(f"mgvq-run: {_what_runs(cfg)}", file=sys.stderr)
             from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
 
-            execute(cfg, folder)
+            with disk_faults_told(Path(cfg.paths.results)):
+                execute(cfg, folder)
         if tracker:
             track(tracker, folder)
+    except SharedFault as error:  # the other jobs would meet it too
+        print(f"mgvq-run: {error}", file=sys.stderr)
+        sys.exit(2)
     except UserError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             log.error("refused: %s", error)
@@ -66,17 +84,64 @@ def hydra_main(cfg: DictConfig) -> None:
     print(folder.path)
 
 
+def _few(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} files more)"
+
+
+def _what_runs(cfg: DictConfig) -> str:
+    """What a run without settings is, in a line."""
+    return (
+        f"no setting is given, so {cfg.model.name} is quantised with codebook={cfg.variants.codebook} to "
+        f"{cfg.budget.bits_per_weight:g} bits and evaluated with {cfg.variants.evaluation} "
+        f"({cfg.evaluation.get('num_questions', 'all')} questions): about half a minute. mgvq-run --help says what else there is."
+    )
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """As Ctrl-C: the run folder gets its FAILED."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
 def main() -> None:
-    """Entry point."""
+    """Entry point: exits with 0 when the run is done, 2 for bad input, 1 where jobs of -m failed, 130 after Ctrl-C."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
+    if "--version" in sys.argv:
+        print(f"mgvq {mgvq.__version__}")
+        return
+    if any(word in SHOWING for word in sys.argv):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
+    try:
+        _check_launcher()
+        check_words(sys.argv[1:])
+    except UserError as error:
+        print(f"mgvq-run: {error}", file=sys.stderr)
+        sys.exit(2)
+    for ended in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ended) is signal.SIG_DFL:
+            signal.signal(ended, _terminate)
+    try:
+        hydra_main()
+    except KeyboardInterrupt as interrupt:
+        print(
+            "\nmgvq-run: interrupted. Finished runs and collected statistics are kept; the run that was going on is no result, "
+            "and the same command starts it again.",
+            file=sys.stderr,
+        )
+        name = str(interrupt) or "SIGINT"
+        if name == "SIGINT":
+            sys.exit(130)
+        signal.signal(signal.Signals[name], signal.SIG_DFL)
+        os.kill(os.getpid(), signal.Signals[name])  # whoever started it is told by which signal it ended
+
+
+def _check_launcher() -> None:
+    """Raises UserError for a launcher whose plugin is not installed."""
     for plugin, extra in EXTRAS.items():
         if find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None and any(
             word.startswith("hydra/launcher=") and plugin in word for word in sys.argv
         ):
-            print(f"mgvq-run: this launcher needs a plugin of Hydra's: pip install 'mgvq[{extra}]'", file=sys.stderr)
-            sys.exit(2)
-    hydra_main()
+            raise UserError(f"this launcher needs a plugin of Hydra's: pip install 'mgvq[{extra}]'")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -15,7 +15,7 @@ from mgvq.errors import UserError
 from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
-Source = Literal["kl", "block", "sft"]
+SOURCES = ("kl", "block", "sft")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class GradientHessian:
     """The share of the mean diagonal of `h_in` that is added to it in rounding, in (0, 1]."""
     output_damping: float | None
     """The same of `h_out`: rounding is that of `hessian_two_sided`. With None errors are not corrected from row to row."""
-    source: Source
+    source: str
     """What the gradient is of. `kl`: the divergence from the full-precision model while the blocks before this one are quantised,
     so that the first block has none. `block`: the squared drift of the block's output, every token weighted by the squared norm
     of its gradient, without a pass through the blocks behind. `sft`: the loss of the right answers."""
@@ -50,8 +50,8 @@ class GradientHessian:
 
     def __post_init__(self) -> None:
         assert self._rounding  # checks the dampings
-        if self.source not in get_args(Source):
-            raise UserError(f"compensation.source must be one of {', '.join(get_args(Source))}; got {self.source!r}")
+        if self.source not in SOURCES:
+            raise UserError(f"compensation.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
         if self.source != "sft" and not self.refresh:
             raise UserError(
                 f"compensation.source={self.source} with refresh=false has no effect: at full precision that gradient is zero. "

@@ -1,7 +1,7 @@
 """RSAVQ's error direction: plain rounding of a target that is moved along the natural gradient of the answer loss."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,7 +33,7 @@ class NaturalGradient(NoCompensation):
     needs_output_metric: ClassVar[bool] = True
 
     # As a `TargetShift` it has one step, which is taken without trying another.
-    source: ClassVar[Literal["sft"]] = "sft"
+    source: ClassVar[str] = "sft"
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
 

@@ -10,21 +10,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A task of lmms-eval.
+    """A task of lmms-eval."""
 
-    `recipe`: its yaml below lmms-eval's `tasks/`. `dataset`, `part`, `split`: what is asked, by its name on the hub. `metric`:
-    the one that papers report, `full` what it gives for right answers alone. `only`: a column and the value that it must have.
-    `rotated`: rows whose `index` differs by millions are one question with its options in another order.
-    """
-
-    recipe: str
-    dataset: str
-    part: str | None = None
+    recipe: str  # its yaml below lmms-eval's `tasks/`
+    dataset: str  # what is asked, by its name on the hub
+    part: str | None = None  # of the dataset, where it has several
     split: str
-    metric: str
-    full: float = 1.0
-    only: tuple[str, str] | None = None
-    rotated: bool = False
+    metric: str  # the one that papers report
+    full: float = 1.0  # what the metric gives for right answers alone
+    only: tuple[str, str] | None = None  # a column, and the value that a row must have in it to be asked
+    rotated: bool = False  # rows whose `index` differs by millions are one question with its options in another order
 
 
 BENCHMARKS = {
@@ -69,7 +64,7 @@ def tokens_that_count(max_new_tokens: Mapping[str, int], fields: Mapping[str, An
 
 
 def datasets_that_count(folder: str | None, fields: Mapping[str, Any]) -> dict[str, str] | None:
-    """By task that is asked a digest of its dataset in `folder`; None for datasets from the library's cache."""
+    """A digest of the dataset in `folder` for each task that is asked; None for datasets from the library's cache."""
     if folder is None:
         return None
     return {task: _listing(Path(folder) / BENCHMARKS[task].dataset) for task in fields["tasks"] if task in BENCHMARKS}

@@ -56,7 +56,7 @@ class Perplexity:
         )
 
     def draw(self) -> list[Passage]:
-        """In the order of the reference."""
+        """The passages, in the order of the reference."""
         passages = list(language_reference().passages.items())
         order = torch.randperm(len(passages), generator=generator(self.seed, "evaluation"))[: self.num_passages]
         return [Passage(*passages[index]) for index in sorted(order.tolist())]

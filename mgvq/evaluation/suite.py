@@ -68,7 +68,8 @@ class Suite:
                 f"{''.join(problems.values())}\n"
                 f"Where there is a network, `hf download {example} --repo-type dataset --local-dir DIR/{example}` fetches one, "
                 "and likewise the others; then set evaluation.data=DIR. Or let this command itself fill the cache: "
-                "HF_DATASETS_OFFLINE=0 in front of it. Or leave tasks out: evaluation.tasks=[...]."
+                "HF_DATASETS_OFFLINE=0 in front of it. Or leave tasks out: evaluation.tasks=[...]. The cache, which HF_HOME "
+                "moves, must be writable."
             )
 
     def __call__(self, model: PreTrainedModel, reference: PreTrainedModel | None, processor: Any, label: str) -> EvalResult:
@@ -114,7 +115,7 @@ def _place(name: str) -> str:
 
 
 def _rows(name: str, task: "BenchmarkTask") -> Iterator[tuple[dict[str, Any], dict[str, Any], dict[str, str]]]:
-    """Of every question: its row as far as no answer is needed, its document without images, its options.
+    """Three things of every question: its row as far as no answer is needed, its document without images, its options.
 
     Rows that share an image have sample ids that differ in their last part alone; the hash is of all that the dataset holds of
     a question.

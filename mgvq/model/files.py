@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
 from safetensors import safe_open
 
 from mgvq.checks import short_words, told_as
@@ -47,7 +48,10 @@ def reading_folder(path: object, folder: Path) -> Iterator[None]:
         ):
             yield
     except UserError as error:
-        if error.__cause__ is not None and (found := damaged_file(folder)):
+        cause = error.__cause__
+        if isinstance(cause, OSError) and str(cause.filename or "").startswith(HF_HOME):
+            raise UserError(f"{HF_HOME} must be writable ({short_words(cause)}): HF_HOME says where that folder is.") from error
+        if cause is not None and (found := damaged_file(folder)):
             file, why = found
             raise UserError(f"{file} is damaged ({short_words(why)}). Get the file again, from where it came.") from error
         raise

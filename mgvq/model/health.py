@@ -1,4 +1,4 @@
-"""What would make the numbers of a model lie: weights that are missing or not finite, and layers that say nothing."""
+"""What would make the numbers of a model lie: weights that are missing or not finite."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.types import Site
 
 _SHOWN = 3  # names in a message; the rest are counted
 
@@ -59,22 +58,6 @@ def check_finite(model: PreTrainedModel, path: object, folder: Path) -> None:
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite; whole numbers always are."""
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def constant_flags(weights: Mapping[Site, Tensor]) -> list[str]:
-    """Flags for layers, rows and columns whose weights are all one number, zero for instance, with the first layer that has one.
-
-    No error of quantisation can be seen there: relative errors and scores say nothing. A layer of one row or column is left out.
-    """
-    found: dict[str, list[tuple[int, str]]] = {}
-    for site, weight in weights.items():
-        if bool((weight == weight.flatten()[0]).all()):
-            found.setdefault("layers", []).append((1, site.name))
-            continue
-        for what, dim in (("rows", 1), ("columns", 0)):
-            if weight.shape[dim] > 1 and (number := int((weight.amax(dim) == weight.amin(dim)).sum())):
-                found.setdefault(what, []).append((number, site.name))
-    return [f"constant:{what}:{sum(n for n, _ in places)}:{places[0][1]}" for what, places in found.items()]
 
 
 def first_non_finite(model: torch.nn.Module, run: Any) -> str | None:

@@ -23,6 +23,7 @@ from transformers import AutoProcessor, GenerationConfig, InternVLConfig
 
 from mgvq.errors import UserError
 from mgvq.model.encode import image_token_id
+from mgvq.model.files import read_json
 
 _RENAMED = (
     (r"^vision_model\.", "model.vision_tower."),
@@ -94,7 +95,7 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file() or not any(folder.glob("*.safetensors")):
         raise UserError(f"{folder} holds no model: it needs config.json and safetensors files.")
-    return json.loads(file.read_text())
+    return read_json(file)
 
 
 def _config(described: Mapping[str, Any], image_token: int) -> InternVLConfig:
@@ -142,7 +143,7 @@ def _converted(file: Path, config: InternVLConfig) -> Iterator[tuple[str, Tensor
 
 
 def _split_wqkv(tensor: Tensor, config: InternVLConfig) -> dict[str, Tensor]:
-    """Of InternLM2: for each key-value head the rows of its query heads, then its keys, then its values."""
+    """The q, k and v of InternLM2's one matrix: for each key-value head the rows of its query heads, its keys, its values."""
     text: Any = config.text_config
     groups = text.num_attention_heads // text.num_key_value_heads
     heads = tensor.unflatten(0, (text.num_key_value_heads, groups + 2, -1))

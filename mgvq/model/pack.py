@@ -26,16 +26,16 @@ _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Images `b`, positions `s`; `sizes` are the answer tokens of each sample, in the order of `loss_mask`, row by row."""
+    """Rows of an image and all questions about it: `b` images, `s` positions."""
 
-    inputs: dict[str, Tensor]
-    loss_mask: Bool[Tensor, "b s"]
-    valid_mask: Bool[Tensor, "b s"]
-    sample_ids: tuple[str, ...]
-    sizes: tuple[int, ...]
+    inputs: dict[str, Tensor]  # what a forward pass takes, with a mask that keeps the questions apart
+    loss_mask: Bool[Tensor, "b s"]  # the answer tokens
+    valid_mask: Bool[Tensor, "b s"]  # the tokens that are no padding
+    sample_ids: tuple[str, ...]  # row by row
+    sizes: tuple[int, ...]  # the answer tokens of each sample, in the order of `loss_mask`
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "PackedBatch":
-        """On `device`, with the mask in the model's `dtype`."""
+        """The batch on `device`, its mask in the model's `dtype`."""
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
         return PackedBatch(inputs, self.loss_mask.to(device), self.valid_mask.to(device), self.sample_ids, self.sizes)

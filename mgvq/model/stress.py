@@ -33,15 +33,15 @@ _THROUGH = {"v_proj": "o_proj", "up_proj": "down_proj"}
 
 @dataclass(frozen=True)
 class Pair:
-    """`source` (a norm or a linear layer) whose output channels are scaled, and the linear layers that undo it, by name."""
+    """A layer whose output channels are scaled, and those that undo it, by their names."""
 
-    source: str
-    readers: tuple[str, ...]
+    source: str  # a norm or a linear layer
+    readers: tuple[str, ...]  # the linear layers whose input columns are divided by the scales
 
 
 @torch.no_grad()
 def inject(model: PreTrainedModel, probe: Batch, stress: Stress) -> list[Pair]:
-    """Scale the blocks of the language tower in place; what was scaled, in the order of the blocks.
+    """Scale the blocks of the language tower in place; returns what was scaled, in the order of the blocks.
 
     `probe` is a batch of inputs: who reads which norm is seen in a forward pass, not guessed. Raises UserError where no norm is
     read by linear layers alone, or the model then computes something else than before.
@@ -70,7 +70,7 @@ def inject(model: PreTrainedModel, probe: Batch, stress: Stress) -> list[Pair]:
 
 
 def _columns(model: PreTrainedModel, scale: Float[Tensor, "c"], num_columns: int) -> Float[Tensor, "columns"]:
-    """Of the reader: as many as the scales, or several query heads for each head of the values, one after the other."""
+    """The scales of the reader's columns: one each, or those of a head of the values again for each of its query heads."""
     if len(scale) == num_columns:
         return scale
     num_heads = model.config.get_text_config(decoder=True).num_key_value_heads

@@ -1,7 +1,7 @@
 """The block walk: what goes into and comes out of every block, over all batches, as the blocks are quantised one by one.
 
-Whatever looks at a model block by block goes through here (gradients, held-out losses, statistics of the quantised prefix): it
-never runs a model by itself, so that how a pass comes about can change in one place.
+Gradients and held-out losses of the block loop go through here, so that how a pass comes about can change in one place. `visit`
+is for statistics of the quantised prefix, which no stage takes yet.
 """
 
 import copy

@@ -1,1 +1,1 @@
-"""One run: its identity, its folder, its execution. Hydra's instantiate is called in `build.py` and nowhere else."""
+"""One run: its identity, its folder, its execution. `build.py` alone calls Hydra's instantiate."""

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mgvq.errors import UserError
 from mgvq.runs.declared import KEY, is_idle
 from mgvq.runs.device import device_type
+from mgvq.runs.offers import check_offers
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
@@ -22,18 +23,20 @@ SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "
 
 
 def build(cfg: DictConfig, group: str) -> Any:
-    """The component of one group, None where the group is `none`. Its own errors come through as they are."""
+    """Builds the variant of one group; None where that is `none`. Raises UserError, by name where it cannot be built."""
     if not chosen(cfg, group):
         return None
     settings = OmegaConf.to_container(cfg[group], resolve=True)
     assert isinstance(settings, dict)
     settings.pop(KEY, None)
     try:
-        return instantiate(settings, _convert_="all")
+        part = instantiate(settings, _convert_="all")
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         raise UserError(f"group {group} ({cfg[group]['_target_']}) cannot be built: {error.__cause__ or error}") from error
+    check_offers(part, group)
+    return part
 
 
 def chosen(cfg: DictConfig, group: str) -> bool:
@@ -42,7 +45,7 @@ def chosen(cfg: DictConfig, group: str) -> bool:
 
 
 def check(cfg: DictConfig) -> None:
-    """Settings that no single group can judge; raises UserError before anything is imported or loaded."""
+    """Checks the settings that no single group can judge. Raises UserError before anything heavy is imported or loaded."""
     try:
         OmegaConf.resolve(cfg.copy())
     except OmegaConfBaseException as error:

@@ -1,10 +1,12 @@
-"""Statistics that were paid for once: a file for each set of settings that determines them."""
+"""The cache of calibration statistics: a file for each set of settings that determines them."""
 
-import fcntl
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,30 +15,52 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mgvq.errors import SharedFault
+from mgvq.runs.files import broken_seal, disk_faults_told, open_lock, seal, share, try_lock
 from mgvq.types import Kronecker, Site, SiteStats, StatsBank
+
+log = logging.getLogger(__name__)
 
 
 def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], StatsBank], sites: Sequence[Site]) -> StatsBank:
     """The statistics of `sites` under `key`: read from `folder`, or collected and written there; the same bits either way.
 
-    `key` is JSON and names everything that can move a number. A file that is torn, or is of other sites, is written anew. Of
-    several processes that want the same one collects while the others wait; the kernel drops the lock of one that dies.
+    `key` is JSON and names everything that can move a number. Of several processes that want the same file one collects while the
+    others wait; the kernel drops the lock of one that dies. A file that is not what was written, by the digest beside it, is set
+    aside as `.bad` and collected again. Nothing of the cache ends a run: where it cannot be written, a warning says so.
     """
     text = json.dumps(key, sort_keys=True, separators=(",", ":"), allow_nan=False)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
-    locks = folder / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    with (locks / path.stem).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        lock = open_lock(folder / ".locks" / path.stem)
+    except SharedFault as fault:
+        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
+        lock = None
+    with closing(lock) if lock else nullcontext():
+        if lock:
+            try:
+                try_lock(lock, wait=True)
+            except SharedFault as fault:
+                log.warning("two runs at once may collect the same statistics: %s", fault.args[0])
         bank = _read(path, sites)
         if bank is None:
             bank = collect()
-            _write(path, text, bank)
+            if lock:
+                _keep(path, text, bank)
         return bank
 
 
+def _keep(path: Path, key: str, bank: StatsBank) -> None:
+    try:
+        with disk_faults_told(path.parent):
+            _write(path, key, bank)
+    except (SharedFault, OSError) as fault:
+        path.with_suffix(".tmp").unlink(missing_ok=True)
+        log.warning("the statistics are not kept for other runs: %s", fault.args[0])
+
+
 def _write(path: Path, key: str, bank: StatsBank) -> None:
-    """Complete or not at all. A tensor that several layers hold is stored once, under the name it has first."""
+    """Writes the file completely or not at all. A tensor that several layers hold is stored once, under the name it has first."""
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
 
@@ -59,20 +83,29 @@ def _write(path: Path, key: str, bank: StatsBank) -> None:
     save_file(tensors, temporary, {"mgvq": json.dumps({"key": json.loads(key), "sites": described})})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    share(temporary)
+    seal(temporary, path)
     temporary.rename(path)
 
 
 def _read(path: Path, sites: Sequence[Site]) -> StatsBank | None:
-    """None where there is no whole file of these sites."""
-    try:
-        with safe_open(path, "pt") as file:
-            described = json.loads(file.metadata()["mgvq"])["sites"]
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        if list(described) != [site.name for site in sites]:
-            return None
-        return {site: SiteStats(**_unpack(described[site.name], tensors)) for site in sites}
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
+    """None where there is no file, or none of these sites that is what was written: that is set aside."""
+    if not path.is_file():
         return None
+    if (why := broken_seal(path)) is None:
+        try:
+            with safe_open(path, "pt") as file:
+                described = json.loads(file.metadata()["mgvq"])["sites"]
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            if list(described) == [site.name for site in sites]:
+                return {site: SiteStats(**_unpack(described[site.name], tensors)) for site in sites}
+            why = "is of other layers"
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            why = f"cannot be read ({error})"
+    log.warning("%s %s: it is set aside as .bad, and collected again", path, why)
+    with contextlib.suppress(OSError):  # where nothing can be written it stays, and is not read
+        path.rename(path.with_suffix(".bad"))
+    return None
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -22,9 +22,9 @@ from mgvq.runs.places import conf_folder, register_resolvers
 
 @contextmanager
 def composer() -> Iterator[Callable[..., DictConfig]]:
-    """A function that composes the configuration of a run from overrides, outside of `@hydra.main`.
+    """Gives a function that composes the configuration of a run from overrides, outside of `@hydra.main`.
 
-    It raises HydraException for overrides that do not compose. A Hydra that is open in this process is closed.
+    The function raises HydraException for overrides that do not compose. A Hydra that is open in this process is closed.
     """
     register_resolvers()
     GlobalHydra.instance().clear()
@@ -41,10 +41,11 @@ def _compose(*overrides: str) -> DictConfig:
 
 
 def with_variants(cfg: DictConfig, choices: Mapping[str, Any]) -> DictConfig:
-    """Adds `variants`, the name of every group's variant, from Hydra's `choices`; by these names runs are told apart.
+    """Adds `variants`, the name of every group's variant, to the configuration; runs are told apart by these names.
 
-    The name is that of the yaml in `conf/`, so that the code behind it may move. A class that is set in another way, on the
-    command line or by a yaml from elsewhere, is named by its path, and by what it is a version of.
+    `choices` are Hydra's. A variant of `conf/` has the name of its yaml, so that the code behind it may move. A class that is
+    set in another way, on the command line or by a yaml from elsewhere, has its path as name, and where its package is not mgvq
+    the version of that, or a digest of its code where it has none: `theirs.module.Thing (theirs 1.2)`.
     """
     with open_dict(cfg):
         cfg.variants = {g: _name(g, str(choices[g]), cfg[g].get("_target_")) for g in VARIANTS if cfg.get(g) is not None}
@@ -62,14 +63,14 @@ def _name(group: str, choice: str, target: str | None) -> str:
 
 @functools.cache
 def _own_target(group: str, choice: str) -> str | None:
-    """What the yaml in `conf/` builds; None where there is none."""
+    """The path of the class that a yaml in `conf/` builds; None where there is no such yaml."""
     file = conf_folder() / group / f"{choice}.yaml"
     return yaml.safe_load(file.read_text()).get("_target_") if file.is_file() else None
 
 
 @functools.cache
 def _package(package: str) -> str:
-    """The distribution of a package and its version; the package and a digest of its code where it has none."""
+    """Names the distribution of a package with its version, or the package with a digest of its code where it has no version."""
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:

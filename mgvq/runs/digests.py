@@ -10,7 +10,7 @@ from mgvq.digest import file_digest
 
 
 def data_digest(path: str) -> str:
-    """SHA-256 over a folder's files, or a file and the images that its JSON lines name. Anything else, as a hub name, stays."""
+    """The SHA-256 of a folder's files, or of a file and the images that its JSON lines name. Other texts, as a hub name, stay."""
     data, digest = Path(path), hashlib.sha256()
     if data.is_dir():
         for file in sorted(f for f in data.rglob("*") if f.is_file()):

@@ -18,9 +18,9 @@ from mgvq.types import Site
 
 
 def report(cfg: DictConfig) -> list[str]:
-    """Print the model, its layers in scope, the sizes and the tasks; return what is missing, in the order of a run, printed too.
+    """Prints the model, its layers in scope, the sizes, the tasks and what is missing; returns the latter in the order of a run.
 
-    Nothing is downloaded, loaded, locked or written. Raises UserError where the model cannot even be told.
+    Nothing is downloaded, loaded, locked or written. Raises UserError where not even the model can be told.
     """
     missing: list[str] = []
     _attempt(missing, lambda: check(cfg))
@@ -45,7 +45,7 @@ def report(cfg: DictConfig) -> list[str]:
 
 
 def _attempt(missing: list[str], step: Callable[[], Any]) -> Any:
-    """What the step gives; None where it raises UserError, which is noted once."""
+    """Returns what the step gives; None where it raises UserError, which is noted once."""
     try:
         return step()
     except UserError as error:
@@ -85,6 +85,6 @@ def _by_tower(sites: Sequence[Site]) -> str:
 
 
 def _number(value: int | float) -> str:
-    """In thousands, millions or billions."""
+    """Writes a number in thousands, millions or billions."""
     power, letter = next((p, s) for p, s in ((9, "G"), (6, "M"), (3, "k")) if value >= 10**p or p == 3)
     return f"{value / 10**power:.1f} {letter}"

@@ -20,16 +20,18 @@ from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
+from mgvq.errors import SharedFault, UserError
 from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
-from mgvq.model.health import constant_flags
 from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
-from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.model.shape import empty_model
+from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
+from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
@@ -37,6 +39,7 @@ from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
+from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
 from mgvq.runs.store import RunFolder
 from mgvq.types import Site, SiteStats
 
@@ -46,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """Fill the folder and return its metrics. Bad settings and bad data raise UserError before the model is loaded."""
+    """Fills the folder and returns its metrics. Bad settings and bad data raise UserError before the model is loaded."""
     method = build_method(cfg)
     task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
     if isinstance(task, ReadsData):
@@ -61,19 +64,28 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if folder.is_done():  # by another process, while this one was starting
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-        folder.write_json("identity.json", scientific_settings(cfg))
-        folder.write_json("provenance.json", {**provenance(), "model": source.provenance(), "texts": _texts(calibration, task)})
+        identity = scientific_settings(cfg)
+        folder.write_json("identity.json", identity)
+        other = find_quantised(folder, identity) if method else None
+        taken = {"checkpoint_of": other.path.name} if other else {}
+        origin = {**provenance(), **taken, "model": source.provenance(), "texts": _texts(calibration, task)}
+        folder.write_json("provenance.json", origin)
         log.info("loading %s", source.path)
         described = describe(source)
         check_images(described.config, calibration=calibration, evaluation=task)
         check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
+        if method is not None and (empty := empty_model(source)) is not None:
+            predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
         loaded = load(source, device, described)
         sites = list_sites(loaded.model, cfg.scope)
-        flags = [*left_out_flags(loaded.model, sites), *constant_flags(site_weights(loaded.model, sites))]
+        flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        report = None
-        if method is not None:
+        weights, report, made = {}, None, None
+        if other is not None:
+            log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
+            made = take_over(other, folder)
+        elif method is not None:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
@@ -90,18 +102,27 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             for name, table in tables.items():
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
-        weights = report.weights if report else {}
-        ledger = save(folder.checkpoint, loaded, sites, weights)
-        if report and ledger.scope_bits() != report.stored_bits:
-            raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
-        folder.write_table("ledger.parquet", ledger.frame())
+            weights = report.weights
+        if made is None:
+            ledger = save(folder.checkpoint, loaded, sites, weights)
+            if report and ledger.scope_bits() != report.stored_bits:
+                raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
+            folder.write_table("ledger.parquet", ledger.frame())
+            made = {
+                "rate": _rate(report),
+                "flags": list(report.flags) if report else [],
+                "sizes": {**ledger.bits(), "bytes/checkpoint": ledger.num_bytes},
+                "seconds": {name: clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize")},
+            }
+            folder.write_json(QUANTIZATION, made)
 
         log.info("evaluating %s", folder.checkpoint)
         clock.lap("save")
         trusted = {"trust_remote_code": source.trust_remote_code}
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
-        check_same_model(loaded, weights, model, folder.checkpoint)
+        if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
+            check_same_model(loaded, weights, model, folder.checkpoint)
         digest = file_digest(folder.checkpoint / TENSORS)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
@@ -110,16 +131,15 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         metrics = {
             **result.metrics,
             **dict.fromkeys(broken),
-            **ledger.bits(),
-            "bytes/checkpoint": ledger.num_bytes,
-            **{f"time/{name}_s": clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize", "evaluate")},
+            **made["sizes"],
+            **{f"time/{name}_s": seconds for name, seconds in {**made["seconds"], "evaluate": clock.seconds["evaluate"]}.items()},
             "memory/peak_gb": _peak_gb(device),
-            "rate": _rate(report),
+            "rate": made["rate"],
             "checkpoint_sha256": digest,
             "flags": [
                 *source.flags(),
                 *flags,
-                *(report.flags if report else ()),
+                *made["flags"],
                 *result.flags,
                 *_unexplained(broken, result.flags),
             ],
@@ -130,7 +150,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
 
 
 def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
-    """Packed where the model allows it: a third of the tokens."""
+    """The samples as batches, packed where the model allows it, which leaves a third of the tokens."""
     if drawn.packable and can_pack(loaded.model):
         parts = (packed_batches(loaded.processor, e, IMAGES) for e in (drawn.examples, drawn.heldout_examples))
     else:
@@ -140,7 +160,7 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
 
 
 def _texts(*parts: Any) -> dict[str, str]:
-    """SHA-256 of the texts that come with the Python installation, by what they are for."""
+    """The SHA-256 of the texts that come with the Python installation, by the group that reads them."""
     return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
 
 
@@ -165,7 +185,7 @@ class Clock:
 def _statistics(
     cfg: DictConfig, method: Method, loaded: Loaded, sites: Sequence[Site], drawn: CalibrationSet
 ) -> Mapping[Site, SiteStats]:
-    """From the cache that all runs of the results folder share, or by one pass over the calibration samples."""
+    """Takes the statistics from the cache that all runs of the results folder share, or collects them from the samples."""
     settings = scientific_settings(cfg)
     kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
@@ -186,8 +206,11 @@ def _rate(report: QuantReport | None) -> str:
 
 
 def _device(cfg: DictConfig) -> torch.device:
-    """The device that the run is named by, its arithmetic set. Raises UserError where PyTorch has no such device."""
-    device = find_device(device_name(cfg.device))
+    """The device that the run is named by, its arithmetic set. Raises SharedFault where PyTorch has no such device."""
+    try:
+        device = find_device(device_name(cfg.device))
+    except UserError as error:
+        raise SharedFault(str(error)) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     return device
 

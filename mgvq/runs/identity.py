@@ -23,10 +23,10 @@ NEUTRAL: Mapping[str, Any] = {}
 
 
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
-    """The settings that count, numbers in one spelling (2 is 2.0): of a group the name of its variant (`variants`, see
-    `mgvq.runs.compose`) with its fields, of a model what determines its weights. Variants that do nothing do not count.
+    """The settings that count, numbers in one spelling (2 is 2.0).
 
-    Raises UserError where the model's files are missing.
+    A group counts by the name of its variant (`variants`, see `mgvq.runs.compose`) and by its fields, a model by what determines
+    its weights. Variants that do nothing do not count. Raises UserError where the model's files are missing.
     """
     settings: dict[str, Any] = {
         str(key): OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
@@ -47,7 +47,7 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run_id(cfg: DictConfig) -> str:
-    """16 hex digits; equal for equal settings, in any process and under any launcher."""
+    """The name of the run, 16 hex digits: equal for equal settings, in any process and under any launcher."""
     text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -56,7 +56,7 @@ def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a variant as they count by the rules that its yaml declares (`_declares_: {identity: {FIELD: RULE}}`):
 
         content                 a file or folder counts by what is in it
-        ignored                 where something lies, say
+        ignored                 the field does not count: it says where something lies, for example
         {neutral: VALUE}        a field that came later: with this value the run is what it was without the field
         PACKAGE.MODULE.NAME     a function of the value and of all fields gives what counts; its module must not import torch
 

@@ -13,7 +13,7 @@ from mgvq.runs.declared import is_idle
 
 
 def build_method(cfg: DictConfig) -> Method | None:
-    """None for full precision. Raises UserError for stages that lack what they need, or that nothing looks at."""
+    """The method of a run; None for full precision. Raises UserError for stages that lack what they need, or have no effect."""
     if not chosen(cfg, "codebook"):
         return None
     method = Method(**{stage: build(cfg, stage) for stage in STAGES})

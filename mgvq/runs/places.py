@@ -31,13 +31,14 @@ def results_folder() -> Path:
 
 
 def register_resolvers() -> None:
-    """`${results_folder:}`, `${shipped_model:NAME}`, `${package_file:PACKAGE,FILE}` for the yaml files; may be called again."""
+    """Registers what yamls may say: `${results_folder:}`, `${shipped_model:NAME}`, `${package_file:PACKAGE,FILE}`. May be called
+    again."""
     OmegaConf.register_new_resolver("results_folder", lambda: str(results_folder()), replace=True)
     OmegaConf.register_new_resolver("shipped_model", lambda name: str(SHIPPED / name), replace=True)
     OmegaConf.register_new_resolver("package_file", _package_file, replace=True)
 
 
 def _package_file(package: str, file: str) -> str:
-    """Where the file of an installed package lies, without importing that; PACKAGE/FILE where it is not installed."""
+    """The path of a file of an installed package, which is not imported; PACKAGE/FILE where the package is not installed."""
     spec = find_spec(package)
     return str((Path(spec.origin).parent if spec and spec.origin else Path(package)) / file)

@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "hydra-core", 
 
 
 def provenance() -> dict[str, Any]:
-    """The commit, a digest of what differs from it (None outside a checkout), versions and hardware. No part of the identity."""
+    """The commit, a digest of what differs from it (None outside a checkout), versions and hardware; no part of the identity."""
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _digest(_git("diff", "HEAD")),

@@ -1,11 +1,12 @@
 """The folder of a run: claimed by a lock, filled, and declared done last of all."""
 
-import fcntl
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+import tempfile
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import pandas as pd
 import yaml
 
 from mgvq.errors import UserError
+from mgvq.runs.files import disk_faults_told, open_lock, share, try_lock
 
 log = logging.getLogger(__name__)
 
@@ -68,31 +70,44 @@ class RunFolder:
                     raise UserError(f"{file} is not the file that the run wrote: {remedy}")
 
     def reserve(self) -> IO[bytes] | None:
-        """For one who is about to start the run in another process: a file to hold open until that has ended.
+        """A file that whoever starts the run in another process holds open until that has ended.
 
-        None where somebody else has it.
+        None where somebody else holds it.
         """
         lock = self._lock_file(".reserved")
+        if try_lock(lock):
+            return lock
+        lock.close()
+        return None
+
+    def check_writable(self) -> None:
+        """Raises SharedFault, which names the folder, where the results cannot be written or locked; takes no time."""
+        with self._lock_file() as lock:
+            try_lock(lock)
+        with disk_faults_told(self.path), tempfile.TemporaryFile(dir=self.path.parent) as file:
+            file.write(b"room for a little")
+
+    def missing_files(self) -> list[str]:
+        """The files that DONE names and that are gone; empty where DONE cannot be read, which `verify` tells."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        return lock
+            return [name for name in json.loads((self.path / "DONE").read_bytes()) if not (self.path / name).is_file()]
+        except (OSError, ValueError, TypeError):
+            return []
+
+    def reopen(self) -> None:
+        """Take the folder's DONE away: the next run of its settings starts it afresh."""
+        with disk_faults_told(self.path):
+            (self.path / "DONE").unlink(missing_ok=True)
 
     def _lock_file(self, suffix: str = "") -> IO[bytes]:
-        locks = self.path.parent / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        return (locks / f"{self.path.name}{suffix}").open("wb")
+        return open_lock(self.path.parent / ".locks" / f"{self.path.name}{suffix}")
 
     def __enter__(self) -> "RunFolder":
         """Waits while another process holds the folder."""
         self._lock = self._lock_file()
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(self._lock):
             log.info("waiting for another process, which is writing %s", self.path)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try_lock(self._lock, wait=True)
         self.path.mkdir(exist_ok=True)
         self._was_done = self.is_done()
         if not self._was_done:
@@ -102,7 +117,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self._write("FAILED", "".join(traceback.format_exception(kind, error, trace)).encode())
+            with contextlib.suppress(OSError):  # on a full disk the error itself is what has to be told
+                self._write("FAILED", "".join(traceback.format_exception(kind, error, trace)).encode())
         elif not self._was_done:
             self._finish()
         self._lock.close()
@@ -111,6 +127,7 @@ class RunFolder:
         files = sorted(f for f in self.path.rglob("*") if f.is_file())
         digests = {}
         for file in files:
+            share(file)
             with file.open("rb") as stream:
                 digests[str(file.relative_to(self.path))] = hashlib.file_digest(stream, "sha256").hexdigest()
                 os.fsync(stream.fileno())
@@ -131,7 +148,7 @@ class RunFolder:
         temporary.rename(self.path / name)
 
     def _write(self, name: str, content: bytes) -> None:
-        """Complete or not at all, and on the disk before it has its name."""
+        """Writes a file completely or not at all; its content is on the disk before it has its name."""
         temporary = self.path / f"{name}.tmp"
         with temporary.open("wb") as file:
             file.write(content)
@@ -141,7 +158,7 @@ class RunFolder:
 
 
 def _sync_names(folder: Path) -> None:
-    """Bring to the disk which names the folder holds."""
+    """Brings to the disk which names the folder holds."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def track(tracker: Tracker, folder: RunFolder) -> None:
-    """Nothing where the tracker's place has been told before. May be called at any time after the run, by any process.
+    """Tells the tracker of the run, unless its place has been told before. Any process may call it at any time after the run.
 
     Whatever goes wrong in a tracker ends here, as a warning: the run is finished, and the next call tries again.
     """

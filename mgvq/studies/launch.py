@@ -11,7 +11,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mgvq.errors import UserError
+from mgvq.errors import SharedFault, UserError
+from mgvq.runs.files import disk_faults_told
 from mgvq.studies.launchers.job import Job, Launcher, command
 from mgvq.studies.launchers.local import Local
 from mgvq.studies.launchers.ray import Ray
@@ -52,7 +53,7 @@ class _Started:
 
 
 def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
-    """Run every planned run that is not done, each once; a failure does not stop the others.
+    """Run every planned run that is not done, each once; a failure does not stop the others, unless all would meet its reason.
 
     Runs that another study has started are left to it, until they are done or it gives them up. Outputs are kept in
     `runs/.logs`. A terminal shows a bar with the time left, a pipe gets a line a finished run (stderr, both). When interrupted
@@ -62,7 +63,8 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
     if not waiting:
         return []
     logs = waiting[0].folder.path.parent / ".logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    with disk_faults_told(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     slots = list(range(launcher.jobs or len(waiting)))
     running: list[_Started] = []
     failures: list[Failure] = []
@@ -89,6 +91,9 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
                     started.reserved.close()
                     slots.append(started.slot)
                     report.ended(started.run, f"{'FAILED' if status else 'done'} after {time.monotonic() - started.since:.0f} s")
+                    if status and waiting and SharedFault.MARK in _tail(started.log):
+                        report.say(f"the runs that are left would fail alike: {len(waiting)} of them are not started")
+                        waiting = []
                     if status:
                         failures.append(Failure(started.run, status, _tail(started.log), started.log))
                 time.sleep(0.1)
@@ -127,4 +132,8 @@ class _Report:
         words = " ".join(map(str, [*run.point.values(), run.arm, "seed", run.seed]))
         left = (time.monotonic() - self.since) / self.number * (self.total - self.number)
         line = f"{self.number}/{self.total} {state}: {words}" + (f" (about {left / 60:.1f} min left)" if left else "")
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
         self.console.print(line, markup=False)

@@ -10,14 +10,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import pandas as pd
 import yaml
 
 from mgvq.errors import UserError
 
-Mode = Literal["auto", "online", "offline"]
+MODES = ("auto", "online", "offline")
 PROBE_S = 5  # within which a server has to say anything at all
 _NO_STAGES = ("model", "calibration", "evaluation")  # groups of an identity that are no part of the method
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """Config, metrics, tables by layer and piece, curves over the blocks, and the ledger of the checkpoint; no weights.
+    """Sends config, metrics, tables by layer and table group, curves over the blocks and the checkpoint's ledger; no weights.
 
     Every run is written offline, to `path`/wandb/offline-run-*, which needs neither network nor account. `mode` says whether that
     folder is then sent: `offline` never, `online` always, `auto` where someone is logged in and `WANDB_MODE` says nothing else.
@@ -36,20 +36,24 @@ class Wandb:
 
     path: str
     project: str
-    mode: Mode
+    mode: str
     timeout_s: float
     group: str | None
     name: str | None
 
     def __post_init__(self) -> None:
-        if self.mode not in get_args(Mode):
-            raise UserError(f"tracker.mode must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
+        if self.mode not in MODES:
+            raise UserError(f"tracker.mode must be one of {', '.join(MODES)}; got {self.mode!r}")
         if not self.timeout_s > 0:
             raise UserError(f"tracker.timeout_s must be > 0 seconds, got {self.timeout_s!r}")
 
     @property
     def place(self) -> str:
         return f"wandb {self.project}/{self.group or ''}"
+
+    def folder_name(self, run: str) -> str:
+        """What the run is called in W&B, and its offline folder after the date: one for each project and group."""
+        return re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (run, self.group, self.project))))
 
     def __call__(self, run: Path) -> None:
         folder = self._write(run)
@@ -71,7 +75,7 @@ class Wandb:
             if (file := run / f"{name}.parquet").is_file()
         }
         ledger = tables.pop("ledger")
-        name = re.sub(r"[^\w.-]+", "-", f"{run.name}-{self.group}" if self.group else run.name)
+        name = self.folder_name(run.name)
         for left in Path(self.path).glob(f"wandb/offline-run-*-{name}"):  # of a process that was killed before it could say so
             shutil.rmtree(left)
         Path(self.path).mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,7 @@ class Wandb:
         return Path(mirror.settings.sync_dir)
 
     def _obstacle(self) -> str | None:
-        """Why nothing can be sent now, found out within seconds; None where nothing speaks against it."""
+        """Finds out within seconds why nothing can be sent now; None where nothing speaks against it."""
         import requests
         import wandb
 
@@ -118,7 +122,7 @@ class Wandb:
         return None
 
     def _send(self, folder: Path) -> str | None:
-        """Why it did not go through, None where it did. A process of its own can be stopped; wandb alone tries for hours."""
+        """Sends the folder; returns why that failed, or None. A process can be stopped, while wandb alone tries for hours."""
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout_s)
@@ -146,7 +150,7 @@ def tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(ledger: pd.DataFrame, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Bytes by part of the model, quantised and not, and the sums that the metrics have."""
+    """The bytes by part of the model, quantised and not, and the sums that the metrics have."""
     parts = ledger.groupby(["part", "quantized"]).num_bytes.sum()
     by_part = {f"bytes/{part}/{'quantized' if quantized else 'as it was'}": int(n) for (part, quantized), n in parts.items()}  # type: ignore[misc]
     sums = {key: value for key, value in metrics.items() if key.startswith(("bits/", "bytes/", "checkpoint_sha256"))}

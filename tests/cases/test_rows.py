@@ -342,19 +342,17 @@ def test_what_is_no_whole_number_in_range_is_named(value: Any) -> None:
         whole_number("evaluation.seed", value, most=10)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text('{"q": "q", "a": "a"}\n')
-    code = (
-        "from mgvq.calibration.hub import Hub; from mgvq.errors import UserError\n"
-        f"hub = Hub(path={str(tmp_path / 'data')!r}, subset=None, split='train', revision=None,"
-        f" columns={{'question': 'q', 'answer': 'a'}}, **{DRAW!r})\n"
-        "try: hub.rows()\nexcept UserError as error: print(error)"
-    )
-    home = tmp_path / "file" / "home"
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "HF_HOME": str(home)}, capture_output=True, text=True)
-    assert f"{home}/datasets, which must be writable: HF_HOME" in done.stdout, done.stderr
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    chosen = {"question": "q", "answer": "a"}
+    hub = Hub(path=str(tmp_path / "data"), subset=None, split="train", revision=None, columns=chosen, **DRAW)
+    with pytest.raises(UserError, match=r"file/datasets, which must be writable: HF_HOME says where"):
+        hub.rows()
 
 
 def test_positions_may_be_unlimited(tmp_path: Path) -> None:

@@ -20,15 +20,13 @@ from mgvq.model.answers import answer_logits
 from mgvq.model.device import find_device
 from mgvq.model.encode import Example, batches, encode
 from mgvq.model.generate import Reply, generate
-from mgvq.model.health import constant_flags
 from mgvq.model.load import describe, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.shape import empty_model
-from mgvq.model.sites import left_out_flags, list_sites, site_weights
+from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.model.towers import find_towers
 from mgvq.runs.build import build
 from mgvq.runs.compose import composer
-from mgvq.types import Site
 
 Edit = Callable[[Path], Any]
 
@@ -277,23 +275,11 @@ def test_logits_that_are_no_numbers_are_equal_to_nothing() -> None:
 # What a table must say.
 
 
-def test_layers_that_say_nothing_are_flagged() -> None:
-    def site(name: str) -> Site:
-        return Site(name, "language", name, 0, 6, 8)
-
-    plain = torch.randn(6, 8)
-    zeros, one, row, column = torch.zeros(6, 8), torch.full((6, 8), 0.3), plain.clone(), plain.clone()
-    row[2], row[4], column[:, 5] = 0, 1.5, 0
-    weights = {site(n): w for n, w in (("plain", plain), ("zeros", zeros), ("one", one), ("row", row), ("column", column))}
-    assert constant_flags(weights) == ["constant:layers:2:zeros", "constant:rows:2:row", "constant:columns:1:column"]
-    assert constant_flags({site("plain"): plain}) == []
-
-
 def test_a_constant_row_reaches_the_flags_of_a_run(tmp_path: Path) -> None:
     folder = copy(tmp_path / "m")
     edit_tensors(folder, lambda t: t[DOWN][3].fill_(0))
     flags = run(tmp_path, folder, "method=rtn", "budget.bits_per_weight=4.0").metrics()["flags"]
-    assert flags == [f"constant:rows:1:{BLOCK}.mlp.down_proj"]
+    assert flags == [f"constant:{BLOCK}.mlp.down_proj"]
 
 
 def test_matrices_that_are_no_layers_are_flagged_with_their_share(tmp_path: Path) -> None:
@@ -311,7 +297,6 @@ def test_matrices_that_are_no_layers_are_flagged_with_their_share(tmp_path: Path
 def test_shipped_models_have_no_flags(loaded: Any) -> None:
     sites = list_sites(loaded.model, "all")
     assert left_out_flags(loaded.model, sites) == []
-    assert constant_flags(site_weights(loaded.model, sites)) == []
 
 
 # Processor and model mean the same.

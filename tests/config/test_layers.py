@@ -19,7 +19,7 @@ STAGES = (
     "evaluation",
 )
 # Each may import itself and what stands below it.
-LAYERS = [["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
+LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
           ["data", "formats", "linalg", "rng", "progress", "checks", "digest"],
           ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors"]]  # fmt: skip

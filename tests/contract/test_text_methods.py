@@ -102,8 +102,8 @@ def test_the_gradient_may_be_taken_for_several_blocks_together(folder: Path) -> 
         (["method=kmeans_ldlq", *SMALL], "calibration shows it images: set calibration=text"),
         (["method=kmeans"], "evaluation shows it images: set evaluation=perplexity"),
         (["method=kmeans", *SMALL, "scope=language_projector"], "no projector"),
-        (["method=mgvq", *SMALL, *FEW, "grouping=modality"], "grouping=modality tells images from text"),
-        (["method=gptq", *SMALL, *FEW, "sensitivity.modality=image"], "sensitivity.modality=image tells images"),
+        (["method=mgvq", *SMALL, *FEW, "grouping=modality"], "grouping as set here tells images from text"),
+        (["method=gptq", *SMALL, *FEW, "sensitivity.modality=image"], "sensitivity as set here tells images from text"),
     ],
 )
 def test_pictures_are_refused(folder: Path, tmp_path: Path, overrides: list[str], named: str) -> None:

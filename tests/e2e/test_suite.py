@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import run_command
+from conftest import declare_done, run_command
 from hub_copies import ROWS, rows, write
 from hydra import compose, initialize_config_dir
 from lmms_eval.tasks.mmmu.utils import parse_multi_choice_response
 from lmms_eval.tasks.ocrbench import utils as ocrbench
 from lmms_eval.utils import load_yaml_config
+from omegaconf import OmegaConf
 from PIL.Image import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,8 +66,11 @@ def answered(copies: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Eva
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
 
-    def run(task: str, answers: Sequence[str], **settings: Any) -> EvalResult:
-        monkeypatch.setattr("mgvq.evaluation.harness.generate", lambda _, __, asked, *___: list(answers)[: len(asked)])
+    def replies(answers: Sequence[str | Reply], number: int) -> list[Reply]:
+        return [answer if isinstance(answer, Reply) else Reply(answer) for answer in answers[:number]]
+
+    def run(task: str, answers: Sequence[str | Reply], **settings: Any) -> EvalResult:
+        monkeypatch.setattr("mgvq.evaluation.harness.generate", lambda _, __, asked, *___: replies(answers, len(asked)))
         return suite(copies, task, **settings)(nobody, None, None, "always the same label")
 
     return run
@@ -97,6 +102,24 @@ def right(task: str, row: dict[str, Any]) -> str:
 def wrong(task: str, row: dict[str, Any]) -> str:
     letters = options(task, row)
     return letters[letters.index(right(task, row)) - 1] if letters else "nobody knows"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_question_that_cannot_be_asked_costs_itself_alone(answered, task: str) -> None:
+    sound = [right(task, row) for row in asked_rows(task)]
+    result = answered(task, [sound[0], Reply("", refused="its image is 900 x 3"), *sound[2:]])
+    assert result.metrics[f"{task}/accuracy"] == pytest.approx(1 - 1 / len(sound))
+    assert result.flags == (f"unanswered:{task}:1",)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_answer_of_numbers_that_are_none_leaves_no_metric(answered, task: str) -> None:
+    sound = [right(task, row) for row in asked_rows(task)]
+    result = answered(task, [sound[0], Reply("", finite=False), *sound[2:]])
+    left = {name for name, value in result.metrics.items() if math.isfinite(value)}
+    assert left <= {f"{task}/chance", *(f"{task}/accuracy/{kind}" for kind in result.samples.type)}
+    assert {f"non_finite:{task}/accuracy:1", f"non_finite:{task}/raw:1", "non_finite:suite/accuracy:1"} <= set(result.flags)
+    assert result.samples.score.isna().sum() == 1
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -277,10 +300,12 @@ def test_a_study_whose_evaluation_no_table_knows_has_no_table(tmp_path: Path, mo
     study.write_text("name: s\nquestion: q\ncommon: [evaluation=suite]\nseeds: [0]\ngrid: {}\narms: {rtn: [method=rtn]}\n")
     (run,) = expand(read_study(study))
     run.folder.path.mkdir(parents=True)
-    for name in ("metrics.json", "DONE"):
-        (run.folder.path / name).write_text('{"mine/score": 1.0}')
+    (run.folder.path / "metrics.json").write_text('{"mine/score": 1.0}')
+    (run.folder.path / "config.yaml").write_text(OmegaConf.to_yaml(run.cfg, resolve=True))
+    (run.folder.path / "identity.json").write_text("{}")
     pd.DataFrame({"task": ["mmstar"], "score": [1.0], "sample_hash": ["a"]}).to_parquet(run.folder.path / "samples.parquet")
-    with pytest.raises(UserError, match=r"arm rtn: .*here there are mine/score"):
+    declare_done(run.folder.path)
+    with pytest.raises(UserError, match=r"arm rtn: .*this one has mine/score"):
         collect(read_study(study), [run])
 
 

@@ -14,7 +14,7 @@ from conftest import ROOT, run_command
 from omegaconf import DictConfig
 
 from mgvq.errors import UserError
-from mgvq.runs.build import VARIANTS, check
+from mgvq.runs.build import VARIANTS, build, check
 from mgvq.runs.compose import composer
 from mgvq.runs.identity import run_id, scientific_settings
 from mgvq.runs.method import build_method
@@ -154,6 +154,22 @@ def test_their_variants_are_checked_as_ours_are(overrides: list[str], named: str
     else:
         with pytest.raises(UserError, match=named):
             checked()
+
+
+@pytest.mark.parametrize(
+    ("group", "forgotten"),
+    [
+        ("sensitivity", "needs_images"), ("grouping", "uses_score"), ("allocation", "distortion"), ("codebook", "spans_rows"),
+        ("curvature", "has_output_factor"), ("compensation", "shift"), ("refit", "__call__"), ("calibration", "draw"),
+        ("evaluation", "shows_images"), ("tracker", "place"),
+    ],
+)  # fmt: skip
+def test_what_a_variant_forgot_to_declare_is_named(group: str, forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = composed(f"{group}=theirs")
+    kind = type(build(cfg, group))
+    monkeypatch.delattr(kind, forgotten)
+    with pytest.raises(UserError, match=rf"{group}: theirs\.variants\.{kind.__name__} has no {forgotten}; the protocol mgvq\."):
+        build(cfg, group)
 
 
 def test_planning_imports_nothing_of_theirs_but_the_rules() -> None:

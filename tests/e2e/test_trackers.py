@@ -125,7 +125,7 @@ def test_a_mirrored_run_is_read_back_whole(run: RunFolder, tmp_path: Path) -> No
     found = read_back(folder)
     sent = found["run"]
     assert (sent.project, sent.run_group, sent.display_name) == ("p", "study", "arm, seed 3")
-    assert sent.run_id == f"{run.path.name}-study"
+    assert sent.run_id == f"{run.path.name}-study-{sent.project}"
     assert set(sent.tags) == {"tiny_internvl", "language", "2 bits", "kmeans", "gradient_hessian"}
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert {key: found["config"][key] for key in config} == config

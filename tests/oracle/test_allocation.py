@@ -177,7 +177,7 @@ def test_no_upgrade_is_skipped_for_a_cheaper_one_behind_it(policy):
 
 
 def log_normal(count, seed, spread=1.5, sizes=None):
-    """Units of log-normal scores a weight, as in method 2.1's toy; 64 weights each, so that steps of 1/64 bit cost one bit."""
+    """Units of log-normal scores a weight, of wide spread; 64 weights each, so that steps of 1/64 bit cost one bit."""
     scores = np.exp(spread * np.random.default_rng(seed).standard_normal(count))
     sizes = [64] * count if sizes is None else sizes
     return [table_group(u, n, float(n * s)) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))]

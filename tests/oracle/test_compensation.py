@@ -116,7 +116,7 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
 
 
 def test_the_cost_is_the_sum_of_what_the_roundings_cost() -> None:
-    """tr(Delta H Delta^T) = sum_j |root_j (target_j - value_j)|^2 with the damped H: method 2.0, residual identity."""
+    """tr(Delta H Delta^T) = sum_j |root_j (target_j - value_j)|^2 with the damped H (docs/method.md, eq. (ldlq))."""
     num_in, paid = 10, []
     hessian, weight = hessian_of(num_in), normal(8, num_in)
 
@@ -302,7 +302,7 @@ def test_two_sided_is_greedy_over_the_dense_quadratic_form(seed) -> None:
 
 
 def two_sided_loop(weight, h_in, h_out, table):
-    """The textbook double loop over single weights, last column and last row first (method 3.9 iii)."""
+    """The textbook double loop over single weights, last column and last row first (docs/method.md, eq. (two-sided-ldlq))."""
     lower_in, lower_out = (torch.linalg.cholesky(h) for h in (h_in, h_out))
     lower_in, lower_out = (c / c.diagonal() for c in (lower_in, lower_out))
     weight = weight.double()
@@ -340,7 +340,7 @@ def test_two_sided_with_an_output_factor_of_the_identity_is_one_sided() -> None:
 
 
 def test_the_two_sided_cost_is_the_sum_of_what_the_roundings_cost() -> None:
-    """tr(H_O Delta H_I Delta^T) = sum_rj s_r |root_j E_rj|^2 with the damped factors: method 3.9 iii."""
+    """tr(H_O Delta H_I Delta^T) = sum_rj s_r |root_j E_rj|^2 with the damped factors (eq. (two-sided-ldlq))."""
     num_out, num_in, paid = 8, 10, {}
     weight, metric = kronecker_problem(num_out, num_in)
 
@@ -363,7 +363,7 @@ def test_the_two_sided_cost_is_the_sum_of_what_the_roundings_cost() -> None:
 
 
 def test_two_sided_lowers_the_kronecker_cost_of_one_sided() -> None:
-    """And one-sided that of plain rounding: method 3.17, 7."""
+    """And one-sided that of plain rounding."""
     slices = pieces_of([normal(16, 2, seed=3)], [range(12)], 24)
     methods = NoCompensation(), Hessian(damping=0.01), HessianTwoSided(damping=0.01, output_damping=0.02)
     costs = torch.zeros(6, len(methods))

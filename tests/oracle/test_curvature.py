@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PretrainedConfig
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.kronecker import KroneckerFisher
@@ -195,6 +196,8 @@ def test_layers_that_read_the_same_hold_one_gram(loaded) -> None:
 
 class Toy(torch.nn.Module):
     """Two linear layers with a running mean between them, so that tokens of a sample act on each other."""
+
+    config = PretrainedConfig()  # which says nothing of positions
 
     def __init__(self) -> None:
         super().__init__()

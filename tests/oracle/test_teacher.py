@@ -148,7 +148,7 @@ def test_gradient_and_heldout_samples_are_apart(loaded) -> None:
 
 
 def test_the_target_completes_the_square() -> None:
-    """f(D) = <G, D> + 1/2 tr(H_O D H_I D^T) is, up to a constant, the quadratic about W - N: method 3.9 (i)."""
+    """f(D) = <G, D> + 1/2 tr(H_O D H_I D^T) is, up to a constant, the quadratic about W - N (docs/method.md, eq. (shift))."""
     weight, gradient = noise((4, 6), 1.0), noise((4, 6), 0.5, 1)
     h_in, h_out = (m @ m.T + torch.eye(len(m)) for m in (noise((6, 6), 1.0, 2), noise((4, 4), 1.0, 3)))
     target = compensation(shift_damping=1e-9).target(weight, Metric((h_in,), h_out), gradient, 1.0).double()

@@ -47,7 +47,7 @@ class BenchmarkTask(ConfigurableTask):
         self.dataset, self.dataset_no_image = DatasetDict({split: self._questions}), DatasetDict({split: self._documents})
 
     def rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """Of every question its document without images, and what the dataset stores of it, images as files' bytes."""
+        """The document of every question without its images, and what the dataset stores of it, images as files' bytes."""
         stored: Any = self._questions.with_format("arrow")
         for at, doc in enumerate(self._documents):
             (raw,) = stored[at : at + 1].to_pylist()

@@ -67,6 +67,7 @@ class Tables:
     can_be_refitted = True
     needs_importance = False
     needs_gram = False
+    follows_metric = True
 
     @property
     def _inner(self) -> KMeans:

@@ -1,0 +1,153 @@
+"""Words of the commands: what is not known is refused in one paragraph with the nearest name, before torch is loaded."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mgvq
+from mgvq.cli import run as command
+from mgvq.cli.words import check_words
+from mgvq.errors import UserError
+
+# A word that is no setting, and what has to be said of it.
+TYPOS = {
+    "model=typo": "model=typo: there is no such variant. There are hub,",
+    "model=tiny_intern_vl": "is tiny_internvl meant?",
+    "method=kmean": "is kmeans meant?",
+    "codebook=k_means": "is kmeans meant?",
+    "sead=3": "sead: there is no such setting; is seed meant?",
+    "sed=0,1": "sed: there is no such setting; is seed meant?",
+    "modle=tiny_internvl": "is model meant?",
+    "codebook.sampel=3": "codebook.sampel: there is no such setting; is codebook.sample meant? The settings of codebook=kmeans: ",
+    "budget.bits=3": "is budget.bits_per_weight meant?",
+    "evaluation.num_question=3": "is evaluation.num_questions meant?",
+    "seed.x=3": "seed.x: there is no such setting",
+    "foo": "foo is no setting: give KEY=VALUE",
+    "model.path=/a/b=c": "'model.path=\"/a/b=c\"'",
+    "model.path=a(b": "'model.path=\"a(b\"'",
+    "evaluation.num_questions=[": "'evaluation.num_questions=\"[\"'",
+    "model=tiny_internvl,tiny_intern": "model=tiny_intern: there is no such variant",
+    "evaluation=null": "evaluation=null: no run is without this group; evaluation=none",
+    "method=null": "method=null: no run is without this group; leave the word out.",
+    "~codebook": "~codebook: no run is without this group",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("word", "said"), TYPOS.items(), ids=list(TYPOS))
+def test_a_word_that_is_no_setting_is_told_with_the_nearest(word: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_words(["scope=language", word])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+GOOD = [
+    [],
+    ["--help"],
+    ["method=kmeans", "--cfg", "job", "--resolve"],
+    ["-m", "method=rtn,kmeans", "seed=0,1", "hydra/launcher=basic"],
+    ["-m", "seed=range(0,3)", "+codebook.new=1"],
+    ["model=local", 'model.path="/a/b=c, (d)"'],
+    ["experiment=paper_table2", "dry=true"],
+    ["--config-dir", "elsewhere", "model=of_elsewhere"],
+]
+
+
+@pytest.mark.parametrize("words", GOOD, ids=" ".join)
+def test_words_that_are_settings_pass(words: list[str]) -> None:
+    check_words(words)
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """The exit status of `mgvq-run`, here in this process."""
+    monkeypatch.setattr(sys, "argv", ["mgvq-run", *words])
+    with pytest.raises(SystemExit) as caught:
+        command.main()
+    return caught.value.code
+
+
+# Values that are wrong whatever the model is: words, and what is said.
+VALUES: dict[str, tuple[list[str], str]] = {
+    "typo": (["method=kmean"], "kmeans"),
+    "budget": (["budget.bits_per_weight=9"], "budget.bits_per_weight=9"),
+    "budget text": (["budget.bits_per_weight=many"], "budget.bits_per_weight=many"),
+    "device": (["device=gpu"], "device must be"),
+    "seed": (["seed=-1"], "seed must be"),
+    "scope": (["scope=everything"], "scope must be"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), VALUES.values(), ids=list(VALUES))
+def test_bad_values_end_a_run_in_one_paragraph(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(monkeypatch, *words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("mgvq-run: ")
+    assert said in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupt_ends_in_one_line(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    number, killed = signal.Signals[name], []
+    before = {other: signal.getsignal(other) for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for ended_by in before:  # a process started in the background, or by nohup, inherits that some are ignored
+        signal.signal(ended_by, signal.default_int_handler if ended_by == signal.SIGINT else signal.SIG_DFL)
+    really = os.kill
+
+    def hydra_main() -> None:
+        really(os.getpid(), number)
+        signal.pause()
+
+    monkeypatch.setattr(command, "hydra_main", hydra_main)
+    monkeypatch.setattr(os, "kill", lambda _, signalled: killed.append(signalled))
+    monkeypatch.setattr(sys, "argv", ["mgvq-run"])
+    try:
+        if name == "SIGINT":
+            assert ended(monkeypatch) == 130
+        else:
+            command.main()
+            assert killed == [number], "whoever started it is told by which signal it ended"
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+    told = capsys.readouterr().err.strip()
+    assert told.startswith("mgvq-run: interrupted. Finished runs and collected statistics are kept;")
+    assert "\n" not in told
+
+
+def shell(line: str) -> subprocess.CompletedProcess[str]:
+    folder = Path(mgvq.__file__).parents[1]
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)})
+
+
+def test_help_into_a_pipe_that_closes_says_nothing() -> None:
+    done = shell(f"{sys.executable} -m mgvq run --help | head -1")
+    assert done.stdout.startswith("mgvq-run quantises")
+    assert done.stderr == ""
+
+
+def test_the_version_and_the_commands_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mgvq.__main__ import COMMANDS, main
+
+    monkeypatch.setattr(sys, "argv", ["mgvq-run", "--version"])
+    command.main()
+    assert capsys.readouterr().out == f"mgvq {mgvq.__version__}\n"
+    for words in (["mgvq"], ["mgvq", "--help"]):
+        monkeypatch.setattr(sys, "argv", words)
+        main()
+        assert all(f"  {name} " in told for told in [capsys.readouterr().out] for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["mgvq", "rum"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "there is no command rum" in capsys.readouterr().err
+
+
+def test_nothing_of_torch_is_imported_for_a_refusal() -> None:
+    code = "import sys, mgvq.cli.run, mgvq.cli.runs, mgvq.cli.words; sys.exit('torch' in sys.modules)"
+    assert shell(f'{sys.executable} -c "{code}"').returncode == 0
