@@ -54,15 +54,16 @@ def quantize(
     rates = [table.rates[r] for r in chosen]
 
     rounder = LayerRounder(method.compensation, method.refit, ids)
-    if method.is_blockwise:
-        assert samples is not None, "runs/method.py asks for a calibration set"
     blocks = pd.DataFrame()
-    if (shifts := method.compensation.prefix_shifts) is not None:
-        rounded = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags)
-    elif method.shift is not None:
-        rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
-    else:
+    if not method.is_blockwise:
         rounded = rounder.round(cache, rates, sites, flags)
+    else:
+        assert samples is not None, "runs/method.py asks for a calibration set"
+        if (shifts := method.compensation.prefix_shifts) is not None:
+            rounded = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags)
+        else:
+            assert method.shift is not None, "the method is blockwise"
+            rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,
