@@ -9,7 +9,7 @@ from mgvq.types import Needs
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One variant of each stage: together a quantisation method.
+    """One variant of each stage, and the outliers: together a quantisation method.
 
     Raises UserError for stages that lack what they need of each other, or that none of the others looks at.
     """
@@ -22,6 +22,8 @@ class Method:
     compensation: Compensation
     refit: Refit | None = None
     transform: Transform | None = None
+    outliers: int = 0
+    """How many weights of each layer are stored exactly."""
 
     def __post_init__(self) -> None:
         self._check_metric()

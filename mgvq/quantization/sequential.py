@@ -71,7 +71,8 @@ def _sequential(
     if shift is not None:
         held = (heldout.lacking[shift.of], heldout.gram) if shift.of in heldout.lacking else None
         moved = (weight.double() + shift.correction(moments.lacking[shift.of], moments.gram, held).to(weight.device)).float()
-        target = problem.transform.weight(moved) if problem.transform else moved
+        coded = moved if problem.outliers is None else moved - problem.outliers.dense()
+        target = problem.transform.weight(coded) if problem.transform else coded
     gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
     h_out = problem.metric.h_out if problem.metric else None
     return replace(problem, target=target, metric=Metric((gram.float(),), h_out))
