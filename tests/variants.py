@@ -48,6 +48,7 @@ SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
         ],
     },
     "sensitivity": {"global_local": [(), ("reading=split", "alpha=null")]},
+    "transform": {"hadamard": [("sides=in",), ("sides=out",), (), ("sides=in", "within=group"), ("within=group",)]},
     "compensation": {"gradient_hessian": [(), ("output_damping=0.3",)]},
 }
 # What a yaml leaves open (`???`), or what keeps small tests short, for all sets of settings of a variant.
