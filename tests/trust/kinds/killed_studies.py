@@ -1,34 +1,30 @@
-"""Kills a study with all its runs (`kill -9`) at random moments, resumes it, compares the outcome with an undisturbed one's.
+"""A study is killed with all its runs (`kill -9`) at a random moment and started again: its tables, records, checkpoints and
+answers have the same bytes as those of a study that was left alone."""
 
-    python experiments/resume/kill_and_resume.py --points 50
-
-Writes results/tables/resume.md after every kill; exits with 1 if an outcome differs.
-"""
-
-import argparse
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
+from trials import Outcome
 
 from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.records import write_record
 from mgvq.analysis.report import write_tables
-from mgvq.runs.places import results_folder
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import read_study
 
+WHOLE, SAMPLE = 50, 1
+SEED = 0
 STUDY = """
 name: resume
 question: is a study that was killed and resumed the same?
@@ -37,7 +33,35 @@ arms: {rtn: [method=rtn], kmeans: [method=kmeans, codebook.sample=64]}
 seeds: [0]
 baseline: rtn
 """
+ENDED = "the study had ended"
 COMPARED = ("checkpoint/", "samples.parquet", "ledger.parquet", "layers.parquet", "allocation.parquet", "identity.json")
+
+
+def missing() -> str:
+    return "" if hasattr(signal, "SIGKILL") else "this system has no SIGKILL."
+
+
+def trials(scratch: Path, number: int) -> Iterator[Outcome]:
+    """One study that is left alone, then one a moment.
+
+    A moment in [-.1, 0) comes before any run writes; one in [0, 1.1) is that share of the time from the first file to the end of
+    the last run, wherever the load of the machine puts it.
+    """
+    study = scratch / "study.yaml"
+    study.write_text(STUDY)
+    before, after = finish(study, scratch / "undisturbed")
+    wanted = files(study, scratch / "undisturbed")
+    draws = np.random.default_rng(SEED)
+    for trial in range(number):
+        results = scratch / str(trial)
+        case = kill(study, results, float(draws.uniform(-0.1, 1.1)), before, after)
+        finish(study, results)
+        found = files(study, results)
+        equal = sum(found.get(name) == digest for name, digest in wanted.items())
+        fault = int(case != ENDED)
+        survived = int(found == wanted) * fault
+        differ = ", ".join(sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name)))
+        yield Outcome(case, fault, survived, len(wanted), equal, wrong=differ and f"seed {SEED}, trial {trial}: {differ} differ")
 
 
 def start(study: Path, results: Path) -> subprocess.Popen[bytes]:
@@ -52,15 +76,21 @@ def start(study: Path, results: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(study: Path, results: Path) -> tuple[float, float]:
-    """Run the study to its end; the seconds until its first run writes, and those after. A failure raises with its output."""
+    """Run the study to its end; the seconds until a run writes, and from there to the end of the last run.
+
+    A failure raises with its output.
+    """
     since = time.monotonic()
     process = start(study, results)
     wait_for_a_run(process, results)
     begun = time.monotonic()
+    while number_done(results) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    ended = time.monotonic()
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(errors.decode())
-    return begun - since, time.monotonic() - begun
+    return begun - since, ended - begun
 
 
 def wait_for_a_run(process: subprocess.Popen[bytes], results: Path) -> None:
@@ -73,12 +103,12 @@ def run_folders(results: Path) -> list[Path]:
     return [folder for folder in (results / "runs").glob("*") if not folder.name.startswith(".")]
 
 
-def kill(study: Path, results: Path, moment: float, before: float, after: float) -> str:
-    """Kill the study; how far it was, or that it had ended before.
+def number_done(results: Path) -> int:
+    return sum((run / "DONE").exists() for run in run_folders(results))
 
-    `moment` in [-.1, 1): below 0 before any run writes, in tenths of `before` seconds; else that share of `after` seconds behind
-    the first file, wherever the load of the machine puts it.
-    """
+
+def kill(study: Path, results: Path, moment: float, before: float, after: float) -> str:
+    """Kill the study at the moment (`trials`); how far it was, or that it had ended before."""
     process = start(study, results)
     if moment >= 0:
         wait_for_a_run(process, results)
@@ -88,7 +118,7 @@ def kill(study: Path, results: Path, moment: float, before: float, after: float)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         return how_far(results)
-    return "the study had ended"
+    return ENDED
 
 
 def how_far(results: Path) -> str:
@@ -96,7 +126,7 @@ def how_far(results: Path) -> str:
     runs = run_folders(results)
     if not runs:
         return "no run had written anything"
-    if (done := sum((run / "DONE").exists() for run in runs)) == 2:
+    if (done := number_done(results)) == 2:
         return "both runs were done"
     if done:
         return "one run was done"
@@ -105,11 +135,11 @@ def how_far(results: Path) -> str:
     return "a run had begun"
 
 
-def outcome(study: Path, results: Path) -> dict[str, str]:
+def files(study: Path, results: Path) -> dict[str, str]:
     """SHA-256 of the tables, and of the files of every run. Seconds and memory count as 0: no two runs have the same."""
-    os.environ["MGVQ_RESULTS"] = str(results)
     planned = read_study(study)
-    runs = expand(planned)
+    with results_in(results):
+        runs = expand(planned)
     record = collect(planned, runs)
     cells = [replace(c, runs=tuple(replace(run, metrics=_timeless(run.metrics)) for run in c.runs)) for c in record.cells]
     record = replace(record, cells=tuple(cells))
@@ -123,45 +153,16 @@ def outcome(study: Path, results: Path) -> dict[str, str]:
     return found
 
 
+@contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is where results lie."""
+    before = os.environ.get("MGVQ_RESULTS")
+    os.environ["MGVQ_RESULTS"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("MGVQ_RESULTS") if before is None else os.environ.update(MGVQ_RESULTS=before)
+
+
 def _timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {name: 0.0 if name.startswith(("time/", "memory/")) else value for name, value in metrics.items()}
-
-
-def table(rows: list[dict[str, object]]) -> str:
-    """Markdown: a row for each state in which the study was killed."""
-    frame = pd.DataFrame(rows).groupby("when killed", sort=False).agg(kills=("same", "size"), identical=("same", "sum"))
-    frame.loc["all"] = frame.sum()
-    return (
-        f"{frame.to_markdown()}\n\nA study of two runs, killed at random moments (one in eleven before any run writes, the "
-        "others drawn uniformly from the time that the runs take), then started again. Identical: tables, records, checkpoints "
-        "and answers have the same bytes as the undisturbed study's.\n"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", type=int, default=50, help="kills (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of their moments (default: 0)")
-    parser.add_argument("--out", type=Path, default=results_folder() / "tables/resume.md", help="the table")
-    arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        study = Path(scratch) / "study.yaml"
-        study.write_text(STUDY)
-        before, after = finish(study, Path(scratch) / "undisturbed")
-        wanted = outcome(study, Path(scratch) / "undisturbed")
-        rows: list[dict[str, object]] = []
-        for number, moment in enumerate(np.random.default_rng(arguments.seed).uniform(-0.1, 1, arguments.points)):
-            results = Path(scratch) / str(number)
-            state = kill(study, results, moment, before, after)
-            finish(study, results)
-            same = outcome(study, results) == wanted
-            rows.append({"when killed": state, "same": same})
-            arguments.out.write_text(table(rows))
-            print(f"{number + 1}/{arguments.points} at {moment:.0%}, {state}: {'same' if same else 'DIFFERENT'}", flush=True)
-    print(arguments.out.read_text())
-    sys.exit(not all(row["same"] for row in rows))
-
-
-if __name__ == "__main__":
-    main()
