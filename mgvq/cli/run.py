@@ -21,6 +21,7 @@ from mgvq.errors import SharedFault, UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import with_variants
 from mgvq.runs.device import check_device
+from mgvq.runs.early import check_values
 from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
@@ -47,6 +48,7 @@ def hydra_main(cfg: DictConfig) -> None:
                 sys.exit(2)
             return
         check(cfg)
+        check_values(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
         if folder.is_done() and (gone := folder.missing_files()):

@@ -13,6 +13,7 @@ from mgvq.errors import UserError
 from mgvq.model.source import FLAG
 from mgvq.runs.build import SCOPES, build
 from mgvq.runs.compose import composer
+from mgvq.runs.early import check_group
 from mgvq.runs.places import conf_folder, results_folder
 
 _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibration.path=rows.jsonl"
@@ -55,6 +56,8 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
             f"{' '.join(idle)} has no effect here; settings are those of model.* and calibration. Example: {_EXAMPLE}"
         )
     cfg = _composed(f"model={arguments.model}", "calibration=tiny_vqa", *arguments.settings)
+    for group in ("model", "calibration"):
+        check_group(cfg, group)
     source = build(cfg, "model")
     calibrations = _over_seeds(cfg, "calibration", arguments.seeds)
     if None in calibrations:
