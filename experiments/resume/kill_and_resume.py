@@ -118,7 +118,7 @@ def outcome(study: Path, results: Path) -> dict[str, str]:
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (results / "compared/tables").iterdir()}
     found["records"] = hashlib.sha256((results / "compared" / "record.parquet").read_bytes()).hexdigest()
     for run in runs:
-        written = json.loads((run.folder.path / "DONE").read_text())
+        written = json.loads((run.folder.path / "DONE").read_text(encoding="utf-8"))
         found |= {f"{run.folder.path.name}/{name}": sha for name, sha in written.items() if name.startswith(COMPARED)}
     return found
 
@@ -147,7 +147,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         study = Path(scratch) / "study.yaml"
-        study.write_text(STUDY)
+        study.write_text(STUDY, encoding="utf-8")
         before, after = finish(study, Path(scratch) / "undisturbed")
         wanted = outcome(study, Path(scratch) / "undisturbed")
         rows: list[dict[str, object]] = []
@@ -157,9 +157,9 @@ def main() -> None:
             finish(study, results)
             same = outcome(study, results) == wanted
             rows.append({"when killed": state, "same": same})
-            arguments.out.write_text(table(rows))
+            arguments.out.write_text(table(rows), encoding="utf-8")
             print(f"{number + 1}/{arguments.points} at {moment:.0%}, {state}: {'same' if same else 'DIFFERENT'}", flush=True)
-    print(arguments.out.read_text())
+    print(arguments.out.read_text(encoding="utf-8"))
     sys.exit(not all(row["same"] for row in rows))
 
 

@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 
 import mgvq
 from mgvq.analysis.tables.bits import bits_by_kind
+from mgvq.cli.utf8 import use_utf8
 from mgvq.cli.words import check_words
 from mgvq.errors import SharedFault, UserError
 from mgvq.runs.build import build, check
@@ -106,6 +107,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: exits with 0 when the run is done, 2 for bad input, 1 where jobs of -m failed, 130 after Ctrl-C."""
+    use_utf8()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
     if "--version" in sys.argv:
