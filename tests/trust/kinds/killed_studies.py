@@ -148,7 +148,7 @@ def files(study: Path, results: Path) -> dict[str, str]:
     found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (results / "compared/tables").iterdir()}
     found["records"] = hashlib.sha256((results / "compared" / "record.parquet").read_bytes()).hexdigest()
     for run in runs:
-        written = json.loads((run.folder.path / "DONE").read_text())
+        written = json.loads((run.folder.path / "DONE").read_text(encoding="utf-8"))
         found |= {f"{run.folder.path.name}/{name}": sha for name, sha in written.items() if name.startswith(COMPARED)}
     return found
 
