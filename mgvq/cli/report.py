@@ -93,8 +93,13 @@ def _partial(study: Study, results: Path, *, html: bool) -> list[Path]:
 
 def _write(name: str, study: Study, record: "StudyRecord", layers: "pd.DataFrame", results: Path, *, html: bool) -> list[Path]:
     from mgvq.analysis.report import write_figures, write_tables
+    from mgvq.analysis.tables.limits_table import write_limits
 
-    written = [*write_tables(name, record, results), *write_figures(name, record, layers, results)]
+    written = [
+        *write_tables(name, record, results),
+        *write_limits(name, layers, results),
+        *write_figures(name, record, layers, results),
+    ]
     if html:
         from mgvq.analysis.html import write_html
 

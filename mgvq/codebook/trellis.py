@@ -8,14 +8,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.codebook.gaussian import gaussian_scales
 from mgvq.distortion import measured
 from mgvq.errors import UserError
 from mgvq.formats.trellis import TILE, TrellisWeight, to_tiles
 from mgvq.trellis.code import MAX_STATE_BITS, STEPS, TrellisCode, Values, trellis_code
 from mgvq.trellis.coding import decode, encode
 from mgvq.types import ChannelSlice, Rate
-
-_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65000.0  # of the fp16 numbers above 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +113,5 @@ class Trellis:
         return trellis_code(rate.index_bits, self.state_bits, self.values)
 
     def _fit(self, weight: Float[Tensor, "out c"], rate: Rate) -> FittedTrellis:
-        size = float(weight.double().square().mean().sqrt())
-        if not size < _LARGEST_SCALE:
-            raise ValueError(f"weights must be finite and below {_LARGEST_SCALE:g}, got a root mean square of {size:g}")
-        (factor,) = self._measured(rate).scales
-        scale = torch.tensor(max(size * factor, _SMALLEST_SCALE), device=weight.device).half()
+        scale = gaussian_scales(weight, self._measured(rate).scales)[0]
         return FittedTrellis(code=self._code(rate), scale=scale, num_out=weight.shape[0], num_in=weight.shape[1])

@@ -14,11 +14,13 @@ from mgvq.model.sites import site_weights
 from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
+from mgvq.quantization.limits import Limits
 from mgvq.quantization.method import Method
 from mgvq.quantization.preflight import constant_layers, unused_budget
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import sequential_rounding
+from mgvq.quantization.storage import bits_by_layer, held_bits
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import LayerProblem, Site, StatsBank
 
@@ -45,15 +47,19 @@ def quantize(
     cache = CodebookCache(table_groups, method.codebook, problems)
     table = rate_table(cache, method.allocation.distortion)
     ids = {site.reads: pack_groups(p.groups) for site, p in problems.items() if p.groups.max() > 0}
-    shared = [*ids.values(), *(tensor for p in problems.values() if p.transform for tensor in p.transform.stored())]
-    shared_bits = sum(8 * nbytes for nbytes in {id(tensor): tensor.nbytes for tensor in shared}.values())
+    held = {
+        site: [*([ids[site.reads]] if site.reads in ids else []), *(p.transform.stored() if p.transform else [])]
+        for site, p in problems.items()
+    }
+    shared_bits = held_bits(held)
     budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - shared_bits
     chosen = method.allocation(table, budget_bits).tolist()
     stored_bits = shared_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
     flags += unused_budget(stored_bits, budget_bits + shared_bits)
     rates = [table.rates[r] for r in chosen]
 
-    rounder = LayerRounder(method.compensation, method.refit, ids)
+    limits = Limits(bits_by_layer(held, table_groups, table, chosen))
+    rounder = LayerRounder(method.compensation, method.refit, ids, limits)
     blocks = pd.DataFrame()
     if not method.is_blockwise:
         rounded = rounder.round(cache, rates, sites, flags)

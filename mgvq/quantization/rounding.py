@@ -11,6 +11,7 @@ from mgvq.formats.grouped import GroupedWeight
 from mgvq.progress import progress
 from mgvq.protocols import CodedSlice, Compensation, FittedSlice, QuantizedWeight, Refit
 from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.limits import Limit, Limits
 from mgvq.quantization.table_groups import TableGroup
 from mgvq.types import LayerProblem, Rate, Site
 
@@ -22,10 +23,13 @@ class Rounded:
     stored: dict[Site, QuantizedWeight] = field(default_factory=dict)
     decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what they stand for, in the model's own basis
     proxy: dict[Site, dict[str, float]] = field(default_factory=dict)  # the proxy error after each step of `LayerRounder.round`
+    limits: dict[Site, Limit] = field(default_factory=dict)  # how near they come to what no code can do better
 
     def __or__(self, later: "Rounded") -> "Rounded":
         """Both; of layers that both have, what is later."""
-        return Rounded(self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy)
+        return Rounded(
+            self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy, self.limits | later.limits
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class LayerRounder:
     compensation: Compensation
     refit: Refit | None
     ids: Mapping[str, UInt8[Tensor, "_"]]  # by `Site.reads`: the packed group ids of layers with several channel groups
+    limits: Limits | None = None  # None: nobody asks for them
 
     def round(
         self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
@@ -63,7 +68,10 @@ class LayerRounder:
         for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
             coded, errors = self._round(cache, rates, together, flags, step)
             for site, own in coded.items():
-                transform, values = cache.problems[site].transform, own.decode(cache.problems[site].target)
+                problem = cache.problems[site]
+                transform, values = problem.transform, own.decode(problem.target)
+                if self.limits is not None:
+                    rounded.limits[site] = self.limits(problem, values)
                 stored = self._store(site, own)
                 rounded.decoded[site] = transform.weight_back(values) if transform else values
                 rounded.stored[site] = transform.wrap(stored) if transform else stored

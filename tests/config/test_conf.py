@@ -386,7 +386,7 @@ def test_no_torch_for_planning() -> None:
 def test_the_shipped_default_is_what_help_shows() -> None:
     done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    codebooks = "codebook: columns, grid, kmeans, none, product, residual, scalar, scaled_grid"
+    codebooks = "codebook: columns, grid, kmeans, lattice, none, product, residual, scalar, scaled_grid, trellis"
     for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout
 
