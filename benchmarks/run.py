@@ -73,7 +73,7 @@ def main() -> None:
     if not only:
         path = results_folder() / "tables" / "benchmarks.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -31,4 +31,4 @@ def _version() -> str:
         return metadata.version("mgvq")
     except metadata.PackageNotFoundError:
         project = Path(__file__).parents[1] / "pyproject.toml"
-        return tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else "unknown"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.is_file() else "unknown"

@@ -283,20 +283,27 @@ class TargetShift(Protocol):
     ) -> Float[Tensor, "out in"]: ...
 
 
-@runtime_checkable
-class PrefixShift(Protocol):
-    """Moves the target of rounding by what the quantised layers before it have lost, layer by layer."""
+Lacking = Literal["stream", "output"]
+"""What the layers behind the quantised prefix lack: the residual stream behind the layer, or the layer's own output."""
 
-    of: Literal["stream", "output"]
-    """What is brought back to full precision: the residual stream behind the layer, or the layer's own output."""
+
+@runtime_checkable
+class Prefix(Protocol):
+    """Rounds layers in the order of the data, each in the metric of the inputs that the quantised ones before it give."""
 
     def correction(
         self,
+        of: Lacking,
         lacking: Float[Tensor, "out in"],
         gram: Float[Tensor, "in in"],
         heldout: tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]] | None,
-    ) -> Float[Tensor, "out in"]:
-        """What is added to the weight, from `E[r x~^T]` and `E[x~ x~^T]`, r what is lacking and x~ the layer's present input."""
+    ) -> Float[Tensor, "out in"] | None:
+        """What is added to the layer's weight before it is rounded; None: nothing.
+
+        `lacking` is `E[r x~^T]` and `gram` `E[x~ x~^T]`: x~ is the layer's present input, and r what the layer should add to
+        `W x~` for the stream (where its output goes into the residual stream) or its own output to be that of full precision.
+        `heldout` are both of the held-out samples, None where there are none.
+        """
         ...
 
 
@@ -327,12 +334,6 @@ class Compensation(Protocol):
     @property
     def shift(self) -> TargetShift | None:
         """What moves the targets of rounding, block by block; None: the weights themselves are the targets."""
-        ...
-
-    @property
-    def prefix_shifts(self) -> Sequence[PrefixShift] | None:
-        """Layers are rounded in the order of the data, each in the metric of the inputs that the quantised ones before it give,
-        and their targets moved by the first of these that is made for them; None: on statistics of full precision."""
         ...
 
     def round(

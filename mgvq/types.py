@@ -169,15 +169,17 @@ class Metric:
         """The runs of the `num_rows` rows, each with its input factor; raises ValueError for more factors than runs."""
         return list(zip(row_runs(num_rows, len(self.h_in)), self.h_in, strict=True))
 
+    def gradient(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The derivative of the value with respect to the error, `h_out D_k h_in[k]`, in float32 on the error's device."""
+        products = [error[rows] @ h_in.to(error) for rows, h_in in self.row_runs(len(error))]
+        if self.h_out is not None:
+            h_out, runs = self.h_out.to(error), row_runs(len(error), len(self.h_in))
+            products = [h_out[rows, rows] @ product for rows, product in zip(runs, products, strict=True)]
+        return torch.cat(products)
+
     def loss(self, error: Float[Tensor, "out in"]) -> float:
         """The value for an error of the weight, in float32."""
-        total = 0.0
-        for rows, h_in in self.row_runs(len(error)):
-            product = error[rows] @ h_in.to(error)
-            if self.h_out is not None:
-                product = self.h_out.to(error)[rows, rows] @ product
-            total += float((product * error[rows]).sum().double())
-        return 0.5 * total
+        return 0.5 * float((self.gradient(error) * error).sum().double())
 
     def channel_importance(self) -> Float[Tensor, "in"]:
         """How much an error of each input channel counts: the mean diagonal of `h_in`."""

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,13 @@ ROOT = Path(__file__).parents[1]
 
 register_resolvers()
 torch.set_num_threads(1)
+
+
+def sampled(cases: Iterable[Any], number: int) -> list[Any]:
+    """All cases for `parametrize`, of which `make test` runs a seeded sample and `make trust` the others (-m trust)."""
+    whole = [case if isinstance(case, tuple) else (case,) for case in cases]
+    kept = set(random.Random(0).sample(range(len(whole)), min(number, len(whole))))
+    return [pytest.param(*case, marks=() if at in kept else pytest.mark.trust) for at, case in enumerate(whole)]
 
 
 def documented_columns(table: str) -> list[str]:

@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path: Path = results_folder() / "tables" / "null_simulation.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(table(arguments.studies, arguments.pictures))
+    path.write_text(table(arguments.studies, arguments.pictures), encoding="utf-8")
     print(path)
 
 

@@ -56,7 +56,7 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
     save_file(tensors, folder / TENSORS, metadata={"mgvq": str(TENSORS_VERSION)})
     index = {"version": VERSION, "layers": layers, "source_dtype": str(loaded.stored_dtype).removeprefix("torch.")}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     loaded.model.config.save_pretrained(folder)
     _save_generation(folder, loaded)
     loaded.processor.save_pretrained(folder)

@@ -16,11 +16,13 @@ from omegaconf import DictConfig
 
 import mgvq
 from mgvq.analysis.tables.bits import bits_by_kind
+from mgvq.cli.utf8 import use_utf8
 from mgvq.cli.words import check_words
 from mgvq.errors import SharedFault, UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import with_variants
 from mgvq.runs.device import check_device
+from mgvq.runs.early import check_values
 from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
@@ -47,6 +49,7 @@ def hydra_main(cfg: DictConfig) -> None:
                 sys.exit(2)
             return
         check(cfg)
+        check_values(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
         if folder.is_done() and (gone := folder.missing_files()):
@@ -104,6 +107,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point: exits with 0 when the run is done, 2 for bad input, 1 where jobs of -m failed, 130 after Ctrl-C."""
+    use_utf8()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
     if "--version" in sys.argv:

@@ -42,8 +42,8 @@ def _parsed(word: str) -> Override:
             raise UserError(f"{word} is no setting: give KEY=VALUE, see mgvq-run --help.") from error
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         raise UserError(
-            f"{word} cannot be read: a value with brackets, commas, spaces, quotes or = stands in quotes, and these in the "
-            f"shell's: '{key}=\"{quoted}\"'"
+            f"{word} cannot be read: a value with brackets, commas, spaces, quotes, = or letters beyond a to z stands in quotes, "
+            f"and these in the shell's: '{key}=\"{quoted}\"'"
         ) from error
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.codebook.gaussian import gaussian_scales
@@ -29,13 +30,13 @@ class FittedTrellis:
 
     def encode(
         self, targets: Float[Tensor, "out v 16"], first: int, root: Float[Tensor, "16 16"] | None
-    ) -> tuple[UInt8[Tensor, "tiles v bytes"], Float[Tensor, "out v 16"]]:
-        """See `FittedCodebook`: nearest by the plain distance, whatever the root."""
+    ) -> tuple[Int[Tensor, "tiles v bytes"], Float[Tensor, "out v 16"]]:
+        """See `FittedCodebook`: nearest by the plain distance, whatever the root. The codes are the bytes of the tiles."""
         tiles = to_tiles(targets / self.scale.float())
         codes = encode(tiles.flatten(0, 1), self.code)
         values = decode(codes, self.code, TILE * TILE).unflatten(0, tiles.shape[:2])
         rows = values.unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(0, 1)
-        return codes.unflatten(0, tiles.shape[:2]), rows[: len(targets)] * self.scale.float()
+        return codes.unflatten(0, tiles.shape[:2]).int(), rows[: len(targets)] * self.scale.float()
 
     def rows(self, part: slice) -> "FittedTrellis":
         """Raises UserError for a run of rows that begins or ends within a tile."""
@@ -47,8 +48,8 @@ class FittedTrellis:
             )
         return FittedTrellis(code=self.code, scale=self.scale, num_out=stop - start, num_in=self.num_in)
 
-    def weight(self, codes: UInt8[Tensor, "tiles v bytes"]) -> TrellisWeight:
-        return TrellisWeight(codes, self.code, self.scale, self.num_out, self.num_in)
+    def weight(self, codes: Int[Tensor, "tiles v bytes"]) -> TrellisWeight:
+        return TrellisWeight(codes.to(torch.uint8), self.code, self.scale, self.num_out, self.num_in)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The natural gradient of a layer, along which compensations move the target of rounding."""
+"""The gradient of a layer, and the natural gradient along which compensations move the target of rounding."""
 
 import torch
 from jaxtyping import Float
@@ -17,3 +17,18 @@ def natural_gradient(gradient: Float[Tensor, "out in"], metric: Metric, damping:
     wide = gradient.double()
     natural = torch.cat([damped_solve(h_in, wide[rows].T, damping).T for rows, h_in in metric.row_runs(len(wide))])
     return natural if metric.h_out is None else damped_solve(metric.h_out, natural, damping)
+
+
+def without_own_error(
+    gradient: Float[Tensor, "out in"], metric: Metric, error: Float[Tensor, "out in"]
+) -> Float[Tensor, "out in"]:
+    """The gradient as it would be at the target, from the gradient at a weight that lies `error` from it.
+
+    The quadratic model says that they differ by `H_O E H_I`. Neither its scale nor, without an output factor, its unit is to be
+    trusted, so that `c H_O E H_I` is taken away with the c >= 0 that leaves no gradient along E (docs/method.md,
+    eq. (own-error)). An error of zero leaves the gradient alone.
+    """
+    explained = metric.gradient(error.float())
+    along = float((explained * error).sum())
+    share = float((gradient * error).sum()) / along if along > 0 else 0.0
+    return gradient - max(0.0, share) * explained

@@ -46,7 +46,6 @@ class GradientHessian:
     """The share of the mean diagonals that is added to both factors of N, in (0, 1]."""
     needs_metric: ClassVar[bool] = True
     uses_score: ClassVar[bool] = True
-    prefix_shifts: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         assert self._rounding  # checks the dampings

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
 from mgvq.compensation.ldlq import Choose, ldlq
-from mgvq.errors import UserError
-from mgvq.protocols import FittedSlice, PrefixShift, TargetShift
+from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric, Site
 
 
@@ -30,10 +29,6 @@ class Hessian:
 
     damping: float
     """The share of the mean diagonal of `h_in` that is added to it, in (0, 1]."""
-    prefix: Literal["full_precision", "quantized"] = "full_precision"
-    """Whose inputs of the layer the metric is made of: those that the layers before it give at full precision, or quantised."""
-    shifts: Sequence[PrefixShift] = ()
-    """What moves the target by what the quantised prefix has lost; a layer takes the first that is made for it."""
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
@@ -42,16 +37,6 @@ class Hessian:
 
     def __post_init__(self) -> None:
         check_damping("damping", self.damping)
-        if self.prefix not in ("full_precision", "quantized"):
-            raise UserError(f"compensation.prefix must be full_precision or quantized, got {self.prefix!r}")
-        if self.shifts and self.prefix != "quantized":
-            raise UserError(
-                "compensation.shifts make up for what a quantised prefix has lost: set compensation.prefix=quantized."
-            )
-
-    @property
-    def prefix_shifts(self) -> Sequence[PrefixShift] | None:
-        return self.shifts if self.prefix == "quantized" else None
 
     def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
         """Return how the codes of a vector are chosen for its target; `metric` is on the weight's device."""

@@ -21,7 +21,6 @@ class NoCompensation:
     uses_score: ClassVar[bool] = False
     corrects_rows: ClassVar[bool] = False
     shift: ClassVar[TargetShift | None] = None
-    prefix_shifts: ClassVar[None] = None
 
     def round(
         self,

@@ -23,8 +23,8 @@ class RotatedWeight:
     """
 
     inner: SliceWeight | GroupedWeight
-    signs_in: UInt8[Tensor, "bytes"] | None  # packed, one bit an input channel; None: inputs are not turned
-    signs_out: UInt8[Tensor, "bytes"] | None
+    signs_in: UInt8[Tensor, "in_bytes"] | None  # packed, one bit an input channel; None: inputs are not turned
+    signs_out: UInt8[Tensor, "out_bytes"] | None
     within: str  # layer: one rotation of all input channels | group: one within each channel group
 
     format: ClassVar[str] = "rotated"

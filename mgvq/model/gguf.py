@@ -41,7 +41,7 @@ class Gguf(Source):
         """
         folder = Path(self.cache) / self.identity()
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
+        with folder.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():
                 self._check_file()

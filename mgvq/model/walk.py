@@ -22,7 +22,7 @@ from mgvq.model.sites import linear
 from mgvq.types import Batch, Site
 
 AnyBatch = Batch | PackedBatch
-Prefix = Literal["full_precision", "quantized"]
+PrefixName = Literal["full_precision", "quantized"]
 
 
 def on_device(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:
@@ -82,7 +82,7 @@ class BlockWalk:
         self._static = self._static_modules(sites)
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
-        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(Prefix)}
+        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if not self.batches:
@@ -103,7 +103,7 @@ class BlockWalk:
             kept.outputs = {key: outputs for key, outputs in kept.outputs.items() if key[1] in self._static}
 
     @contextmanager
-    def passing(self, number: int, prefix: Prefix = "quantized") -> Iterator[AnyBatch]:
+    def passing(self, number: int, prefix: PrefixName = "quantized") -> Iterator[AnyBatch]:
         """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
         kept = self._kept[prefix]
         modules = {name: self.model.get_submodule(name) for name in kept.settled}
@@ -123,7 +123,7 @@ class BlockWalk:
         return Visit(self, block, full_precision)
 
     @torch.inference_mode()
-    def calls(self, block: Block, prefix: Prefix) -> list[Call]:
+    def calls(self, block: Block, prefix: PrefixName) -> list[Call]:
         """Every call of the block in passes over all batches, which end where the next block of its tower begins."""
         calls: list[Call] = []
         number = 0
@@ -149,7 +149,7 @@ class Visit:
     def __init__(self, walk: BlockWalk, block: Block, full_precision: Mapping[Site, Tensor]) -> None:
         self._walk, self.name = walk, block_name(block)
         self.module = walk.model.get_submodule(self.name)
-        self.calls: dict[Prefix, list[Call]] = {
+        self.calls: dict[PrefixName, list[Call]] = {
             "full_precision": walk.calls(block, "full_precision"),
             "quantized": walk.calls(block, "quantized"),
         }
@@ -165,7 +165,7 @@ class Visit:
             _keep(kept, row, number, self.name, calls)
         kept.settled.append(self.name)
 
-    def run(self, prefix: Prefix, watch: Sequence[str] = (), *, graph: bool = False) -> Iterator[BlockPass]:
+    def run(self, prefix: PrefixName, watch: Sequence[str] = (), *, graph: bool = False) -> Iterator[BlockPass]:
         """The block's passes, call by call: at full precision with its own weights, else with those that the model has now.
 
         `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
@@ -173,17 +173,17 @@ class Visit:
         """
         yield from self._run(prefix, self.calls[prefix], watch, graph)
 
-    def first(self, prefix: Prefix, watch: Sequence[str] = ()) -> Iterator[BlockPass]:
+    def first(self, prefix: PrefixName, watch: Sequence[str] = ()) -> Iterator[BlockPass]:
         """The pass of the first call alone; nothing where there is no call."""
         return self._run(prefix, self.calls[prefix][:1], watch, False)
 
-    def outputs(self, prefix: Prefix, names: Sequence[str]) -> dict[str, Tensor]:
+    def outputs(self, prefix: PrefixName, names: Sequence[str]) -> dict[str, Tensor]:
         """The outputs of modules inside the block in the pass of its first call."""
         with outputs_of(self.module, names) as seen:
             list(self.first(prefix))
         return seen
 
-    def _run(self, prefix: Prefix, calls: Sequence[Call], watch: Sequence[str], graph: bool) -> Iterator[BlockPass]:
+    def _run(self, prefix: PrefixName, calls: Sequence[Call], watch: Sequence[str], graph: bool) -> Iterator[BlockPass]:
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
@@ -201,7 +201,7 @@ class Visit:
                 yield BlockPass(call, dict(seen), returned)
 
     @contextmanager
-    def _weights_of(self, prefix: Prefix) -> Iterator[None]:
+    def _weights_of(self, prefix: PrefixName) -> Iterator[None]:
         if prefix == "quantized":
             yield
             return

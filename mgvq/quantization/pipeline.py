@@ -63,8 +63,8 @@ def quantize(
         rounded = rounder.round(cache, rates, sites, flags)
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
-        if (shifts := method.compensation.prefix_shifts) is not None:
-            rounded = sequential_rounding(model, sites, shifts, samples, cache, rates, rounder, flags)
+        if method.prefix is not None:
+            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags)
         else:
             assert method.shift is not None, "the method is blockwise"
             rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)

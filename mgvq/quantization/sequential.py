@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from mgvq.model.blocks import Block, by_block, install, restored
 from mgvq.model.sites import linear, site_weights
-from mgvq.model.walk import BlockPass, BlockWalk, Prefix, Visit, on_device
+from mgvq.model.walk import BlockPass, BlockWalk, PrefixName, Visit, on_device
 from mgvq.progress import progress
-from mgvq.protocols import PrefixShift
+from mgvq.protocols import Lacking, Prefix
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
@@ -22,7 +22,7 @@ from mgvq.types import LayerProblem, Metric, Rate, Site
 def sequential_rounding(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    shifts: Sequence[PrefixShift],
+    prefix: Prefix,
     samples: Samples,
     cache: CodebookCache,
     rates: Sequence[Rate],
@@ -32,8 +32,7 @@ def sequential_rounding(
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
     The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
-    output factor stays. Its target is moved by the first of the shifts that is made for it, before it is rounded. `model` has its
-    own weights again in the end.
+    output factor stays. `prefix` says how its target is moved before it is rounded. `model` has its own weights again in the end.
     """
     originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
     walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
@@ -46,7 +45,7 @@ def sequential_rounding(
                 problems = {}
                 for site in together:
                     problem = cache.problems[site]
-                    problems[site] = _sequential(problem, originals[site], shifts, *(m[site] for m in moments))
+                    problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
                 rounded |= rounder.round(cache.with_problems(problems), rates, together, flags)
                 install(model, {site: rounded.decoded[site] for site in together})
             for walk in walks:
@@ -58,19 +57,18 @@ def sequential_rounding(
 class _Moments:
     """Means over the tokens of one layer."""
 
+    num_tokens: int
     gram: Float[Tensor, "in in"]  # E[x~ x~^T]
-    lacking: Mapping[str, Float[Tensor, "out in"]]  # E[r x~^T], by what r brings back: the layer's `output`, or the `stream`
+    of: Lacking  # what r brings back
+    lacking: Float[Tensor, "out in"]  # E[r x~^T]
 
 
-def _sequential(
-    problem: LayerProblem, weight: Tensor, shifts: Sequence[PrefixShift], moments: _Moments, heldout: _Moments
-) -> LayerProblem:
+def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> LayerProblem:
     """The layer's problem behind the quantised prefix, in the basis that it has."""
-    shift = next((s for s in shifts if s.of in moments.lacking), None)
-    target = problem.target
-    if shift is not None:
-        held = (heldout.lacking[shift.of], heldout.gram) if shift.of in heldout.lacking else None
-        moved = (weight.double() + shift.correction(moments.lacking[shift.of], moments.gram, held).to(weight.device)).float()
+    held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
+    move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target
+    if move is not None:
+        moved = (weight.double() + move.to(weight.device)).float()
         coded = moved if problem.outliers is None else moved - problem.outliers.dense()
         target = problem.transform.weight(coded) if problem.transform else coded
     gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
@@ -117,7 +115,7 @@ class _Streams:
                 sums[site] += (lack.T @ x).double().cpu()
         count = max(1, num_tokens)
         return {
-            site: _Moments((gram / count).float(), {"stream" if site in self._places else "output": total / count})
+            site: _Moments(num_tokens, (gram / count).float(), "stream" if site in self._places else "output", total / count)
             for site, total in sums.items()
         }
 
@@ -132,7 +130,7 @@ class _Streams:
         bias = linear(self._walk.model, site).bias
         return torch.nn.functional.linear(x, self._originals[site].float(), None if bias is None else bias.float())
 
-    def _passes(self, prefix: Prefix, sites: Sequence[Site]) -> Iterator[BlockPass]:
+    def _passes(self, prefix: PrefixName, sites: Sequence[Site]) -> Iterator[BlockPass]:
         watched = {self._names[site] for site in sites}
         watched |= {name for site in sites if site in self._places for name in self._places[site] if name not in _ENDS}
         return self._visit.run(prefix, sorted(watched))
@@ -162,17 +160,25 @@ def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[
     modules = [name for name, module in visit.module.named_modules() if name and not list(module.children())]
     one = next(visit.first("full_precision", [name for name in modules if name not in names.values()]), None)
     assert one is not None
-    values = {_ENTRY: hidden, **{n: v for n, v in one.inputs.items() if v.shape == hidden.shape}, _EXIT: one.output}
+    values = {_ENTRY: hidden, **one.inputs, _EXIT: one.output}
+    values = {place: _few(value) for place, value in values.items() if value.shape == hidden.shape}
     outputs = visit.outputs("full_precision", list(names.values()))
     places = {}
     for site, name in names.items():
         if name not in outputs or outputs[name].shape != hidden.shape:
             continue
-        pairs = ((a, b) for a, before in values.items() for b, after in values.items() if _adds_up(before, outputs[name], after))
+        added = _few(outputs[name])
+        pairs = ((a, b) for a, before in values.items() for b, after in values.items() if _adds_up(before, added, after))
         if found := next(pairs, None):
             places[site] = found
     return places
 
 
+def _few(values: Float[Tensor, "*tokens c"]) -> Float[Tensor, "few c"]:
+    """Some tokens from all over: enough to tell one sum from another."""
+    rows = values.flatten(0, -2)
+    return rows[:: -(-len(rows) // 16)].float()
+
+
 def _adds_up(before: Tensor, output: Tensor, after: Tensor) -> bool:
-    return torch.allclose(before.float() + output.float(), after.float(), rtol=1e-4, atol=1e-5 * float(after.abs().max()))
+    return torch.allclose(before + output, after, rtol=1e-4, atol=1e-5 * float(after.abs().max()))

@@ -3,19 +3,21 @@
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mgvq.errors import UserError
 from mgvq.runs.declared import KEY, is_idle
 from mgvq.runs.device import device_type
+from mgvq.runs.fields import wrong_type
 from mgvq.runs.offers import check_offers
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
 STAGES = (  # what a method is made of
-    *("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit", "transform"),
+    *("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit"),
+    *("transform", "prefix"),
 )
 VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
 GROUPS = ("paths", *VARIANTS, "budget")
@@ -34,6 +36,8 @@ def build(cfg: DictConfig, group: str) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
+        if wrong := wrong_type(get_object(settings["_target_"]), settings):
+            raise UserError(f"{group}.{wrong}.") from error
         raise UserError(f"group {group} ({cfg[group]['_target_']}) cannot be built: {error.__cause__ or error}") from error
     check_offers(part, group)
     return part

@@ -87,14 +87,14 @@ def share(file: Path) -> None:
 
 def seal(file: Path, name: Path) -> None:
     """Write the digest of `file`, which is about to get its `name`, beside that."""
-    _seal_of(name).write_text(f"{_digest(file)}\n")
+    _seal_of(name).write_text(f"{_digest(file)}\n", encoding="utf-8")
     share(_seal_of(name))
 
 
 def broken_seal(file: Path) -> str | None:
     """Why the file is not the one that was sealed; None where it is."""
     try:
-        sealed = _seal_of(file).read_text(errors="replace").strip()
+        sealed = _seal_of(file).read_text(errors="replace", encoding="utf-8").strip()
         return None if sealed == _digest(file) else f"has another digest than {_seal_of(file).name} says"
     except FileNotFoundError:
         return f"has no digest beside it ({_seal_of(file).name})"

@@ -46,7 +46,7 @@ class RunFolder:
         """Raises UserError for a run that is not finished."""
         if not self.is_done():
             raise UserError(f"{self.path} is not finished (no DONE): its numbers are not used. Run its settings again.")
-        return json.loads((self.path / "metrics.json").read_text())
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
 
     def verify(self, *names: str) -> None:
         """Compare the run's files with the digests in DONE: all of them, or those that `names` names.

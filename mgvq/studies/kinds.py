@@ -90,5 +90,8 @@ def kind_of_metrics(metrics: Mapping[str, Any]) -> Kind:
 @functools.cache
 def _known() -> tuple[Kind, ...]:
     """The kinds of the evaluations in `conf/`."""
-    found = (kind_of_config(yaml.safe_load(file.read_text())) for file in sorted((conf_folder() / "evaluation").glob("*.yaml")))
+    found = (
+        kind_of_config(yaml.safe_load(file.read_text(encoding="utf-8")))
+        for file in sorted((conf_folder() / "evaluation").glob("*.yaml"))
+    )
     return tuple(kind for kind in found if kind)

@@ -24,8 +24,8 @@ class LayerRotation:
 
     outputs: Rotation | None
     inputs: Rotation | None
-    signs_out: UInt8[Tensor, "bytes"] | None
-    signs_in: UInt8[Tensor, "bytes"] | None  # the same object for all layers that read the same activations
+    signs_out: UInt8[Tensor, "out_bytes"] | None
+    signs_in: UInt8[Tensor, "in_bytes"] | None  # the same object for all layers that read the same activations
     within: str
 
     def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

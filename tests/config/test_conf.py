@@ -42,7 +42,7 @@ HELPERS = {
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
     "codebook": {"exponent", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
-    "compensation": {"damping", "direction", "ldl", "ldlq", "shifts", "vectors"},
+    "compensation": {"damping", "direction", "ldl", "ldlq", "vectors"},
     "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ STAGES = (
     "codebook",
     "compensation",
     "transform",
+    "prefix",
     "checkpoint",
     "evaluation",
 )

@@ -168,7 +168,7 @@ def read_works(folder: Path) -> list[Work]:
 def _read(file: Path) -> Work:
     try:
         # Digits as printed: 67.0 has one more than 67.
-        raw = yaml.load(file.read_text(), Loader=_Printed)
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Printed)
         numbers = {name: _make(Number, entry) for name, entry in raw.pop("numbers").items()}
         claims = [_make(Claim, {**c, "minus": _named(numbers, c["minus"])}) for c in raw.pop("claims", [])]
         beside = [

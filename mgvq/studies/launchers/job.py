@@ -35,7 +35,7 @@ class Command:
 
     def complain(self, text: str) -> None:
         """Add to the log what the run itself cannot tell."""
-        with self.log.open("a") as output:
+        with self.log.open("a", encoding="utf-8") as output:
             output.write(f"{text}\n")
 
 

@@ -110,7 +110,6 @@ class Nearest:
     uses_score = False
     corrects_rows = True
     shift = None
-    prefix_shifts = None
 
     def round(
         self, weight: Tensor, metric: Metric | None, slices: Sequence[FittedSlice], score: Tensor, flags: list[str]
