@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgvq.formats import packing
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 
 WIDTHS = range(1, MAX_WIDTH + 1)
@@ -37,6 +38,16 @@ def test_the_lowest_bit_comes_first():
     # 5, 3, 6 are 101, 110, 011 from their lowest bit on: the stream 10111001 1 is 157 and 1 as little-endian bytes.
     assert pack(torch.tensor([5, 3, 6]), 3).tolist() == [157, 1]
     assert pack(torch.tensor([0x1234]), 16).tolist() == [0x34, 0x12]
+
+
+@pytest.mark.parametrize("width", [1, 3, 8, 20])
+@pytest.mark.parametrize("count", [15, 16, 17, 48])
+def test_chunks_change_no_byte(monkeypatch, width, count):
+    values = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(width))
+    whole = pack(values, width)
+    monkeypatch.setattr(packing, "_CHUNK", 16)
+    assert torch.equal(pack(values, width), whole)
+    assert torch.equal(unpack(whole, width, count).long(), values)
 
 
 @pytest.mark.parametrize(("value", "width"), [(-1, 1), (-1, 16), (2, 1), (8, 3), (2**16, 16), (2**32, 16)])
