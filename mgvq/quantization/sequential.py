@@ -63,9 +63,7 @@ class _Moments:
     lacking: Float[Tensor, "out in"]  # E[r x~^T]
 
 
-def _sequential(
-    problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments
-) -> LayerProblem:
+def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> LayerProblem:
     """The layer's problem behind the quantised prefix, in the basis that it has."""
     held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
     move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target

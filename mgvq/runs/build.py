@@ -30,7 +30,7 @@ def build(cfg: DictConfig, group: str) -> Any:
         return None
     settings = OmegaConf.to_container(cfg[group], resolve=True)
     assert isinstance(settings, dict)
-    settings.pop(KEY, None)
+    settings = {str(key): value for key, value in settings.items() if key != KEY}
     try:
         part = instantiate(settings, _convert_="all")
     except InstantiationException as error:
