@@ -1,5 +1,6 @@
 """The table of how near each arm's layers come to the rate-distortion limit, by kind of layer."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def limits_table(layers: pd.DataFrame) -> Table | None:
         return None
     logs = known.assign(of=known.tower + " " + known.kind, log=np.log(known.value.astype(float)) * known.weights)
     sums = logs.pivot_table(index=["point", "arm"], columns="of", values=["log", "weights"], aggfunc="sum", sort=False)
-    means = (sums["log"] / sums["weights"]).map(np.exp)[list(dict.fromkeys(logs.of))]
+    means = (sums["log"] / sums["weights"]).map(math.exp)[list(dict.fromkeys(logs.of))]
     means = means.reindex(list(dict.fromkeys(zip(logs.point, logs.arm, strict=True))))
     header = ["point", "arm", *means.columns]
     lines = [[Point(point).words, arm, *map(_cell, row)] for (point, arm), row in zip(means.index, means.to_numpy(), strict=True)]
