@@ -39,7 +39,7 @@ def limits_table(layers: pd.DataFrame) -> Table | None:
         return None
     logs = known.assign(of=known.tower + " " + known.kind, log=np.log(known.value.astype(float)) * known.weights)
     sums = logs.pivot_table(index=["point", "arm"], columns="of", values=["log", "weights"], aggfunc="sum", sort=False)
-    means = (sums["log"] / sums["weights"]).map(math.exp)[list(dict.fromkeys(logs.of))]
+    means = (sums["log"] / sums["weights"]).map(math.exp).loc[:, list(dict.fromkeys(logs.of))]
     means = means.reindex(list(dict.fromkeys(zip(logs.point, logs.arm, strict=True))))
     header = ["point", "arm", *means.columns]
     lines = [[Point(point).words, arm, *map(_cell, row)] for (point, arm), row in zip(means.index, means.to_numpy(), strict=True)]
