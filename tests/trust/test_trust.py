@@ -61,6 +61,14 @@ def test_a_trial_that_raises_is_one_that_does_not_hold() -> None:
     assert found["cases"]["plain"]["trials"] == 1
 
 
+def test_one_that_is_stopped_tells_how_far_it_came() -> None:
+    kept: list[dict] = []
+    found = trust.tried("made up", made_up(trials=lambda *_: iter([GOOD, GOOD])), 1, kept.append)
+    assert [one["not_run"] for one in kept] == [["stopped after trial 1 of 2."], ["stopped after trial 2 of 2."]]
+    assert kept[0]["cases"]["plain"]["trials"] == 1
+    assert found["not_run"] == []
+
+
 def test_what_cannot_be_tried_here_is_named() -> None:
     found = trust.tried("made up", made_up(missing=lambda: "there is no GPU."), 1)
     text = table({"kinds": {"made up": found | HERE}})
