@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mgvq.formats.outliers import Outliers
 from mgvq.linalg import row_runs
 
 Tower = Literal["vision", "projector", "language"]
@@ -198,12 +199,25 @@ class LayerProblem:
     """
 
     site: Site
-    weight: Float[Tensor, "out in"]  # of full precision: what errors are measured against
+    weight: Float[Tensor, "out in"]  # of full precision less the outliers: what errors are measured against
     target: Float[Tensor, "out in"]  # what is rounded: the weight itself, or the weight moved by a gradient
     metric: Metric | None  # None: all errors count alike
     score: Float[Tensor, "in"]  # sensitivity of the input channels, on the CPU
     groups: Int[Tensor, "in"]  # the channel group of each input channel
     transform: Any = None  # the `LayerTransform` that turned all of the above; None: they are in the layer's own basis
+    outliers: Outliers | None = None  # what is stored exactly, in the layer's own basis, and missing in `weight` and `target`
+
+    def whole(self) -> Float[Tensor, "out in"]:
+        """The weight with its outliers, float32, in the basis of the problem."""
+        if self.outliers is None:
+            return self.weight.float()
+        outliers = self.outliers.dense()
+        return self.weight.float() + (self.transform.weight(outliers) if self.transform else outliers)
+
+    def in_own_basis(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What a weight of the problem, or what its codes stand for, is in the model: turned back, with the outliers."""
+        back = self.transform.weight_back(weight) if self.transform else weight
+        return back if self.outliers is None else back + self.outliers.dense()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,14 +16,14 @@ from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.checks import told_as
 from mgvq.errors import UserError
-from mgvq.formats.rotated import INNER_FORMATS, RotatedWeight
+from mgvq.formats.outliers import REST_FORMATS, OutlierWeight
 from mgvq.model import processor as processors
 from mgvq.model.classes import model_class
 from mgvq.model.device import find_device
 from mgvq.model.files import read_json, reading_folder
 from mgvq.model.health import is_finite
 
-FORMATS = {**INNER_FORMATS, RotatedWeight.format: RotatedWeight}
+FORMATS = {**REST_FORMATS, OutlierWeight.format: OutlierWeight}
 _READABLE = (2, VERSION)  # 2 has no digests
 _DAMAGED = "The checkpoint is damaged: take the run's own copy, or make it again."
 

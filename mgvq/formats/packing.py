@@ -1,10 +1,10 @@
-"""Integers of 1 to 16 bits packed without gaps into bytes: little-endian, the lowest bit first."""
+"""Integers of 1 to 31 bits packed without gaps into bytes: little-endian, the lowest bit first."""
 
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-MAX_WIDTH = 16
+MAX_WIDTH = 31
 
 
 def packed_bytes(count: int, width: int) -> int:
@@ -13,7 +13,7 @@ def packed_bytes(count: int, width: int) -> int:
 
 
 def pack(values: Int[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
-    """Pack values of [0, 2^width). Raises ValueError for a width outside 1..16 or a value that does not fit."""
+    """Pack values of [0, 2^width). Raises ValueError for a width outside 1..31 or a value that does not fit."""
     _check(width)
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**width:
         raise ValueError(f"values in [{int(values.min())}, {int(values.max())}] do not fit into {width} bits")

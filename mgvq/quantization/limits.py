@@ -42,7 +42,7 @@ class Limits:
         target, bits = problem.target.float(), self.bits[problem.site]
         metric = None if problem.metric is None else _damped(problem.metric)
         least = float(target.double().square().mean()) * self._least_damage(metric, target.shape, bits)
-        error, whole = _loss(metric, values.to(target) - target), _loss(metric, target)
+        error, whole = _loss(metric, values.to(target) - target), _loss(metric, problem.whole())
         return Limit(bits, least / max(whole, 1e-30), error / least if least > 0 else math.nan)
 
     def _least_damage(self, metric: Metric | None, shape: torch.Size, bits: float) -> float:

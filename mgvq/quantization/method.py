@@ -20,7 +20,7 @@ from mgvq.types import Needs
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One variant of each stage: together a quantisation method.
+    """One variant of each stage, and the outliers: together a quantisation method.
 
     Raises UserError for stages that lack what they need of each other, or that none of the others looks at.
     """
@@ -34,6 +34,8 @@ class Method:
     refit: Refit | None = None
     transform: Transform | None = None
     prefix: Prefix | None = None
+    outliers: int = 0
+    """How many weights of each layer are stored exactly."""
 
     def __post_init__(self) -> None:
         self._check_metric()

@@ -9,18 +9,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.formats.grouped import pack_groups
+from mgvq.formats.outliers import Outliers
 from mgvq.model.sites import site_weights
 from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.limits import Limits
 from mgvq.quantization.method import Method
+from mgvq.quantization.outliers import find_outliers
 from mgvq.quantization.preflight import constant_layers, unused_budget
 from mgvq.quantization.report import QuantReport, allocation_table, channels_table, layers_table, proxy_table
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import sequential_rounding
-from mgvq.quantization.storage import bits_by_layer, held_bits
+from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import LayerProblem, Site, StatsBank
 
@@ -46,16 +47,13 @@ def quantize(
     table_groups = cut_table_groups(problems, method.codebook)
     cache = CodebookCache(table_groups, method.codebook, problems)
     table = rate_table(cache, method.allocation.distortion)
-    ids = {site.reads: pack_groups(p.groups) for site, p in problems.items() if p.groups.max() > 0}
-    held = {
-        site: [*([ids[site.reads]] if site.reads in ids else []), *(p.transform.stored() if p.transform else [])]
-        for site, p in problems.items()
-    }
-    shared_bits = held_bits(held)
-    budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - shared_bits
+    ids = group_ids(problems)
+    held = held_by(problems, ids)
+    beside = held_bits(held)
+    budget_bits = int(bits_per_weight * sum(s.num_weights for s in sites)) - beside
     chosen = method.allocation(table, budget_bits).tolist()
-    stored_bits = shared_bits + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
-    flags += unused_budget(stored_bits, budget_bits + shared_bits)
+    stored_bits = beside + sum(int(table.bits[u, r]) for u, r in enumerate(chosen))
+    flags += unused_budget(stored_bits, budget_bits + beside)
     rates = [table.rates[r] for r in chosen]
 
     limits = Limits(bits_by_layer(held, table_groups, table, chosen))
@@ -86,13 +84,16 @@ def quantize(
 def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Method) -> dict[Site, LayerProblem]:
     """What the curvature, the sensitivity and the grouping make of the layers: a problem for each, in the order of `weights`.
 
+    Outliers are taken out first, by the metric of the layers as they are, so that no stage sees them.
+
     The problems hold copies: the model's own weights change as its blocks are quantised. Raises UserError for weights or scores
     that are not finite, and for negative scores.
     """
     if bad := [s.name for s, w in weights.items() if not torch.isfinite(w).all()]:
         raise UserError(f"{len(bad)} layers have weights that are not finite, the first {bad[0]}: the model's files are damaged.")
     transform, transforms = method.transform, {}
-    weights = {site: weight.clone() for site, weight in weights.items()}
+    outliers = _outliers(method, weights, bank) if method.outliers else {}
+    weights = {site: _without(weight, outliers.get(site)) for site, weight in weights.items()}
     if transform and transform.within == "layer":
         transforms = transform(list(weights), None)
         weights, bank = _transformed(weights, bank, transforms)
@@ -112,9 +113,20 @@ def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Meth
             score=scores[site],
             groups=groups[site],
             transform=transforms.get(site),
+            outliers=outliers.get(site),
         )
         for site, weight in weights.items()
     }
+
+
+def _outliers(method: Method, weights: Mapping[Site, Tensor], bank: StatsBank) -> dict[Site, Outliers]:
+    metrics = method.curvature.fuse(bank) if method.curvature else {}
+    return {site: find_outliers(weight, metrics.get(site), method.outliers) for site, weight in weights.items()}
+
+
+def _without(weight: Tensor, outliers: Outliers | None) -> Tensor:
+    """A copy of the weight less its outliers, in its own dtype."""
+    return weight.clone() if outliers is None else (weight.float() - outliers.dense()).to(weight.dtype)
 
 
 def _scores(method: Method, weights: Mapping[Site, Tensor], bank: StatsBank) -> dict[Site, Tensor]:

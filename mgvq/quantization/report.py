@@ -30,7 +30,7 @@ def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.
     """Stored bits, relative squared error, proxy error in the end (NaN without a metric) and the limit of each layer."""
     rows = []
     for site, problem in problems.items():
-        weight = problem.transform.weight_back(problem.weight) if problem.transform else problem.weight.float()
+        weight = problem.in_own_basis(problem.weight.float())
         relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
         limit = rounded.limits[site]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
+from mgvq.formats.outliers import OutlierWeight
 from mgvq.progress import progress
 from mgvq.protocols import CodedSlice, Compensation, FittedSlice, QuantizedWeight, Refit
 from mgvq.quantization.codebooks import CodebookCache
@@ -69,12 +70,11 @@ class LayerRounder:
             coded, errors = self._round(cache, rates, together, flags, step)
             for site, own in coded.items():
                 problem = cache.problems[site]
-                transform, values = problem.transform, own.decode(problem.target)
+                values = own.decode(problem.target)
                 if self.limits is not None:
                     rounded.limits[site] = self.limits(problem, values)
-                stored = self._store(site, own)
-                rounded.decoded[site] = transform.weight_back(values) if transform else values
-                rounded.stored[site] = transform.wrap(stored) if transform else stored
+                rounded.decoded[site] = problem.in_own_basis(values)
+                rounded.stored[site] = self._store(problem, own)
             rounded.proxy.update(errors)
         return rounded
 
@@ -131,9 +131,12 @@ class LayerRounder:
                 values[site][:, columns] = codebook.weight(part.codes).decode()
         return moved
 
-    def _store(self, site: Site, coded: _Coded) -> QuantizedWeight:
-        stored = tuple(f.codebook.weight(c) for f, c in zip(coded.slices, coded.codes, strict=True))
-        return stored[0] if site.reads not in self.ids else GroupedWeight(stored, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
+    def _store(self, problem: LayerProblem, coded: _Coded) -> QuantizedWeight:
+        site, slices = problem.site, tuple(f.codebook.weight(c) for f, c in zip(coded.slices, coded.codes, strict=True))
+        stored = slices[0] if site.reads not in self.ids else GroupedWeight(slices, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
+        if problem.transform:
+            stored = problem.transform.wrap(stored)
+        return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
 
 
 def _fitted(
@@ -168,7 +171,7 @@ def _note(
     for site, own in coded.items():
         if metric := problems[site].metric:
             weight = problems[site].weight.float()
-            errors[site][step] = metric.loss(own.decode(weight) - weight) / max(metric.loss(weight), 1e-30)
+            errors[site][step] = metric.loss(own.decode(weight) - weight) / max(metric.loss(problems[site].whole()), 1e-30)
 
 
 def _sharing(table_groups: Sequence[TableGroup], sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -3,12 +3,29 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from jaxtyping import UInt8
 from torch import Tensor
 
+from mgvq.formats.grouped import pack_groups
 from mgvq.quantization.table_groups import TableGroup
-from mgvq.types import RateTable, Site
+from mgvq.types import LayerProblem, RateTable, Site
 
-Held = Mapping[Site, Sequence[Tensor]]  # the stored tensors of a layer: group ids, signs; one object where layers share it
+Held = Mapping[Site, Sequence[Tensor]]  # the stored tensors of a layer: group ids, signs, outliers; one object where layers share
+
+
+def group_ids(problems: Mapping[Site, LayerProblem]) -> dict[str, UInt8[Tensor, "_"]]:
+    """The packed group of every input channel by `Site.reads`, where layers have several groups."""
+    return {site.reads: pack_groups(p.groups) for site, p in problems.items() if p.groups.max() > 0}
+
+
+def held_by(problems: Mapping[Site, LayerProblem], ids: Mapping[str, UInt8[Tensor, "_"]]) -> dict[Site, list[Tensor]]:
+    """All that layers store beside codebooks, with the `group_ids` of the problems."""
+    held: dict[Site, list[Tensor]] = {}
+    for site, problem in problems.items():
+        outliers = problem.outliers.tensors().values() if problem.outliers else ()
+        transform = problem.transform.stored() if problem.transform else ()
+        held[site] = [*([ids[site.reads]] if site.reads in ids else ()), *transform, *outliers]
+    return held
 
 
 def held_bits(held: Held) -> int:

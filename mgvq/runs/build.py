@@ -21,7 +21,7 @@ STAGES = (  # what a method is made of
 )
 VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
 GROUPS = ("paths", *VARIANTS, "budget")
-SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry"}
+SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "outliers"}
 
 
 def build(cfg: DictConfig, group: str) -> Any:
@@ -80,8 +80,9 @@ def check(cfg: DictConfig) -> None:
 def _check_full_precision(cfg: DictConfig) -> None:
     bits = cfg.budget.bits_per_weight
     idle = [group for group in (*STAGES, "calibration") if not is_idle(cfg[group])]
-    if bits is not None or idle:
+    if bits is not None or idle or cfg.outliers:
         named = [f"budget.bits_per_weight={bits}"] if bits is not None else []
+        named += [f"outliers={cfg.outliers}"] if cfg.outliers else []
         raise UserError(
             f"nothing is quantised (codebook=none), so {' and '.join([*named, *idle])} would have no effect: leave it out, or "
             "choose a codebook."
@@ -95,5 +96,7 @@ def _check_quantising(cfg: DictConfig) -> None:
             f"budget.bits_per_weight={bits} is no bit width: give a number of {MIN_BITS} to {MAX_BITS}, the stored bits for "
             "each quantised weight with tables and scales."
         )
+    if not (type(cfg.outliers) is int and cfg.outliers >= 0):
+        raise UserError(f"outliers must be a whole number >= 0, how many weights a layer keeps exactly; got {cfg.outliers!r}")
     if not chosen(cfg, "allocation"):
         raise UserError("allocation=none with a codebook: choose allocation=uniform, or method=full_precision.")

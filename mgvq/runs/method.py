@@ -16,7 +16,7 @@ def build_method(cfg: DictConfig) -> Method | None:
     """The method of a run; None for full precision. Raises UserError for stages that lack what they need, or have no effect."""
     if not chosen(cfg, "codebook"):
         return None
-    method = Method(**{stage: build(cfg, stage) for stage in STAGES})
+    method = Method(**{stage: build(cfg, stage) for stage in STAGES}, outliers=cfg.outliers)
     if not method.uses_score and not is_idle(cfg.sensitivity):
         raise UserError(
             "sensitivity has no effect: it neither groups channels (grouping=score), nor gives out bits (an allocation other "

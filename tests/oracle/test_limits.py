@@ -19,7 +19,7 @@ from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.rate_distortion import least_damage
 from mgvq.types import Metric, Site
 
-SITE = Site("layer.q_proj", "language", "q_proj", 0, 256, 512)
+SITE = Site("layer.q_proj", "language", "q_proj", 0, 128, 256)
 CODES = {
     "kmeans": ("kmeans", "vector_length=2", "iterations=20", "sample=null"),
     "trellis": ("trellis", "state_bits=8"),
@@ -75,7 +75,7 @@ def test_a_gaussian_layer_lies_above_by_what_its_code_loses(name, bits):
     """Where all errors count alike: the code's distortion over 4^-bits, the bits with tables and scales."""
     codebook = built("codebook", *CODES[name])
     row = rounded(codebook, bits)
-    assert row.bits == pytest.approx(bits, abs=0.02)
+    assert row.bits == pytest.approx(bits, abs=0.05)
     assert row.limit == pytest.approx(4**-row.bits, rel=1e-6)
     assert row.times_limit == pytest.approx(row.relative_error * 4**row.bits, rel=1e-4)
     assert row.times_limit >= 1
@@ -87,13 +87,13 @@ def test_a_gaussian_layer_lies_above_by_what_its_code_loses(name, bits):
 @pytest.mark.parametrize("bits", [2.0, 4.0])
 def test_ldlq_loses_its_code_and_the_shape_of_the_metric(bits):
     """`tr(D) distortion` over `n det(H)^(1/n) 4^-bits`, D the block diagonal of the LDL factors."""
-    h = factor(512, power=0.5).float()  # steeper ones feed back so much that the targets leave the range of the code
+    h = factor(256, power=0.5).float()  # steeper ones feed back so much that the targets leave the range of the code
     codebook = built("codebook", "lattice")
     row = rounded(codebook, bits, Metric((h,)), Hessian(damping=DAMPING))
     root = torch.linalg.cholesky(damped(h.double()))
-    blocks = [root[i : i + 8, i : i + 8] for i in range(0, 512, 8)]
+    blocks = [root[i : i + 8, i : i + 8] for i in range(0, 256, 8)]
     spread = sum(float((b @ b.T).trace()) for b in blocks)
-    least = 512 * math.exp(2 * float(root.diagonal().log().mean()))
+    least = 256 * math.exp(2 * float(root.diagonal().log().mean()))
     (rate,) = [rate for rate in codebook.rates() if rate.index_bits == bits]
     assert 1.1 < spread / least < 3
     assert row.times_limit == pytest.approx(spread / least * codebook.distortion(rate) * 4**row.bits, rel=0.15)

@@ -47,9 +47,9 @@ def test_a_value_that_does_not_fit_is_refused(value, width):
 
 @pytest.mark.parametrize("width", [-1, 0, MAX_WIDTH + 1])
 def test_an_unknown_width_is_refused(width):
-    with pytest.raises(ValueError, match="1 to 16 bits"):
+    with pytest.raises(ValueError, match="1 to 31 bits"):
         pack(torch.tensor([0]), width)
-    with pytest.raises(ValueError, match="1 to 16 bits"):
+    with pytest.raises(ValueError, match="1 to 31 bits"):
         unpack(torch.zeros(1, dtype=torch.uint8), width, 1)
 
 

@@ -82,6 +82,8 @@ def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
     usage = {}
     for layer in read(checkpoint)[0]:
         stored = FORMATS[layer.format].load(layer.tensors, **layer.settings)
+        stored = getattr(stored, "rest", stored)  # beside outliers
+        stored = getattr(stored, "inner", stored)  # in a rotated basis
         for group, channel_slice in enumerate(getattr(stored, "slices", (stored,))):
             if channel_slice.format == "vector":
                 usage[layer.name, group] = evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])
