@@ -36,7 +36,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 
 @cache
 def _factors(num_out: int, num_in: int) -> tuple[Tensor, Tensor]:
-    """Those of input and output, of full rank, with channels that differ in size and go together."""
+    """The factors of input and output, of full rank, with channels that differ in size and go together."""
     return _factor(num_in, "in"), _factor(num_out, "out")
 
 

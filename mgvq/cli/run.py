@@ -101,7 +101,7 @@ def _what_runs(cfg: DictConfig) -> str:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C: the run folder gets its FAILED."""
+    """A signal ends the run as Ctrl-C does: the run folder gets its FAILED."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

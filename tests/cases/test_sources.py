@@ -283,7 +283,7 @@ def test_a_constant_row_reaches_the_flags_of_a_run(tmp_path: Path) -> None:
 
 
 def test_matrices_that_are_no_layers_are_flagged_with_their_share(tmp_path: Path) -> None:
-    """As experts in one tensor are."""
+    """Experts in one tensor are such matrices."""
     model = load(source(copy(tmp_path / "m")), CPU).model
     sites = list_sites(model, "all")
     assert left_out_flags(model, sites) == []

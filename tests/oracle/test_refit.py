@@ -33,7 +33,7 @@ each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODE
 refit = ClosedForm(rounds=1)
 
 
-def a_piece(tables, codes, columns, target, metric):
+def a_slice(tables, codes, columns, target, metric):
     channel_slice = ChannelSlice(Site("layer", "language", "layer", None, *target.shape), 0, columns)
     return CodedSlice(fitted=FittedSlice(channel_slice, tables), codes=codes, target=target, metric=metric)
 
@@ -66,7 +66,7 @@ def metric_of(kind, num_out, num_in, seed=0):
 
 
 def coded(codebook, weights, columns, metrics, step=1):
-    """A unit of one piece a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
+    """A table group of one slice a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
     parts = [w[:, columns] for w in weights]
     fitted = codebook.fit("unit", parts, codebook.rates()[step], [None] * len(parts), [])
     slices = []
@@ -74,18 +74,18 @@ def coded(codebook, weights, columns, metrics, step=1):
         codes, _ = tables.encode(to_vectors(part, tables.vector_length), 0, None)
         target = 0.1 * weight
         target[:, columns] = part
-        slices.append(a_piece(tables, codes, columns, target, metric))
+        slices.append(a_slice(tables, codes, columns, target, metric))
     return slices
 
 
-def unit_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
+def group_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
     weights = [(i + 1) * normal(12, 14, seed=seed + i) for i in range(num_layers)]
     metrics = [metric_of(kind, 12, 14, seed + 100 * i) for i in range(num_layers)]
     return coded(codebook, weights, torch.tensor([0, 2, 3, 5, 6, 9, 10, 12, 13]), metrics, step)
 
 
 def quadratic_form(metric, num_out):
-    """Of all errors of a layer, laid end to end."""
+    """The matrix of the quadratic form in all errors of a layer, laid end to end."""
     if metric.h_out is not None:
         return torch.kron(metric.h_out, metric.h_in[0]).double()
     rows = -(-num_out // len(metric.h_in))
@@ -107,7 +107,7 @@ def objective(slices, fitted):
 
 
 def solved(slices):
-    """What the pieces stand for at the optimum, from the normal equations of all centroids."""
+    """What the slices stand for at the optimum, from the normal equations of all centroids."""
     table, stages = tables_of(slices[0]).table, tables_of(slices[0]).stages
     normal_matrix, right, designs = 0.0, 0.0, []
     for channel_slice in slices:
@@ -133,14 +133,14 @@ def solved(slices):
 @pytest.mark.parametrize("kind", ["kronecker", "input", "runs"])
 def test_it_is_the_solution_of_the_normal_equations(codebook, kind):
     """Up to the fp16 that the tables are stored in. Padding, errors in other columns and scales included."""
-    slices = unit_of(codebook, kind)
+    slices = group_of(codebook, kind)
     for channel_slice, fitted, values in zip(slices, refit(slices), solved(slices), strict=True):
         torch.testing.assert_close(fitted.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["kmeans-scaled", "product-scaled", "residual-scaled"])
 def test_layers_that_share_tables_are_fitted_together(name):
-    slices = unit_of(CODEBOOKS[name], num_layers=3)
+    slices = group_of(CODEBOOKS[name], num_layers=3)
     fitted = refit(slices)
     for channel_slice, tables, values in zip(slices, fitted, solved(slices), strict=True):
         torch.testing.assert_close(tables.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
@@ -154,7 +154,7 @@ def test_layers_that_share_tables_are_fitted_together(name):
 def test_the_objective_never_rises_as_stored(name, table):
     codebook = (CODEBOOKS if table == "fp16" else INT8)[name]
     for seed in range(5):
-        slices = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
+        slices = group_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
         before = objective(slices, [tables_of(p) for p in slices])
         once = refit(slices)
         reached = objective(slices, once)
@@ -167,7 +167,7 @@ def test_the_objective_never_rises_as_stored(name, table):
 def test_tables_that_storing_would_worsen_are_kept():
     """The best table differs in its largest centroid alone, whose new step would round all others to other values."""
     for seed in range(5):
-        channel_slice = unit_of(INT8["kmeans"], seed=seed)[0]
+        channel_slice = group_of(INT8["kmeans"], seed=seed)[0]
         largest = tables_of(channel_slice).table[0].abs().amax(1).argmax()
         grown = torch.where(channel_slice.codes[:, :, 0] == largest, 1.003, 1.0).repeat_interleave(2, 1)
         grown = grown[:, : len(columns_of(channel_slice))]
@@ -177,14 +177,14 @@ def test_tables_that_storing_would_worsen_are_kept():
 
 
 def test_a_centroid_that_no_code_names_stays():
-    channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+    channel_slice = group_of(CODEBOOKS["kmeans"])[0]
     codes = torch.where(channel_slice.codes == 1, 0, channel_slice.codes)
     table = refit([replace(channel_slice, codes=codes)])[0].table[0]
     assert torch.equal(table[1], tables_of(channel_slice).table[0, 1])
     assert not torch.equal(table[0], tables_of(channel_slice).table[0, 0])
 
 
-def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
+def test_slices_of_a_layer_in_turn_lower_the_cost_of_the_layer():
     """Each is refitted to what the other leaves over."""
     weight, metric = normal(16, 12), metric_of("kronecker", 16, 12)
     groups = [torch.arange(0, 12, 2), torch.arange(1, 12, 2)]
@@ -203,7 +203,7 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
     costs = [rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten()]
     for _ in range(3):
         for g, columns in enumerate(groups):
-            fitted[g] = refit([a_piece(fitted[g], codes[g], columns, rest(g), metric)])[0]
+            fitted[g] = refit([a_slice(fitted[g], codes[g], columns, rest(g), metric)])[0]
             costs.append(rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten())
     assert all(later <= earlier for earlier, later in itertools.pairwise(costs))
     assert costs[2] < costs[1] < costs[0]
@@ -212,7 +212,7 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
 def test_a_metric_of_low_rank_or_none_does_no_harm():
     token = normal(1, 14)
     for h_in in (token.T @ token, torch.zeros(14, 14)):
-        channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+        channel_slice = group_of(CODEBOOKS["kmeans"])[0]
         flat = replace(channel_slice, metric=Metric((h_in,)))
         fitted = refit([flat])
         assert objective([flat], fitted) <= objective([flat], [tables_of(channel_slice)])

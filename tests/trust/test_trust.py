@@ -1,12 +1,14 @@
 """A seeded sample of what `make trust` tries, and that a kind of trial that fails, breaks or is missing is told as that."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import trials
 import trust
-from conftest import sampled
+from conftest import ROOT, sampled
 from trials import Outcome, holds, kinds, load_kind, summary, table
 
 HERE = {"commit": "abc", "cores": 2}
@@ -108,3 +110,14 @@ def test_kinds_that_are_not_tried_again_keep_what_was_found(tmp_path: Path, monk
     monkeypatch.setattr("sys.argv", ["trust.py", "--share", ".5"])
     assert trust.main() == 1
     assert "| new | plain | 2 |" in (tmp_path / "tables" / "trust.md").read_text(), "a share is not written"
+
+
+def test_the_committed_table_is_what_the_code_makes_of_its_record() -> None:
+    record = json.loads((ROOT / "results" / trust.RECORD).read_text())
+    assert table(record) == (ROOT / "results" / "tables" / "trust.md").read_text()
+    assert set(record["kinds"]) == set(kinds())
+    for kind in record["kinds"].values():
+        assert kind["cases"] or kind["not_run"]
+        for found in kind["cases"].values():
+            assert list(found) == ["trials", *trials.COUNTS]
+    assert holds(record), "what did not hold has to be mended before it is committed"
