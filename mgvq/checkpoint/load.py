@@ -59,6 +59,8 @@ def load(
     if packed:
         for layer in layers:
             module: Any = model.get_submodule(layer.name)
+            if not isinstance(module, torch.nn.Linear):  # an embedding is looked up, row by row
+                continue
             linear = PackedLinear(FORMATS[layer.format], layer.settings, layer.tensors, module.bias)
             model.set_submodule(layer.name, linear)
     with told_as(f"{path / 'generation_config.json'} cannot be read", _DAMAGED):
@@ -114,7 +116,7 @@ def _decoded(path: Path, layer: "StoredLayer") -> Tensor:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A quantised layer as the checkpoint holds it."""
+    """A quantised layer, embedding or head as the checkpoint holds it."""
 
     name: str  # of the module
     format: str  # a key of `FORMATS`
@@ -127,7 +129,7 @@ class StoredLayer:
 
 
 def read(path: Path, *, verify: bool = True) -> tuple[list[StoredLayer], dict[str, Tensor]]:
-    """The quantised layers, and the tensors that are stored as they are. Raises UserError as `load` does."""
+    """The quantised layers and embeddings, and the tensors that are stored as they are. Raises UserError as `load` does."""
     index = _read_index(path, verify=verify)
     with told_as(f"{path / TENSORS} cannot be read", _DAMAGED):
         stored = load_file(path / TENSORS)

@@ -22,10 +22,17 @@ TENSORS_VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
 
 
-def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[Site, QuantizedWeight]) -> Ledger:
+def save(
+    folder: Path,
+    loaded: Loaded,
+    sites: Sequence[Site],
+    weights: Mapping[Site, QuantizedWeight],
+    embeddings: Mapping[str, QuantizedWeight] | None = None,
+) -> Ledger:
     """Write the checkpoint and return its ledger; equal inputs give equal bytes.
 
-    Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. Raises
+    Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. `embeddings` are
+    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. Raises
     AssertionError where the ledger and the bytes on disk differ.
     """
     folder.mkdir(parents=True)
@@ -34,19 +41,21 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     entries: list[Entry] = []
     layers = {}
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
-    for site, weight in weights.items():
+    stored_as = [(site.name, site.tower, True, weight) for site, weight in weights.items()]
+    stored_as += [(name, towers.of(name) or "other", False, weight) for name, weight in (embeddings or {}).items()]
+    for module, part, quantized, weight in stored_as:
         roles = {}
         num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
             if id(tensor) not in named:
-                name = f"{site.name}.{role}"
+                name = f"{module}.{role}"
                 named[id(tensor)] = tensor, name
                 tensors[name] = tensor.contiguous().cpu()
-                entries.append(Entry(name, site.tower, True, tensor.nbytes, num_weights.get(role, 0)))
+                entries.append(Entry(name, part, quantized, tensor.nbytes, num_weights.get(role, 0)))
             roles[role] = named[id(tensor)][1]
-        layers[site.name] = {"format": weight.format, **weight.settings(), "tensors": roles}
+        layers[module] = {"format": weight.format, **weight.settings(), "tensors": roles}
     in_scope = {f"{s.name}.weight" for s in sites}
-    packed = {f"{s.name}.weight" for s in weights}
+    packed = {f"{module}.weight" for module in layers}
     for name, parameter in [*loaded.model.named_parameters(), *_persistent_buffers(loaded)]:
         if name not in packed:
             stored = _as_stored(parameter.detach(), loaded.stored_dtype)

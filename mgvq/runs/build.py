@@ -21,7 +21,7 @@ STAGES = (  # what a method is made of
 )
 VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
 GROUPS = ("paths", *VARIANTS, "budget")
-SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "outliers"}
+SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "outliers", "embedding_bits"}
 
 
 def build(cfg: DictConfig, group: str) -> Any:
@@ -64,6 +64,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"tf32 must be true or false, got {cfg.tf32!r}")
     if device_type(cfg.device) == "cpu" and cfg.tf32:
         raise UserError("tf32=true has no effect on device=cpu: leave it out.")
+    if cfg.embedding_bits is not None and not (type(cfg.embedding_bits) is int and cfg.embedding_bits in (8, 4)):
+        raise UserError(f"embedding_bits must be 8, 4 or null (embedding and head as in the source), got {cfg.embedding_bits!r}")
     if cfg.scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}; got {cfg.scope!r}")
     if unknown := sorted(set(map(str, cfg)) - SETTINGS):

@@ -29,6 +29,7 @@ from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
+from mgvq.quantization.embeddings import round_embeddings
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
@@ -81,7 +82,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, report, made = {}, None, None
+        weights, rounded, report, made = {}, {}, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
@@ -104,7 +105,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                     folder.write_table(f"{name}.parquet", table)
             weights = report.weights
         if made is None:
-            ledger = save(folder.checkpoint, loaded, sites, weights)
+            rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
+            ledger = save(folder.checkpoint, loaded, sites, weights, rounded)
             if report and ledger.scope_bits() != report.stored_bits:
                 raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
             folder.write_table("ledger.parquet", ledger.frame())
@@ -122,7 +124,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
-            check_same_model(loaded, weights, model, folder.checkpoint)
+            check_same_model(loaded, weights, model, folder.checkpoint, rounded)
         digest = file_digest(folder.checkpoint / TENSORS)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")

@@ -19,7 +19,7 @@ from mgvq.runs.digests import data_digest
 NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry")
 # Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
 # The rules of a group are declared in its yaml, and a group that came later does not count where it is idle.
-NEUTRAL: Mapping[str, Any] = {"outliers": 0}
+NEUTRAL: Mapping[str, Any] = {"outliers": 0, "embedding_bits": None}
 
 
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
