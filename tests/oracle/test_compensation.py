@@ -529,3 +529,11 @@ def test_foem_goes_from_the_full_correction_to_none() -> None:
 def test_a_bad_setting_is_named(variant, settings, named) -> None:
     with pytest.raises(UserError, match=rf"compensation\.{named} must lie in .*got {settings[named]}"):
         variant(**settings)
+
+
+@pytest.mark.parametrize("variant", [Hessian, HessianTwoSided, Foem])
+@pytest.mark.parametrize(("setting", "words"), [("damping_of", "mean, median, channel"), ("order", "score or damage")])
+def test_a_word_that_there_is_not_is_named(variant, setting, words) -> None:
+    rest = {HessianTwoSided: dict(output_damping=0.1), Foem: dict(beta=0.1)}.get(variant, {})
+    with pytest.raises(UserError, match=rf"compensation\.{setting} must be .*{words}.* got 'row'"):
+        variant(damping=0.1, **rest, **{setting: "row"})
