@@ -30,7 +30,9 @@ MOMENTS = {
     "the shapes of the layers, before anything is collected": ("model.sites", "model.towers", "grouping", "allocation"),
     "weights and logits, when the model is loaded": ("model",),
     "samples and statistics, while they are collected": ("curvature", "model.passes", "model.answers"),
-    "layers, while they are quantised": ("quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix"),
+    "layers, while they are quantised": (
+        "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix",
+    ),
     "checkpoints, whenever one is read": ("checkpoint",),
     "finished runs, records and tables, whenever one is read": ("runs.store", "runs.verify", "analysis"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.digests import write_digests
-from mgvq.checkpoint.ledger import Entry, Ledger
+from mgvq.checkpoint.ledger import Entry, Ledger, Part
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
@@ -41,7 +41,7 @@ def save(
     entries: list[Entry] = []
     layers = {}
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
-    stored_as = [(site.name, site.tower, True, weight) for site, weight in weights.items()]
+    stored_as: list[tuple[str, Part, bool, QuantizedWeight]] = [(site.name, site.tower, True, weight) for site, weight in weights.items()]
     stored_as += [(name, towers.of(name) or "other", False, weight) for name, weight in (embeddings or {}).items()]
     for module, part, quantized, weight in stored_as:
         roles = {}

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -73,8 +73,10 @@ def kronecker_cost(error, h_in, h_out):
     return float((h_out.double() @ error.double() @ h_in.double() * error.double()).sum())
 
 
-def damped(hessian, damping):
-    return hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+def damped(hessian, damping, of="mean"):
+    diagonal = hessian.double().diagonal()
+    unit = {"mean": diagonal.mean(), "median": diagonal.median(), "channel": diagonal}[of]
+    return hessian.double() + damping * torch.diag(unit * torch.ones_like(diagonal))
 
 
 ORDERS = {
@@ -85,17 +87,18 @@ ORDERS = {
 }
 
 
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
 @pytest.mark.parametrize("slots", ORDERS.values(), ids=ORDERS.keys())
-def test_factors_multiply_to_the_damped_hessian(slots) -> None:
+def test_factors_multiply_to_the_damped_hessian(slots, of) -> None:
     slots = torch.tensor(slots)
     order = slots.flatten()
     real = order >= 0
     hessian = hessian_of(int(real.sum()))
-    factors = block_ldl(hessian, slots, 0.01)
+    factors = block_ldl(hessian, slots, 0.1, of)
     blocks = [root.T.double() @ root.double() for root in factors.root]
     product = factors.lower.double() @ torch.block_diag(*blocks) @ factors.lower.double().T
     chosen = order[real]
-    torch.testing.assert_close(product[real][:, real], damped(hessian, 0.01)[chosen][:, chosen], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product[real][:, real], damped(hessian, 0.1, of)[chosen][:, chosen], rtol=1e-5, atol=1e-5)
     for at in range(len(slots)):
         here = slice(at * slots.shape[1], (at + 1) * slots.shape[1])
         torch.testing.assert_close(factors.lower[here, here], torch.eye(slots.shape[1]), atol=1e-6, rtol=0)
@@ -113,6 +116,87 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
     slices = slices_of([normal(4, 2)], [list(range(6))])
     Hessian(damping=0.01).round(normal(8, 6), Metric((singular,)), slices, torch.ones(6), flags)
     assert flags[-1].startswith("damping:layer:0.1") or flags[-1].startswith("damping:layer:1")
+
+
+def with_a_massive_channel(hessian, size):
+    """Channel 0 times the root of `size`, as at the first token of a passage: its diagonal alone makes the mean."""
+    scale = torch.ones(len(hessian))
+    scale[0] = size**0.5
+    return scale[:, None] * hessian * scale
+
+
+@pytest.mark.parametrize("of", ["median", "channel"])
+def test_a_massive_channel_leaves_the_feedback_of_the_others_alone(of) -> None:
+    """With a damping of .1 of the mean there is none left: the others are rounded to nearest."""
+    num_in = 24
+    hessian, slots = hessian_of(num_in), torch.arange(num_in)[:, None].flip(0)  # channel 0 is rounded first
+    plain = block_ldl(hessian, slots, 0.1).lower.tril(-1)[:-1, :-1]
+
+    def feedback(of):
+        return block_ldl(with_a_massive_channel(hessian, 1e5), slots, 0.1, of).lower.tril(-1)[:-1, :-1]
+
+    assert feedback("mean").norm() < 0.01 * plain.norm()
+    assert (feedback(of) - plain).norm() < 0.3 * plain.norm()
+
+
+def test_a_massive_channel_does_not_cost_the_others_their_compensation() -> None:
+    """Where the channel itself is stored exactly. Else its error comes to the others, and damping by the mean keeps it off."""
+    num_in, rest = 24, slice(1, None)
+    table, score = torch.linspace(-2, 2, 5)[:, None], torch.arange(num_in, 0, -1).float()
+    ratios = []
+    for seed in range(5):
+        weight, hessian = normal(32, num_in, seed=seed), with_a_massive_channel(hessian_of(num_in, seed=10 * seed), 1e5)
+        weight[:, 0], costs = weight[:, 0].round().clamp(-2, 2), {}
+        for of in ("mean", "median", "channel"):
+            slices = pieces_of([table], [range(num_in)], 32)
+            codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, score, [])
+            error = weight - decoded(slices, codes, num_in)
+            costs[of] = cost(error[:, rest], hessian[rest, rest])
+        ratios.append([costs["median"] / costs["mean"], costs["channel"] / costs["mean"]])
+    assert (torch.tensor(ratios).mean(0) < 0.7).all()
+
+
+def test_damping_by_channel_does_not_see_how_channels_are_scaled() -> None:
+    """A norm's output times 2 and the weight's column by 2 is the same layer."""
+    num_in, scale = 12, 4.0 ** torch.randint(-4, 5, (12,), generator=torch.Generator().manual_seed(3))
+    hessian, slots = hessian_of(num_in), torch.arange(num_in)[:, None]
+    plain = block_ldl(hessian, slots, 0.1, "channel").lower
+    scaled = block_ldl(scale[:, None] * hessian * scale, slots, 0.1, "channel").lower
+    torch.testing.assert_close(scaled, scale[:, None] * plain / scale, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(block_ldl(scale[:, None] * hessian * scale, slots, 0.1).lower, scale[:, None] * plain / scale)
+
+
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
+def test_dead_channels_take_any_damping(of) -> None:
+    """Half of them and more, so that the median is zero; and all."""
+    for alive in (2, 0):
+        hessian = torch.block_diag(hessian_of(2) if alive else torch.zeros(2, 2), torch.zeros(4, 4))
+        slices, weight = pieces_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6)
+        codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, torch.ones(6), [])[0]
+        nearest = slices[0].codebook.encode(weight.unflatten(1, (3, 2)), 0, None)[0]
+        assert torch.equal(codes[:, alive // 2 :], nearest[:, alive // 2 :])
+
+
+def test_the_order_of_damage_puts_the_channel_first_that_its_rate_harms_most() -> None:
+    """A channel of four times the score at one bit more has nothing to correct: that at few bits goes first."""
+    seen: list[int] = []
+
+    class Spy(Table):
+        def encode(self, targets, first, root):
+            seen.append(len(self.table))
+            return super().encode(targets, first, root)
+
+    score = torch.tensor([3.0, 3.0, 1.0, 1.0])
+    slices = [
+        replace(piece, codebook=Spy(piece.codebook.table), distortion=distortion)
+        for piece, distortion in zip(
+            pieces_of([normal(16, 2), normal(4, 2, seed=1)], [[0, 1], [2, 3]]), (4.0**-2, 4.0**-1), strict=True
+        )
+    ]
+    for order, expected in (("score", [16, 4]), ("damage", [4, 16])):
+        seen.clear()
+        Hessian(damping=0.01, order=order).round(normal(8, 4), Metric((hessian_of(4),)), slices, score, [])
+        assert seen == expected
 
 
 def test_the_cost_is_the_sum_of_what_the_roundings_cost() -> None:
@@ -445,3 +529,11 @@ def test_foem_goes_from_the_full_correction_to_none() -> None:
 def test_a_bad_setting_is_named(variant, settings, named) -> None:
     with pytest.raises(UserError, match=rf"compensation\.{named} must lie in .*got {settings[named]}"):
         variant(**settings)
+
+
+@pytest.mark.parametrize("variant", [Hessian, HessianTwoSided, Foem])
+@pytest.mark.parametrize(("setting", "words"), [("damping_of", "mean, median, channel"), ("order", "score or damage")])
+def test_a_word_that_there_is_not_is_named(variant, setting, words) -> None:
+    rest = {HessianTwoSided: dict(output_damping=0.1), Foem: dict(beta=0.1)}.get(variant, {})
+    with pytest.raises(UserError, match=rf"compensation\.{setting} must be .*{words}.* got 'row'"):
+        variant(damping=0.1, **rest, **{setting: "row"})

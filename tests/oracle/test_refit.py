@@ -9,8 +9,10 @@ import torch
 from mgvq.codebook.kmeans import KMeans
 from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
+from mgvq.compensation.hessian import Hessian
 from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
+from mgvq.linalg import damped
 from mgvq.protocols import CodedSlice, FittedSlice
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.types import ChannelSlice, Metric, Site
@@ -30,7 +32,7 @@ INT8 = {name: replace(codebook, table="int8") for name, codebook in CODEBOOKS.it
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
 
-refit = ClosedForm(rounds=1)
+refit = ClosedForm(damping=0.0, rounds=1)
 
 
 def a_slice(tables, codes, columns, target, metric):
@@ -219,6 +221,55 @@ def test_a_metric_of_low_rank_or_none_does_no_harm():
         assert fitted[0].table.abs().max() < 10
 
 
+def with_a_massive_channel(seed):
+    """A layer whose largest weight, far outside of its table, is multiplied by what two tokens alone have a thousandfold."""
+    codebook, weight, size = KMeans(**LAYER), normal(96, 64, seed=seed), 64
+    (tables,) = codebook.fit("unit", [weight], next(r for r in codebook.rates() if r.index_bits == 2.0), [None], [])
+    weight[3, 7] = 29.0
+    tokens = normal(400, size, seed=seed + 1) @ (normal(size, size, seed=seed + 2) / size**0.5 + torch.eye(size))
+    tokens[:2] += 2 * normal(2, size, seed=seed + 3)
+    tokens[:2, 7] = 3000.0
+    metric = Metric((tokens.T @ tokens / len(tokens),))
+    channel_slice = ChannelSlice(Site("layer", "language", "layer", None, 96, size), 0, torch.arange(size))
+    fitted = FittedSlice(channel_slice, tables)
+    codes = Hessian(damping=0.1).round(weight, metric, [fitted], metric.channel_importance(), [])[0]
+    return CodedSlice(fitted=fitted, codes=codes, target=weight, metric=metric)
+
+
+def test_a_massive_channel_does_not_take_the_weights_of_all_others() -> None:
+    """Undamped, a refit halves the loss, which two tokens make, and leaves weights whose error is several times their norm."""
+
+    def relative_error(channel_slice, tables):
+        error = tables.weight(channel_slice.codes).decode() - channel_slice.target
+        return float(error.square().sum() / channel_slice.target.square().sum())
+
+    for seed in (0, 10, 20):
+        channel_slice = with_a_massive_channel(seed)
+        before = relative_error(channel_slice, tables_of(channel_slice))
+        assert before < 0.3
+        assert relative_error(channel_slice, refit([channel_slice])[0]) > 3
+        (damped,) = ClosedForm(damping=0.1, rounds=1)([channel_slice])
+        assert relative_error(channel_slice, damped) < 2
+        assert objective([channel_slice], [damped]) < objective([channel_slice], [tables_of(channel_slice)])
+
+
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
+def test_a_damped_refit_is_the_refit_in_the_damped_metric(of) -> None:
+    channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+    metric = channel_slice.metric
+    factors = Metric((damped(metric.h_in[0], 0.1, of),), damped(metric.h_out, 0.1, of))
+    found, expected = (
+        ClosedForm(damping=0.1, damping_of=of, rounds=1)([channel_slice]),
+        refit([replace(channel_slice, metric=factors)]),
+    )
+    torch.testing.assert_close(found[0].table, expected[0].table)
+    assert not torch.equal(found[0].table, refit([channel_slice])[0].table)
+
+
 def test_settings_that_make_no_sense_are_named():
     with pytest.raises(UserError, match=r"refit\.rounds"):
-        ClosedForm(rounds=0)
+        ClosedForm(damping=0.1, rounds=0)
+    with pytest.raises(UserError, match=r"refit\.damping must"):
+        ClosedForm(damping=1.1, rounds=1)
+    with pytest.raises(UserError, match=r"refit\.damping_of must be one of mean, median, channel"):
+        ClosedForm(damping=0.1, damping_of="row", rounds=1)
