@@ -148,7 +148,7 @@ def test_a_massive_channel_does_not_cost_the_others_their_compensation() -> None
         weight, hessian = normal(32, num_in, seed=seed), with_a_massive_channel(hessian_of(num_in, seed=10 * seed), 1e5)
         weight[:, 0], costs = weight[:, 0].round().clamp(-2, 2), {}
         for of in ("mean", "median", "channel"):
-            slices = pieces_of([table], [range(num_in)], 32)
+            slices = slices_of([table], [range(num_in)], 32)
             codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, score, [])
             error = weight - decoded(slices, codes, num_in)
             costs[of] = cost(error[:, rest], hessian[rest, rest])
@@ -171,7 +171,7 @@ def test_dead_channels_take_any_damping(of) -> None:
     """Half of them and more, so that the median is zero; and all."""
     for alive in (2, 0):
         hessian = torch.block_diag(hessian_of(2) if alive else torch.zeros(2, 2), torch.zeros(4, 4))
-        slices, weight = pieces_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6)
+        slices, weight = slices_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6)
         codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, torch.ones(6), [])[0]
         nearest = slices[0].codebook.encode(weight.unflatten(1, (3, 2)), 0, None)[0]
         assert torch.equal(codes[:, alive // 2 :], nearest[:, alive // 2 :])
@@ -190,7 +190,7 @@ def test_the_order_of_damage_puts_the_channel_first_that_its_rate_harms_most() -
     slices = [
         replace(piece, codebook=Spy(piece.codebook.table), distortion=distortion)
         for piece, distortion in zip(
-            pieces_of([normal(16, 2), normal(4, 2, seed=1)], [[0, 1], [2, 3]]), (4.0**-2, 4.0**-1), strict=True
+            slices_of([normal(16, 2), normal(4, 2, seed=1)], [[0, 1], [2, 3]]), (4.0**-2, 4.0**-1), strict=True
         )
     ]
     for order, expected in (("score", [16, 4]), ("damage", [4, 16])):

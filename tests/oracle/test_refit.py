@@ -255,7 +255,7 @@ def test_a_massive_channel_does_not_take_the_weights_of_all_others() -> None:
 
 @pytest.mark.parametrize("of", ["mean", "median", "channel"])
 def test_a_damped_refit_is_the_refit_in_the_damped_metric(of) -> None:
-    channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+    channel_slice = group_of(CODEBOOKS["kmeans"])[0]
     metric = channel_slice.metric
     factors = Metric((damped(metric.h_in[0], 0.1, of),), damped(metric.h_out, 0.1, of))
     found, expected = (
