@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import codebook
+import codes
 import compensation
 import curvature
 import torch
@@ -38,6 +39,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 
     return {
         **codebook.pairs(),
+        **codes.pairs(),
         **compensation.pairs(),
         **curvature.pairs(),
         "104 answers generated through lmms-eval": (

@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """That of the installed package; of a checkout that is not installed, what its pyproject.toml says."""
+    """The version of the installed package; in a checkout that is not installed, the one of its pyproject.toml."""
     import tomllib
     from importlib import metadata
     from pathlib import Path

@@ -221,6 +221,8 @@ class FittedSlice:
     """Which columns of which layer."""
     codebook: FittedCodebook
     """What they are rounded to."""
+    distortion: float = 1.0
+    """The mean squared error that a Gaussian of variance 1 has at the slice's rate (`Codebook.distortion`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

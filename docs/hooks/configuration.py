@@ -24,6 +24,8 @@ GROUPS = {
     "codebook": "Codebook",
     "compensation": "Compensation",
     "refit": "Refit",
+    "transform": "Transform",
+    "prefix": "Prefix",
     "evaluation": "Task",
     "tracker": None,
     "experiment": None,

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import checks
 import configuration
 import studies
 from mathematics import Mathematics
@@ -35,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The generated pages, and the figures of results/."""
     root = root_of(config)
-    for page in [*configuration.pages(root), *studies.pages(root)]:
+    for page in [*checks.pages(root), *configuration.pages(root), *studies.pages(root)]:
         files.append(File.generated(config, page.path, content=page.text))
     for figure in sorted((root / "results" / "figures").glob("*.*")):
         files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))

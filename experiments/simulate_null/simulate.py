@@ -61,7 +61,7 @@ KINDS: dict[str, Draw] = {
 
 
 def components(draw: Draw, samples: int) -> Components:
-    """Of a kind of study, from a few with many seeds."""
+    """The standard deviations of a kind of study, from a few with many seeds."""
     found = [variance_components(d) for d in draw(np.random.default_rng(1), 50, 50, samples)]
     means = {f.name: float(np.mean([getattr(c, f.name) for c in found])) for f in fields(Components)}
     return Components(**means)

@@ -35,7 +35,7 @@ TITLES = {
 
 
 def family_and_seed(name: str) -> tuple[str, int]:
-    """Of a shipped model, or of a further training of it (`tiny_internvl_seed1`)."""
+    """The card of a shipped model, or of a further training of it (`tiny_internvl_seed1`)."""
     family, _, seed = name.partition("_seed")
     return family, int(seed or 0)
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.digests import write_digests
-from mgvq.checkpoint.ledger import Entry, Ledger
+from mgvq.checkpoint.ledger import Entry, Ledger, Part
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
-from mgvq.types import Site
+from mgvq.types import Site, Tower
 
 VERSION = 3  # provisional: 2 had no digests; the tensors are as they were
 TENSORS_VERSION = 2
@@ -41,9 +41,11 @@ def save(
     entries: list[Entry] = []
     layers = {}
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
-    stored_as = [(site.name, site.tower, True, weight) for site, weight in weights.items()]
-    stored_as += [(name, towers.of(name) or "other", False, weight) for name, weight in (embeddings or {}).items()]
-    for module, part, quantized, weight in stored_as:
+    stored_as: list[tuple[str, bool, QuantizedWeight]] = [(site.name, True, weight) for site, weight in weights.items()]
+    stored_as += [(name, False, weight) for name, weight in (embeddings or {}).items()]
+    tower_of: dict[str, Tower] = {site.name: site.tower for site in weights}
+    for module, quantized, weight in stored_as:
+        part: Part = tower_of.get(module) or towers.of(module) or "other"
         roles = {}
         num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
@@ -60,7 +62,7 @@ def save(
         if name not in packed:
             stored = _as_stored(parameter.detach(), loaded.stored_dtype)
             tensors[name] = stored.contiguous().cpu()
-            part = towers.of(name) or "other"
+            part: Part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
     # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
     save_file(tensors, folder / TENSORS, metadata={"mgvq": str(TENSORS_VERSION)})

@@ -66,6 +66,7 @@ def hydra_main(cfg: DictConfig) -> None:
 
             with disk_faults_told(Path(cfg.paths.results)):
                 execute(cfg, folder)
+        metrics = folder.metrics()
         if tracker:
             track(tracker, folder)
     except SharedFault as error:  # the other jobs would meet it too
@@ -77,7 +78,6 @@ def hydra_main(cfg: DictConfig) -> None:
             raise CompactHydraException(f"mgvq-run: {error}") from None  # Hydra goes on with the other jobs and exits with 1
         print(f"mgvq-run: {error}", file=sys.stderr)
         sys.exit(2)
-    metrics = folder.metrics()
     if not (bits := bits_by_kind(folder.path)).empty:
         print(bits.to_string(index=False, float_format="{:.3f}".format))
     told = (*(name for name in metrics if name.endswith("/accuracy")), *SUMMARY)
@@ -101,7 +101,7 @@ def _what_runs(cfg: DictConfig) -> str:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C: the run folder gets its FAILED."""
+    """A signal ends the run as Ctrl-C does: the run folder gets its FAILED."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 

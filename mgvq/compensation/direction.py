@@ -8,15 +8,17 @@ from mgvq.linalg import damped_solve
 from mgvq.types import Metric
 
 
-def natural_gradient(gradient: Float[Tensor, "out in"], metric: Metric, damping: float) -> Float[Tensor, "out in"]:
-    """`(H_O + a I)^-1 G (H_I + b I)^-1` in float64, a and b `damping` times the mean diagonals of the two factors.
+def natural_gradient(
+    gradient: Float[Tensor, "out in"], metric: Metric, damping: float, of: str = "mean"
+) -> Float[Tensor, "out in"]:
+    """`(H_O + a)^-1 G (H_I + b)^-1` in float64, a and b diagonal, `damping` times `linalg.damping_unit` of the two factors.
 
     Rows in runs with an input factor of their own are solved with that one; a metric without an output factor has the identity
     (docs/method.md, eq. (natural-gradient)). `metric` is on the device of the gradient.
     """
     wide = gradient.double()
-    natural = torch.cat([damped_solve(h_in, wide[rows].T, damping).T for rows, h_in in metric.row_runs(len(wide))])
-    return natural if metric.h_out is None else damped_solve(metric.h_out, natural, damping)
+    natural = torch.cat([damped_solve(h_in, wide[rows].T, damping, of).T for rows, h_in in metric.row_runs(len(wide))])
+    return natural if metric.h_out is None else damped_solve(metric.h_out, natural, damping, of)
 
 
 def without_own_error(

@@ -23,7 +23,7 @@ class Gguf(Source):
 
     @property
     def on_hub(self) -> bool:
-        """It is a file."""
+        """False: the source is a file here."""
         return False
 
     def identity(self) -> str:

@@ -127,7 +127,7 @@ class LayerRounder:
             for part, codebook in zip(parts, self.refit(parts), strict=True):
                 channel_slice = part.fitted.channel_slice
                 site, columns = channel_slice.site, channel_slice.columns.to(part.target.device).long()
-                moved[site].slices[channel_slice.group] = FittedSlice(channel_slice, codebook)
+                moved[site].slices[channel_slice.group] = replace(part.fitted, codebook=codebook)
                 values[site][:, columns] = codebook.weight(part.codes).decode()
         return moved
 
@@ -148,10 +148,11 @@ def _fitted(
         if not any(channel_slice.site in fitted for channel_slice in table_group.slices):
             continue
         codebooks, taken = cache(number, rates[number])
+        distortion = cache.codebook.distortion(rates[number])
         flags += taken
         for channel_slice, codebook in zip(table_group.slices, codebooks, strict=True):
             if channel_slice.site in fitted:
-                fitted[channel_slice.site].append(FittedSlice(channel_slice, codebook))
+                fitted[channel_slice.site].append(FittedSlice(channel_slice, codebook, distortion))
     return {site: sorted(slices, key=lambda f: f.channel_slice.group) for site, slices in fitted.items()}
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mgvq.model.blocks import Block, by_block, install, restored
 from mgvq.model.sites import linear, site_weights
-from mgvq.model.walk import BlockPass, BlockWalk, PrefixName, Visit, on_device
+from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
 from mgvq.progress import progress
 from mgvq.protocols import Lacking, Prefix
 from mgvq.quantization.blockwise import Samples
@@ -85,55 +85,51 @@ def _by_input(block: Block) -> Iterator[list[Site]]:
 
 
 class _Streams:
-    """One block of a walk: what its layers put out at full precision, and what they lack behind the quantised prefix."""
+    """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix."""
 
     def __init__(self, walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> None:
         self._walk, self._originals = walk, originals
         self._visit = walk.visit(block, {site: originals[site] for site in block})
         self._names = {site: site.name.removeprefix(self._visit.name).removeprefix(".") for site in block}
         self._places = _stream_places(self._visit, self._names)
-        self._outputs: dict[Site, list[Tensor]] = {site: [] for site in block}
+        firsts = [together[0] for together in _by_input(block)]
+        self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
         self._behind: dict[Site, list[Tensor]] = {site: [] for site in self._places}
-        for one in self._passes("full_precision", list(block)):
-            for site in block:
-                self._outputs[site].append(self._linear(site, self._tokens(site, one, self._names[site])))
+        watched = {self._names[site] for site in firsts} | {after for _, after in self._places.values()}
+        for one in self._visit.run("full_precision", sorted(watched - _ENDS)):
+            for site in firsts:
+                self._inputs[site.reads].append(self._tokens(site, one, self._names[site]))
             for site, (_, after) in self._places.items():
                 self._behind[site].append(self._tokens(site, one, after))
 
     def moments(self, together: Sequence[Site]) -> dict[Site, _Moments]:
-        """The moments of layers that read the same activations; zeros where no sample reaches them."""
-        first = together[0]
-        gram = torch.zeros(first.in_features, first.in_features, dtype=torch.float64)
-        sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in together}
-        num_tokens = 0
-        for number, one in enumerate(self._passes("quantized", together)):
+        """The moments of layers that read the same activations; zeros where no sample reaches them.
+
+        An output lacks `W (x - x~)`, and the stream what it was less what it is before the layer and less `W x~`: the products
+        with W are taken of the moments, not token by token.
+        """
+        first, num_tokens = together[0], 0
+        into_stream = [site for site in together if site in self._places]
+        gram, drift = (torch.zeros(first.in_features, first.in_features, dtype=torch.float64) for _ in range(2))
+        streams = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in into_stream}
+        befores = {self._places[site][0] for site in into_stream}
+        for number, one in enumerate(self._visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
             x = self._tokens(first, one, self._names[first])
             num_tokens += len(x)
             gram += (x.T @ x).double().cpu()
-            for site in together:
-                lack = self._lacking(site, number, one, x)
-                sums[site] += (lack.T @ x).double().cpu()
+            drift += ((self._inputs[first.reads][number] - x).T @ x).double().cpu()
+            for site in into_stream:
+                lack = self._behind[site][number] - self._tokens(site, one, self._places[site][0])
+                if (bias := linear(self._walk.model, site).bias) is not None:
+                    lack = lack - bias.float()
+                streams[site] += (lack.T @ x).double().cpu()
         count = max(1, num_tokens)
-        return {
-            site: _Moments(num_tokens, (gram / count).float(), "stream" if site in self._places else "output", total / count)
-            for site, total in sums.items()
-        }
-
-    def _lacking(self, site: Site, number: int, one: BlockPass, x: Tensor) -> Tensor:
-        present = self._linear(site, x)
-        if site not in self._places:
-            return self._outputs[site][number] - present
-        before, _ = self._places[site]
-        return self._behind[site][number] - self._tokens(site, one, before) - present
-
-    def _linear(self, site: Site, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
-        bias = linear(self._walk.model, site).bias
-        return torch.nn.functional.linear(x, self._originals[site].float(), None if bias is None else bias.float())
-
-    def _passes(self, prefix: PrefixName, sites: Sequence[Site]) -> Iterator[BlockPass]:
-        watched = {self._names[site] for site in sites}
-        watched |= {name for site in sites if site in self._places for name in self._places[site] if name not in _ENDS}
-        return self._visit.run(prefix, sorted(watched))
+        found = {}
+        for site in together:
+            weight = self._originals[site].double().cpu()
+            lacking = streams[site] - weight @ gram if site in streams else weight @ drift
+            found[site] = _Moments(num_tokens, (gram / count).float(), "stream" if site in streams else "output", lacking / count)
+        return found
 
     def _tokens(self, site: Site, one: BlockPass, place: str) -> Float[Tensor, "tokens c"]:
         """The rows of real tokens of what is at a place: the input of a module, or one of the ends of the block."""
@@ -144,7 +140,7 @@ class _Streams:
 
 
 _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, and those that come out
-_ENDS = (_ENTRY, _EXIT)
+_ENDS = {_ENTRY, _EXIT}
 
 
 def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]]:

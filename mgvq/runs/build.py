@@ -28,9 +28,9 @@ def build(cfg: DictConfig, group: str) -> Any:
     """Builds the variant of one group; None where that is `none`. Raises UserError, by name where it cannot be built."""
     if not chosen(cfg, group):
         return None
-    settings = OmegaConf.to_container(cfg[group], resolve=True)
-    assert isinstance(settings, dict)
-    settings.pop(KEY, None)
+    resolved = OmegaConf.to_container(cfg[group], resolve=True)
+    assert isinstance(resolved, dict)
+    settings = {str(name): value for name, value in resolved.items() if name != KEY}
     try:
         part = instantiate(settings, _convert_="all")
     except InstantiationException as error:

@@ -93,7 +93,8 @@ class Blank:
     __hash__ = object.__hash__
     __bool__ = __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __len__ = __iter__ = __contains__ = _undecided
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __pow__ = __neg__ = _undecided
-    __int__ = __float__ = __index__ = __str__ = __format__ = __fspath__ = __enter__ = __instancecheck__ = _undecided
+    __int__ = __float__ = __index__ = __format__ = __fspath__ = __enter__ = __instancecheck__ = _undecided
+    __str__ = _undecided  # type: ignore[assignment]
 
 
 @functools.cache

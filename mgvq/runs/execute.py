@@ -18,6 +18,7 @@ from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
+from mgvq.compiled import set_num_threads
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
@@ -57,6 +58,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         task.check()
     drawn = calibration.draw() if calibration else None
     torch.set_num_threads(cfg.threads)
+    set_num_threads(cfg.threads)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -60,6 +60,14 @@ def open_lock(file: Path) -> IO[bytes]:
         raise SharedFault(f"{file.parent} cannot be made ({error.strerror}). {_CLOSED}") from error
 
 
+def check_reachable(folder: Path) -> None:
+    """Raises SharedFault where the folder is not there and cannot be made, or cannot be written; makes nothing."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EACCES if nearest.is_dir() else errno.ENOTDIR)
+        raise SharedFault(f"{folder.absolute()} cannot be written ({nearest}: {why}). {_CLOSED}")
+
+
 def try_lock(lock: IO[bytes], *, wait: bool = False) -> bool:
     """Lock the open file; False where another process has it and `wait` is not set.
 

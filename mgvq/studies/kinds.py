@@ -56,7 +56,7 @@ class Kind:
                 raise UserError(f"{KEY}.kind.{name} of {self.headline} has {', '.join(unknown)}; there are {', '.join(words)}.")
 
     def settings(self) -> dict[str, Any]:
-        """As a record keeps it."""
+        """The fields as a record keeps them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 

@@ -59,7 +59,7 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
 
 
 def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
-    """Pictures have no perplexity, text no accuracy, benchmarks no loss."""
+    """Images have no perplexity, text no accuracy, benchmarks no loss."""
     if study.primary is None:
         return
     metric = study.primary["metric"]
@@ -100,7 +100,7 @@ def _plan(
 
 
 def _quoted(text: str) -> str:
-    """As Hydra's override grammar takes any text."""
+    """The text in the quotes in which Hydra's override grammar takes any text."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

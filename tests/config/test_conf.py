@@ -41,7 +41,7 @@ NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
-    "codebook": {"exponent", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
+    "codebook": {"exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
     "compensation": {"damping", "direction", "ldl", "ldlq", "vectors"},
     "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip

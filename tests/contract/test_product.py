@@ -89,7 +89,7 @@ def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook:
     chosen = {"codebook": codebook, "allocation": allocation, "compensation": compensation}
     stages = {**others(), **{group: variant(group, name) for group, name in chosen.items()}}
     refits = stages["codebook"].can_be_refitted
-    stages["refit"] = ClosedForm(rounds=2) if refits else None
+    stages["refit"] = ClosedForm(damping=0.0, rounds=2) if refits else None
     if not (refits or stages["codebook"].needs_importance or stages["compensation"].needs_metric):
         stages["curvature"] = None  # nothing would look at it
     if stages["codebook"].spans_rows and stages["compensation"].corrects_rows:

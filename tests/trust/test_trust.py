@@ -1,12 +1,14 @@
 """A seeded sample of what `make trust` tries, and that a kind of trial that fails, breaks or is missing is told as that."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import trials
 import trust
-from conftest import sampled
+from conftest import ROOT, sampled
 from trials import Outcome, holds, kinds, load_kind, summary, table
 
 HERE = {"commit": "abc", "cores": 2}
@@ -61,6 +63,14 @@ def test_a_trial_that_raises_is_one_that_does_not_hold() -> None:
     assert found["cases"]["plain"]["trials"] == 1
 
 
+def test_one_that_is_stopped_tells_how_far_it_came() -> None:
+    kept: list[dict] = []
+    found = trust.tried("made up", made_up(trials=lambda *_: iter([GOOD, GOOD])), 1, kept.append)
+    assert [one["not_run"] for one in kept] == [["stopped after trial 1 of 2."], ["stopped after trial 2 of 2."]]
+    assert kept[0]["cases"]["plain"]["trials"] == 1
+    assert found["not_run"] == []
+
+
 def test_what_cannot_be_tried_here_is_named() -> None:
     found = trust.tried("made up", made_up(missing=lambda: "there is no GPU."), 1)
     text = table({"kinds": {"made up": found | HERE}})
@@ -100,3 +110,14 @@ def test_kinds_that_are_not_tried_again_keep_what_was_found(tmp_path: Path, monk
     monkeypatch.setattr("sys.argv", ["trust.py", "--share", ".5"])
     assert trust.main() == 1
     assert "| new | plain | 2 |" in (tmp_path / "tables" / "trust.md").read_text(), "a share is not written"
+
+
+def test_the_committed_table_is_what_the_code_makes_of_its_record() -> None:
+    record = json.loads((ROOT / "results" / trust.RECORD).read_text())
+    assert table(record) == (ROOT / "results" / "tables" / "trust.md").read_text()
+    assert set(record["kinds"]) == set(kinds())
+    for kind in record["kinds"].values():
+        assert kind["cases"] or kind["not_run"]
+        for found in kind["cases"].values():
+            assert list(found) == ["trials", *trials.COUNTS]
+    assert holds(record), "what did not hold has to be mended before it is committed"

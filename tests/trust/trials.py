@@ -102,8 +102,9 @@ def table(record: Mapping[str, Any]) -> str:
             total = {key: total[key] + found[key] for key in total}
     rows.append(["all", "", *total.values()])
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (HEAD, ["---"] * 2 + ["---:"] * 5, *rows)]
+    verdict = "Everything that was tried holds." if holds(record) else "**Not everything that was tried holds.**"
     told = [
-        "Everything that was tried holds." if holds(record) else "**Not everything that was tried holds.**",
+        verdict if total["trials"] else "Nothing was tried yet.",
         "\n".join(lines),
         "\n".join(notes),
         "What did not hold:\n\n" + "\n".join(wrong) if wrong else "",

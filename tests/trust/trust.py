@@ -2,7 +2,7 @@
 
     python tests/trust/trust.py [--only KIND ...] [--share .1]
 
-The table is written after every kind. With `--only` the other kinds keep what was found before, with their commit; with
+The table is written after every trial. With `--only` the other kinds keep what was found before, with their commit; with
 `--share` less is tried, and the table is printed alone. The exit status is 1 where something does not hold.
 """
 
@@ -14,7 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,18 +28,26 @@ from mgvq.runs.provenance import provenance
 RECORD = "records/trust.json"
 
 
-def tried(name: str, kind: ModuleType, share: float) -> dict[str, Any]:
-    """The record of one kind. A trial that raises ends the kind and stands in the record as one that does not hold."""
+def tried(
+    name: str, kind: ModuleType, share: float, keep: Callable[[dict[str, Any]], None] = lambda record: None
+) -> dict[str, Any]:
+    """The record of one kind. A trial that raises ends the kind and stands in the record as one that does not hold.
+
+    `keep` is given the record after every trial, so that one that is stopped tells how far it came.
+    """
     if reason := kind.missing():
         return summary(kind, [], 0.0, reason)
+    number = math.ceil(share * kind.WHOLE)
     outcomes: list[Outcome] = []
     since = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            for outcome in kind.trials(Path(scratch), math.ceil(share * kind.WHOLE)):
+            for outcome in kind.trials(Path(scratch), number):
                 outcomes.append(outcome)
                 state = "holds" if outcome.holds else f"DOES NOT HOLD: {outcome}"
                 print(f"{name}, {len(outcomes)}, {outcome.case}: {outcome.not_run or state}", flush=True)
+                stopped = f"stopped after trial {len(outcomes)} of {number}."
+                keep(summary(kind, outcomes, time.monotonic() - since, stopped))
         except Exception as error:
             traceback.print_exc()
             outcomes.append(Outcome("a trial that did not end", wrong=f"{type(error).__name__}: {str(error)[:300]}"))
@@ -71,11 +80,15 @@ def main() -> int:
         "commit": f"{(origin['commit'] or 'unknown')[:7]}{' with changes' if origin['dirty'] else ''}",
         "cores": os.cpu_count(),
     }
-    found = {}
-    for name in arguments.only:
-        found[name] = tried(name, kinds()[name], arguments.share) | where
+    found: dict[str, Any] = {}
+
+    def keep(name: str, record: dict[str, Any]) -> None:
+        found[name] = record | where
         if arguments.share == 1:
             write({"kinds": before(results_folder()) | found}, results_folder())
+
+    for name in arguments.only:
+        keep(name, tried(name, kinds()[name], arguments.share, partial(keep, name)))
     print(table({"kinds": found}))
     return 0 if holds({"kinds": found}) else 1
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import declare_done
+from conftest import declare_done, write_finished_run
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -63,27 +63,17 @@ def finish(folder: Path, arm: str, seed: int) -> None:
         "loss/answer": samples.loss.sum() / samples.num_tokens.sum(),
         "kl/full_precision": 0.1,
         "bits/quantized_layers": 16.0 if arm == "full" else 2.0,
-        "bits/model": 3.0,
-        "time/quantize_s": 20.0,
-        "time/evaluate_s": 30.0,
         "rate": "full_precision" if arm == "full" else "mixed",
-        "flags": [],
     }
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "identity.json").write_text("{}")
+    tables = {}
     if arm != "full":
         layer = pd.DataFrame({"site": SITES, "tower": "language", "kind": ["q_proj", "down_proj"], "block": [0, 0]})
         by_group = pd.concat([layer.assign(group=g, num_channels=4, num_weights=16 * (g + 1)) for g in (0, 1)])
-        by_group.assign(score=[4.0, 8.0, 40.0, 80.0], index_bits=[1.0, 1.0, 3.0, 3.0 + seed]).to_parquet(
-            folder / "allocation.parquet"
-        )
-        layer.assign(proxy_error=[0.5, 0.25], times_limit=[2.0, 4.0 + seed]).to_parquet(folder / "layers.parquet")
+        tables["allocation"] = by_group.assign(score=[4.0, 8.0, 40.0, 80.0], index_bits=[1.0, 1.0, 3.0, 3.0 + seed])
+        tables["layers"] = layer.assign(proxy_error=[0.5, 0.25], times_limit=[2.0, 4.0 + seed])
         stages = [layer.assign(part="nearest", proxy_error=[2.0, 1.0]), layer.assign(part="feedback", proxy_error=[0.5, 0.25])]
-        pd.concat(stages).to_parquet(folder / "proxy.parquet")
-    (folder / "config.yaml").write_text("{}")
-    declare_done(folder)
+        tables["proxy"] = pd.concat(stages)
+    write_finished_run(folder, samples, metrics, **tables)
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ def _is_no_number(value: Any) -> bool:
     return isinstance(value, float) and not np.isfinite(value)
 
 
-# By the column of the samples: which metrics are made of it.
+# Which metrics are made of a column of the samples.
 _MADE_OF: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name in ("loss/answer", "text/perplexity"),
     "kl": lambda name: name == "kl/full_precision",

@@ -1,5 +1,6 @@
 """The table of how near each arm's layers come to the rate-distortion limit, by kind of layer."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +38,8 @@ def limits_table(layers: pd.DataFrame) -> Table | None:
     if known.empty:
         return None
     logs = known.assign(of=known.tower + " " + known.kind, log=np.log(known.value.astype(float)) * known.weights)
-    sums = logs.groupby(["point", "arm", "of"], sort=False)[["log", "weights"]].sum()
-    means = np.exp(sums.log / sums.weights).unstack("of").reindex(columns=list(dict.fromkeys(logs.of)))
+    sums = logs.pivot_table(index=["point", "arm"], columns="of", values=["log", "weights"], aggfunc="sum", sort=False)
+    means = (sums["log"] / sums["weights"]).map(math.exp).loc[:, list(dict.fromkeys(logs.of))]
     means = means.reindex(list(dict.fromkeys(zip(logs.point, logs.arm, strict=True))))
     header = ["point", "arm", *means.columns]
     lines = [[Point(point).words, arm, *map(_cell, row)] for (point, arm), row in zip(means.index, means.to_numpy(), strict=True)]

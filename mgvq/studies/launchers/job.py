@@ -81,7 +81,7 @@ class Job(Protocol):
     """A run that was started."""
 
     def poll(self) -> int | None:
-        """Its exit status, 0 for success; None while it waits or goes on."""
+        """The exit status of the job, 0 for success; None while it waits or goes on."""
         ...
 
     def stop(self) -> None:

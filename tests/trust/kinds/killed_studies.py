@@ -94,7 +94,7 @@ def finish(study: Path, results: Path) -> tuple[float, float]:
 
 
 def wait_for_a_run(process: subprocess.Popen[bytes], results: Path) -> None:
-    """Until a run has its folder, or the study has ended."""
+    """Return when a run has its folder, or the study has ended."""
     while not run_folders(results) and process.poll() is None:
         time.sleep(0.01)
 
@@ -122,7 +122,7 @@ def kill(study: Path, results: Path, moment: float, before: float, after: float)
 
 
 def how_far(results: Path) -> str:
-    """By the files that lie there."""
+    """The state of the study by the files that lie there."""
     runs = run_folders(results)
     if not runs:
         return "no run had written anything"
