@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mgvq.calibration.text import Text
-from mgvq.data.english import WORDS, cut, _distinct, docstrings, language_reference
+from mgvq.data.english import WORDS, _distinct, cut, docstrings, language_reference
 from mgvq.errors import UserError
 from mgvq.evaluation.perplexity import Perplexity
 from mgvq.runs.build import build
