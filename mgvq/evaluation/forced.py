@@ -12,10 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.model.answers import answer_logits
+from mgvq.model.answers import answer_states, logits
 from mgvq.model.pack import PackedBatch
 from mgvq.progress import progress
 from mgvq.types import Batch
+
+_MOST_LOGITS = 2**27  # at a time, half a gigabyte: a window of 2,048 tokens of a large vocabulary would fill ten
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,15 @@ def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: It
     for batch in progress(batches, "answers"):
         batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
-        logs = _log_probabilities(answer_logits(model, batch))
-        losses = -logs.gather(1, targets[:, None])[:, 0]
-        divergence = torch.zeros_like(losses)
-        if reference is not None and reference is not model:
-            expected = _log_probabilities(answer_logits(reference, batch))
-            divergence = (expected.exp() * (expected - logs)).sum(-1)
-        chosen = logs.argmax(-1)
+        compared = reference is not None and reference is not model
+        states = answer_states(model, batch)
+        expected = answer_states(reference, batch) if compared else states
+        size = max(1, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+        parts = [
+            _scored(model, reference if compared else None, *part)
+            for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
+        ]
+        losses, divergence, chosen = map(torch.cat, zip(*parts, strict=True))
         sizes = list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask.sum(1).tolist()
         columns = (t.split(sizes) for t in (losses, divergence, chosen, targets))
         for sample_id, loss, kl, choice, target in zip(batch.sample_ids, *columns, strict=True):
@@ -50,6 +54,19 @@ def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: It
             exact = bool(torch.equal(choice, target)) and math.isfinite(total)
             scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()))
     return scored
+
+
+def _scored(
+    model: PreTrainedModel, reference: PreTrainedModel | None, targets: Tensor, states: Tensor, expected_states: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, divergences and first choices of some tokens; the reference's states are read where there is one."""
+    logs = _log_probabilities(logits(model, states))
+    losses = -logs.gather(1, targets[:, None])[:, 0]
+    divergence = torch.zeros_like(losses)
+    if reference is not None:
+        expected = _log_probabilities(logits(reference, expected_states))
+        divergence = (expected.exp() * (expected - logs)).sum(-1)
+    return losses, divergence, logs.argmax(-1)
 
 
 def _log_probabilities(logits: Float[Tensor, "answers vocabulary"]) -> Float[Tensor, "answers vocabulary"]:

@@ -12,9 +12,10 @@ from mgvq.model.classes import num_positions
 from mgvq.model.encode import Sample
 from mgvq.model.load import Described
 from mgvq.model.text import Passage
+from mgvq.model.windows import Windows
 
 
-def check_samples(described: Described, samples: Iterable[Sample | Passage]) -> None:
+def check_samples(described: Described, samples: Iterable[Sample | Passage | Windows]) -> None:
     """Raises UserError, with the sample, for the first one that the model cannot take.
 
     That is one whose texts the chat template refuses or that hold a special token, whose images the processor refuses (for their
@@ -23,6 +24,14 @@ def check_samples(described: Described, samples: Iterable[Sample | Passage]) -> 
     processor, limit = described.processor, num_positions(described.config)
     added: dict[tuple[tuple[int, int], ...], int] = {}
     for sample in samples:
+        if isinstance(sample, Windows):
+            if limit is not None and sample.length > limit:
+                raise UserError(
+                    f"{sample.group}.window={sample.length}, and the model was made for {limit} positions "
+                    "(max_position_embeddings in its config.json). Give a shorter window."
+                )
+            sample.cut(processor)  # raises for too little text
+            continue
         if isinstance(sample, Passage):
             length = len(getattr(processor, "tokenizer", processor)(sample.text).input_ids)
         else:

@@ -45,6 +45,15 @@ def encode_text(processor: Any, passages: Sequence[Passage]) -> Batch:
     return Batch(inputs, torch.zeros_like(valid), loss_mask, valid, tuple(p.sample_id for p in passages))
 
 
+def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer adds by itself before and behind a text."""
+    whole, own = (tokenizer("text", add_special_tokens=added).input_ids for added in (True, False))
+    first = next((n for n in range(len(whole) - len(own) + 1) if whole[n : n + len(own)] == own), None)
+    if first is None:
+        raise UserError(f"{type(tokenizer).__name__} makes other tokens of a text with those that it adds than without.")
+    return whole[:first], whole[first + len(own) :]
+
+
 def text_batches(processor: Any, passages: Sequence[Passage], size: int) -> Iterator[Batch]:
     """Passages of like length together, so that little is padded; sample ids tell which row is which."""
     order = sorted(passages, key=lambda p: (len(p.text), p.sample_id))

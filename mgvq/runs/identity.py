@@ -20,6 +20,7 @@ NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry")
 # Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
 # The rules of a group are declared in its yaml, and a group that came later does not count where it is idle.
 NEUTRAL: Mapping[str, Any] = {"outliers": 0, "embedding_bits": None}
+_AS_IT_IS = "as it is"
 
 
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         content                 a file or folder counts by what is in it
         ignored                 the field does not count: it says where something lies, for example
         {neutral: VALUE}        a field that came later: with this value the run is what it was without the field
+        {neutral: VALUE, counts: RULE}      and other values count by one of the rules above or below
         PACKAGE.MODULE.NAME     a function of the value and of all fields gives what counts; its module must not import torch
 
     Fields without a rule count as they are.
@@ -68,13 +70,18 @@ def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         if name not in fields:
             raise UserError(f"{settings['_target_']}: {KEY}.identity.{name} is about no field; {group} has {', '.join(fields)}.")
         value = fields[name]
-        if rule == "ignored" or (isinstance(rule, Mapping) and set(rule) == {"neutral"} and value == rule["neutral"]):
+        if isinstance(rule, Mapping) and "neutral" in rule and set(rule) <= {"neutral", "counts"}:
+            if value == rule["neutral"]:
+                del counted[name]
+                continue
+            rule = rule.get("counts", _AS_IT_IS)
+        if rule == "ignored":
             del counted[name]
         elif rule == "content":
             counted[name] = None if value is None else data_digest(value)
         elif isinstance(rule, str) and "." in rule:
             counted[name] = _function(rule)(value, fields)
-        elif not (isinstance(rule, Mapping) and set(rule) == {"neutral"}):
+        elif rule != _AS_IT_IS:
             raise UserError(
                 f"{settings['_target_']}: {KEY}.identity.{name} must be content, ignored, {{neutral: VALUE}} or the path of a "
                 f"function, got {rule!r}"

@@ -107,14 +107,14 @@ def test_a_run_says_none_and_flags_it(tmp_path: Path, monkeypatch: pytest.Monkey
     """The quantised model is sound here, and its numbers are not: the run ends, with holes in its metrics."""
     from mgvq.evaluation import forced
 
-    plain = forced.answer_logits
+    plain = forced.logits
 
-    def broken(model: Any, batch: Any) -> torch.Tensor:
-        logits = plain(model, batch)
+    def broken(model: Any, states: torch.Tensor) -> torch.Tensor:
+        logits = plain(model, states)
         logits[0, 0] = math.nan
         return logits
 
-    monkeypatch.setattr(forced, "answer_logits", broken)
+    monkeypatch.setattr(forced, "logits", broken)
     metrics = run(tmp_path, "tiny_internvl", "method=rtn").metrics()
     assert metrics["loss/answer"] is metrics["tiny_vqa/accuracy"] is metrics["kl/full_precision"] is None
     assert {"non_finite:loss/answer:1", "non_finite:kl/full_precision:1"} <= set(metrics["flags"])

@@ -31,6 +31,7 @@ METHODS = sorted(f.stem for f in (CONF / "method").glob("*.yaml"))
 NEEDS = {
     ("model", "local"): ["model.path=."],
     ("model", "hub"): ["model.path=organisation/name"],
+    ("model", "gguf"): ["model.path=model.gguf"],
     ("calibration", "image_text"): ["calibration.path=rows.jsonl"],
     ("calibration", "chat"): ["calibration.path=rows.jsonl"],
     ("calibration", "sharegpt4v"): ["calibration.path=captions.json", "calibration.images=coco"],

@@ -4,7 +4,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from mgvq.calibration.text import Text
-from mgvq.data.english import WORDS, _cut, _distinct, docstrings, language_reference
+from mgvq.data.english import WORDS, _distinct, cut, docstrings, language_reference
 from mgvq.errors import UserError
 from mgvq.evaluation.perplexity import Perplexity
 from mgvq.runs.build import build
@@ -31,10 +31,10 @@ def test_paragraphs_of_prose_are_kept_once_and_code_is_not() -> None:
 
 def test_documents_are_cut_without_losing_a_word() -> None:
     words = [f"w{i}" for i in range(3 * WORDS + 7)]
-    corpus = _cut({"doc": [" ".join(words[:100]), " ".join(words[100:])], "short": ["a b c"]})
+    corpus = cut({"doc": [" ".join(words[:100]), " ".join(words[100:])], "short": ["a b c"]})
     assert list(corpus.passages) == ["doc-0", "doc-1", "doc-2"]
     assert " ".join(corpus.passages.values()).split() == words
-    assert corpus.sha256 != _cut({"doc": [" ".join(words[:-1])]}).sha256
+    assert corpus.sha256 != cut({"doc": [" ".join(words[:-1])]}).sha256
 
 
 def test_no_sentence_is_for_calibration_and_for_tests() -> None:
