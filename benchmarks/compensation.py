@@ -36,7 +36,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 
 @cache
 def _factors(num_out: int, num_in: int) -> tuple[Tensor, Tensor]:
-    """The factors of input and output, of full rank, with channels that differ in size and go together."""
+    """Those of input and output, of full rank, with channels that differ in size and go together."""
     return _factor(num_in, "in"), _factor(num_out, "out")
 
 
@@ -69,6 +69,5 @@ def _codes(*sizes: int) -> Tensor:
 def _refit(*sizes: int) -> None:
     weight, fitted = _layer(*sizes)
     h_in, h_out = _factors(*sizes[:2])
-    ClosedForm(damping=0.0, rounds=1)(
-        [CodedSlice(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))]
-    )
+    coded = CodedSlice(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))
+    ClosedForm(damping=0.1, rounds=1)([coded])
