@@ -104,9 +104,10 @@ def unpack(file: Path, folder: Path) -> None:
     )
     with told_as(f"model.path={file} cannot be read as a language model", advice):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        read: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where
         )
+        model, info = read
         _begin(tokenizer, file)
     check_complete(file, info)
     del model.config.__dict__["quantization_config"]  # of the file; the weights are decoded

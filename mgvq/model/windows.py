@@ -1,8 +1,8 @@
 """Texts in windows of tokens, as the literature reads them: one window after the other, and no text is scored twice.
 
 A window of `length` tokens begins with what the tokenizer begins a text with (Gemma's and Llama's token), which is never scored;
-nor is the first token of a text that nothing precedes. With a stride below the length windows overlap: what a window has in common
-with the one before it is context, and only what is new is scored.
+nor is the first token of a text that nothing precedes. With a stride below the length windows overlap: what a window has in
+common with the one before it is context, and only what is new is scored.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
