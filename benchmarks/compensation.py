@@ -69,4 +69,5 @@ def _codes(*sizes: int) -> Tensor:
 def _refit(*sizes: int) -> None:
     weight, fitted = _layer(*sizes)
     h_in, h_out = _factors(*sizes[:2])
-    ClosedForm(rounds=1)([CodedSlice(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))])
+    coded = CodedSlice(fitted=fitted, codes=_codes(*sizes), target=weight, metric=Metric((h_in,), h_out))
+    ClosedForm(damping=0.1, rounds=1)([coded])

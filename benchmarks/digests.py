@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help="keep the list as JSON")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="a list that was kept")
     arguments = parser.parse_args()
-    kept = json.loads(arguments.compare.read_text()) if arguments.compare else {}
+    kept = json.loads(arguments.compare.read_text(encoding="utf-8")) if arguments.compare else {}
     found: dict[str, dict[str, str]] = {}
     moved = []
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +61,7 @@ def main() -> None:
             moved += [f"{model} {method}"] * (before != digest)
             print(f"{digest}  {model}  {method}", flush=True)
             if arguments.write:
-                arguments.write.write_text(json.dumps(found, indent=1) + "\n")
+                arguments.write.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if moved:
         print(f"{len(moved)} differ from {arguments.compare}: {', '.join(moved)}", file=sys.stderr)
         sys.exit(1)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import codebook
+import codes
 import compensation
 import curvature
 import torch
@@ -38,6 +39,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 
     return {
         **codebook.pairs(),
+        **codes.pairs(),
         **compensation.pairs(),
         **curvature.pairs(),
         "104 answers generated through lmms-eval": (
@@ -73,7 +75,7 @@ def main() -> None:
     if not only:
         path = results_folder() / "tables" / "benchmarks.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

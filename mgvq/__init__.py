@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _version() -> str:
-    """That of the installed package; of a checkout that is not installed, what its pyproject.toml says."""
+    """The version of the installed package; in a checkout that is not installed, the one of its pyproject.toml."""
     import tomllib
     from importlib import metadata
     from pathlib import Path
@@ -31,4 +31,4 @@ def _version() -> str:
         return metadata.version("mgvq")
     except metadata.PackageNotFoundError:
         project = Path(__file__).parents[1] / "pyproject.toml"
-        return tomllib.loads(project.read_text())["project"]["version"] if project.is_file() else "unknown"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.is_file() else "unknown"

@@ -35,6 +35,11 @@ config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]  (had another packa
 prange, get_num_threads = numba.prange, numba.get_num_threads
 
 
+def set_num_threads(number: int) -> None:
+    """Compiled loops run on so many threads, or on all that numba has where that is fewer; no result depends on it."""
+    numba.set_num_threads(min(number, config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
 def njit(function: Callable | None = None, *, parallel: bool = False) -> Any:
     """Compile a function, or the decorator that does. Without fastmath: every machine computes the same codes."""
     if function is None:

@@ -28,4 +28,4 @@ def measured(code: str, rate: float) -> Measured:
 
 @lru_cache(maxsize=1)
 def _table() -> dict[str, dict[str, dict]]:
-    return json.loads(_FILE.read_text())
+    return json.loads(_FILE.read_text(encoding="utf-8"))

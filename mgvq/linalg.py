@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+DAMPING_OF = ("mean", "median", "channel")  # what dampings are shares of: see `damping_unit`
+_LEAST = 1e-8  # of the mean diagonal: what a dead channel, or a median of dead channels, counts as in damping
+
 
 def row_runs(num_rows: int, number: int) -> list[slice]:
     """The rows of a matrix in at most `number` consecutive runs of `ceil(num_rows / number)` rows, the last one shorter.
@@ -24,19 +27,32 @@ def second_moment(sums: Sequence[Float[Tensor, "*shape"]], counts: Sequence[int 
     return torch.stack(list(sums)).sum(0) / (sum(counts) or 1)
 
 
-def damped(matrix: Float[Tensor, "n n"], share: float) -> Float[Tensor, "n n"]:
-    """`matrix + share * mean diagonal * I` in float64, positive definite for any positive semidefinite matrix and `share > 0`.
+def damping_unit(diagonal: Float[Tensor, "n"], of: str) -> Float[Tensor, "n"]:
+    """What a share of damping is a share of, channel by channel, from the diagonal of a positive semidefinite matrix.
 
-    The mean diagonal of a zero matrix counts as 1e-30.
+    The mean of the diagonal, its median (where few channels are so large that they alone make the mean), or each channel's own
+    entry (so that channels can be scaled against each other without moving anything). None is below 1e-8 of the mean, and the
+    mean of zeros counts as 1e-30.
     """
-    wide = matrix.double()
-    shift = share * wide.diagonal().mean().clamp(min=1e-30)
-    return wide + shift * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+    mean = diagonal.mean().clamp(min=1e-30)
+    if of == "mean":
+        return mean.expand_as(diagonal)
+    own = diagonal if of == "channel" else diagonal.median().expand_as(diagonal)
+    return torch.maximum(own, _LEAST * mean)
 
 
-def damped_solve(matrix: Float[Tensor, "n n"], right: Float[Tensor, "n k"], share: float) -> Float[Tensor, "n k"]:
-    """`damped(matrix, share)^-1 right` in float64, by Cholesky; raises `torch.linalg.LinAlgError` for a matrix that has none."""
-    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(matrix, share)))
+def damped(matrix: Float[Tensor, "n n"], share: float, of: str = "mean") -> Float[Tensor, "n n"]:
+    """`matrix + share * diag(damping_unit)` in float64, positive definite for a positive semidefinite matrix and `share > 0`."""
+    wide = matrix.double().clone()
+    wide.diagonal().add_(share * damping_unit(wide.diagonal(), of))
+    return wide
+
+
+def damped_solve(
+    matrix: Float[Tensor, "n n"], right: Float[Tensor, "n k"], share: float, of: str = "mean"
+) -> Float[Tensor, "n k"]:
+    """`damped(matrix, share, of)^-1 right` in float64, by Cholesky; raises `torch.linalg.LinAlgError` for one that has none."""
+    return torch.cholesky_solve(right.double(), torch.linalg.cholesky(damped(matrix, share, of)))
 
 
 def nearest_kronecker(

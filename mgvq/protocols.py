@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, StatsBank
+from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, SiteStats, StatsBank
 
 
 @runtime_checkable
@@ -95,6 +95,10 @@ class Codebook(Protocol):
         ...
 
     def rates(self) -> Sequence[Rate]: ...
+    def distortion(self, rate: Rate) -> float:
+        """The mean squared error on a Gaussian of variance 1 by which an allocation predicts losses."""
+        ...
+
     def table_group(self, channel_slice: ChannelSlice) -> str:
         """The name of the slice's table group; slices of one name share a table and a rate."""
         ...
@@ -117,6 +121,33 @@ class Codebook(Protocol):
         alike. Fallbacks that were taken are appended to `flags`.
         """
         ...
+
+
+@runtime_checkable
+class LayerTransform(Protocol):
+    """An equivalent problem for one layer: the metric of an error is the same before and after."""
+
+    def weight(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]: ...
+    def weight_back(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]: ...
+    def input_factor(self, factor: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]: ...
+    def statistics(self, stats: SiteStats) -> SiteStats: ...
+    def stored(self) -> Sequence[Tensor]: ...
+    def wrap(self, weight: QuantizedWeight) -> QuantizedWeight: ...
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Gives every layer an equivalent problem; the stages behind it work on that and do not know.
+
+    `within=layer`: before sensitivity and grouping, which see the layers as they then are. `within=group`: after grouping, by
+    the `groups` of the layers' own channels; the scores are then computed anew.
+    """
+
+    within: Literal["layer", "group"]
+
+    def __call__(
+        self, sites: Sequence[Site], groups: Mapping[Site, Int[Tensor, "_"]] | None
+    ) -> Mapping[Site, LayerTransform]: ...
 
 
 @runtime_checkable
@@ -190,6 +221,8 @@ class FittedSlice:
     """Which columns of which layer."""
     codebook: FittedCodebook
     """What they are rounded to."""
+    distortion: float = 1.0
+    """The mean squared error that a Gaussian of variance 1 has at the slice's rate (`Codebook.distortion`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +283,30 @@ class TargetShift(Protocol):
     def target(
         self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
     ) -> Float[Tensor, "out in"]: ...
+
+
+Lacking = Literal["stream", "output"]
+"""What the layers behind the quantised prefix lack: the residual stream behind the layer, or the layer's own output."""
+
+
+@runtime_checkable
+class Prefix(Protocol):
+    """Rounds layers in the order of the data, each in the metric of the inputs that the quantised ones before it give."""
+
+    def correction(
+        self,
+        of: Lacking,
+        lacking: Float[Tensor, "out in"],
+        gram: Float[Tensor, "in in"],
+        heldout: tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]] | None,
+    ) -> Float[Tensor, "out in"] | None:
+        """What is added to the layer's weight before it is rounded; None: nothing.
+
+        `lacking` is `E[r x~^T]` and `gram` `E[x~ x~^T]`: x~ is the layer's present input, and r what the layer should add to
+        `W x~` for the stream (where its output goes into the residual stream) or its own output to be that of full precision.
+        `heldout` are both of the held-out samples, None where there are none.
+        """
+        ...
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mgvq.formats.outliers import Outliers
 from mgvq.linalg import row_runs
 
 Tower = Literal["vision", "projector", "language"]
@@ -168,15 +169,17 @@ class Metric:
         """The runs of the `num_rows` rows, each with its input factor; raises ValueError for more factors than runs."""
         return list(zip(row_runs(num_rows, len(self.h_in)), self.h_in, strict=True))
 
+    def gradient(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The derivative of the value with respect to the error, `h_out D_k h_in[k]`, in float32 on the error's device."""
+        products = [error[rows] @ h_in.to(error) for rows, h_in in self.row_runs(len(error))]
+        if self.h_out is not None:
+            h_out, runs = self.h_out.to(error), row_runs(len(error), len(self.h_in))
+            products = [h_out[rows, rows] @ product for rows, product in zip(runs, products, strict=True)]
+        return torch.cat(products)
+
     def loss(self, error: Float[Tensor, "out in"]) -> float:
         """The value for an error of the weight, in float32."""
-        total = 0.0
-        for rows, h_in in self.row_runs(len(error)):
-            product = error[rows] @ h_in.to(error)
-            if self.h_out is not None:
-                product = self.h_out.to(error)[rows, rows] @ product
-            total += float((product * error[rows]).sum().double())
-        return 0.5 * total
+        return 0.5 * float((self.gradient(error) * error).sum().double())
 
     def channel_importance(self) -> Float[Tensor, "in"]:
         """How much an error of each input channel counts: the mean diagonal of `h_in`."""
@@ -196,11 +199,25 @@ class LayerProblem:
     """
 
     site: Site
-    weight: Float[Tensor, "out in"]  # of full precision: what errors are measured against
+    weight: Float[Tensor, "out in"]  # of full precision less the outliers: what errors are measured against
     target: Float[Tensor, "out in"]  # what is rounded: the weight itself, or the weight moved by a gradient
     metric: Metric | None  # None: all errors count alike
     score: Float[Tensor, "in"]  # sensitivity of the input channels, on the CPU
     groups: Int[Tensor, "in"]  # the channel group of each input channel
+    transform: Any = None  # the `LayerTransform` that turned all of the above; None: they are in the layer's own basis
+    outliers: Outliers | None = None  # what is stored exactly, in the layer's own basis, and missing in `weight` and `target`
+
+    def whole(self) -> Float[Tensor, "out in"]:
+        """The weight with its outliers, float32, in the basis of the problem."""
+        if self.outliers is None:
+            return self.weight.float()
+        outliers = self.outliers.dense()
+        return self.weight.float() + (self.transform.weight(outliers) if self.transform else outliers)
+
+    def in_own_basis(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What a weight of the problem, or what its codes stand for, is in the model: turned back, with the outliers."""
+        back = self.transform.weight_back(weight) if self.transform else weight
+        return back if self.outliers is None else back + self.outliers.dense()
 
 
 @dataclass(frozen=True, slots=True)

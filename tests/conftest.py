@@ -3,11 +3,16 @@
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import checked_calls
+import pandas as pd
 import pytest
 import torch
 
@@ -19,6 +24,18 @@ ROOT = Path(__file__).parents[1]
 
 register_resolvers()
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Annotations are checked at the first calls in every test."""
+    checked_calls.new_test()
+
+
+def sampled(cases: Iterable[Any], number: int) -> list[Any]:
+    """All cases for `parametrize`, of which `make test` runs a seeded sample and `make trust` the others (-m trust)."""
+    whole = [case if isinstance(case, tuple) else (case,) for case in cases]
+    kept = set(random.Random(0).sample(range(len(whole)), min(number, len(whole))))
+    return [pytest.param(*case, marks=() if at in kept else pytest.mark.trust) for at, case in enumerate(whole)]
 
 
 def documented_columns(table: str) -> list[str]:
@@ -45,6 +62,23 @@ def declare_done(folder: Path) -> None:
     files = [file for file in folder.rglob("*") if file.is_file() and file.name != "DONE"]
     digests = {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     (folder / "DONE").write_text(json.dumps(digests))
+
+
+def write_finished_run(
+    folder: Path, samples: pd.DataFrame, metrics: Mapping[str, Any], identity: str = "{}", **tables: pd.DataFrame
+) -> None:
+    """Write a run folder that counts as finished: samples, metrics, and further `tables` by the names of their files.
+
+    What most made-up runs have in common need not be among the metrics: 2 bits, seconds, no flags.
+    """
+    common = {"bits/quantized_layers": 2.0, "bits/model": 3.0, "time/quantize_s": 20.0, "time/evaluate_s": 30.0}
+    folder.mkdir(parents=True)
+    for name, table in {"samples": samples, **tables}.items():
+        table.to_parquet(folder / f"{name}.parquet")
+    (folder / "metrics.json").write_text(json.dumps({**common, "rate": "2x16", "flags": [], **metrics}))
+    (folder / "identity.json").write_text(identity)
+    (folder / "config.yaml").write_text("scope: all\n")
+    declare_done(folder)
 
 
 def layer_problems(sites, *, weights=None, metrics=None, scores=None, groups=None):
@@ -78,8 +112,16 @@ def loaded(family: str):
 
 
 @pytest.fixture(scope="session")
-def finished(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished k-means run with 52 test questions."""
-    results = tmp_path_factory.mktemp(family)
-    done = run_command("mgvq.cli.run", f"model={family}", "method=kmeans", "evaluation.num_questions=52", results=results)
-    return Path(done.stdout.splitlines()[-1])
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of a finished k-means run with 52 test questions, for each shipped model; one process has run all."""
+    results = tmp_path_factory.mktemp("finished")
+    words = (f"model={','.join(FAMILIES)}", "method=kmeans", "evaluation.num_questions=52")
+    run_command("mgvq.cli.run", "-m", *words, results=results)
+    folders = [file.parent for file in results.glob("runs/*/DONE")]
+    return {json.loads((folder / "identity.json").read_text())["model"]["name"]: folder for folder in folders}
+
+
+@pytest.fixture(scope="session")
+def finished(family: str, finished_runs: dict[str, Path]) -> Path:
+    """The folder of a finished k-means run of the model with 52 test questions."""
+    return finished_runs[family]

@@ -13,6 +13,8 @@ from mgvq.runs.build import build
 
 CONF = ROOT / "conf"
 _SHARED = ("share=kind", "table=int8")
+_CALIBRATION = ROOT / "tests" / "data" / "calibration"
+_FEW_SAMPLES = ("num_samples=3", "heldout_samples=1")
 SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
     "codebook": {
         "scalar": [("group_size=64",), ("group_size=null", "clip=mse"), ("group_size=5", "clip=mse")],
@@ -48,12 +50,21 @@ SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
         ],
     },
     "sensitivity": {"global_local": [(), ("reading=split", "alpha=null")]},
+    "transform": {"hadamard": [("sides=in",), ("sides=out",), (), ("sides=in", "within=group"), ("within=group",)]},
     "compensation": {"gradient_hessian": [(), ("output_damping=0.3",)]},
 }
 # What a yaml leaves open (`???`), or what keeps small tests short, for all sets of settings of a variant.
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "codebook": {name: ("iterations=3",) for name in ("columns", "kmeans", "product", "residual")},
     "allocation": {"transfer": (f"source={ROOT / 'tests/config/allocation.parquet'}",)},
+    "calibration": {
+        "chat": (f"path={_CALIBRATION / 'chat.jsonl'}", *_FEW_SAMPLES),
+        "hub": (f"path={_CALIBRATION / 'hub'}", "columns.images=image", "columns.answer=label", *_FEW_SAMPLES),
+        "image_text": (f"path={_CALIBRATION / 'image_text.jsonl'}", *_FEW_SAMPLES),
+        "sharegpt4v": (f"path={_CALIBRATION / 'sharegpt4v.json'}", f"images={_CALIBRATION / 'coco'}", *_FEW_SAMPLES),
+        "text": _FEW_SAMPLES,
+        "tiny_vqa": ("num_images=3", "questions_per_image=2", "heldout_images=1"),
+    },
 }
 
 

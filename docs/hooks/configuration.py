@@ -24,6 +24,8 @@ GROUPS = {
     "codebook": "Codebook",
     "compensation": "Compensation",
     "refit": "Refit",
+    "transform": "Transform",
+    "prefix": "Prefix",
     "evaluation": "Task",
     "tracker": None,
     "experiment": None,
@@ -98,7 +100,7 @@ def _says(root: Path, group: str) -> str:
     init = root / "mgvq" / group / "__init__.py"
     if group in SAYS or not init.is_file():
         return SAYS.get(group, "")
-    return ast.get_docstring(ast.parse(init.read_text())) or ""
+    return ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
 
 
 def _variant(root: Path, group: str, variant: Variant) -> str:
@@ -139,7 +141,11 @@ def docstring(root: Path, target: str) -> str:
     file = root / (module.replace(".", "/") + ".py")
     if not file.is_file():
         return ""
-    nodes = (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ClassDef) and node.name == name)
+    nodes = (
+        node
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef) and node.name == name
+    )
     node = next(nodes, None)
     return "" if node is None else "\n\n".join([ast.get_docstring(node) or "", "\n".join(_fields(node))]).strip()
 
@@ -153,8 +159,8 @@ def _fields(node: ast.ClassDef) -> Iterator[str]:
 
 def read(file: Path) -> Variant:
     """A yaml with its comments: those at the top are the headline, others say what the setting in or below their line is."""
-    content: dict[str, Any] = yaml.safe_load(file.read_text()) or {}
-    lines = file.read_text().splitlines()
+    content: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    lines = file.read_text(encoding="utf-8").splitlines()
     top = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
     headline = [line.removeprefix("#").strip() for line in lines[:top] if "@package" not in line]
     starts_from, overrides = [], []

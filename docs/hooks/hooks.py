@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import checks
 import configuration
 import studies
 from mathematics import Mathematics
@@ -35,7 +36,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The generated pages, and the figures of results/."""
     root = root_of(config)
-    for page in [*configuration.pages(root), *studies.pages(root)]:
+    for page in [*checks.pages(root), *configuration.pages(root), *studies.pages(root)]:
         files.append(File.generated(config, page.path, content=page.text))
     for figure in sorted((root / "results" / "figures").glob("*.*")):
         files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))
@@ -50,10 +51,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) 
     root = root_of(config)
 
     def table(match: re.Match[str]) -> str:
-        return "\n" + (root / "results" / "tables" / f"{match[1]}.md").read_text() + "\n"
+        return "\n" + (root / "results" / "tables" / f"{match[1]}.md").read_text(encoding="utf-8") + "\n"
 
     def source(match: re.Match[str]) -> str:
-        text = (root / match[1]).read_text()
+        text = (root / match[1]).read_text(encoding="utf-8")
         nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
         return next(ast.get_source_segment(text, node) or "" for node in nodes if node.name == match[2])
 
@@ -78,8 +79,8 @@ def _linked(markdown: str, method: str) -> str:
 def on_post_build(config: MkDocsConfig) -> None:
     """Take out of the theme's scripts what they could load from elsewhere."""
     for script in Path(config.site_dir).rglob("*.js"):
-        text = script.read_text()
+        text = script.read_text(encoding="utf-8")
         if (clean := OUTSIDE.sub("", text)) != text:
-            script.write_text(clean)
+            script.write_text(clean, encoding="utf-8")
     for source_map in Path(config.site_dir).rglob("*.map"):
         source_map.unlink()

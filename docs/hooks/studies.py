@@ -28,7 +28,7 @@ def pages(root: Path) -> list[Page]:
 def _index(root: Path, files: list[Path]) -> Page:
     rows = ["| study | question | arms | verdict |", "|---|---|---|---|"]
     for file in files:
-        study, name = yaml.safe_load(file.read_text()), file.parent.name
+        study, name = yaml.safe_load(file.read_text(encoding="utf-8")), file.parent.name
         verdict = _first_verdict(root, name)
         rows.append(f"| [{name}]({name}.md) | {_cell(study['question'])} | {len(study['arms'])} | {_cell(verdict)} |")
     text = (
@@ -41,10 +41,10 @@ def _index(root: Path, files: list[Path]) -> Page:
 
 
 def _page(root: Path, file: Path) -> Page:
-    study, name = yaml.safe_load(file.read_text()), file.parent.name
+    study, name = yaml.safe_load(file.read_text(encoding="utf-8")), file.parent.name
     frozen = f"*Frozen: run at commit `{study['frozen']}` and reported from its record alone.*" if "frozen" in study else ""
     # Only the first line of a README is taken for the title: it is the study's name.
-    body = (file.parent / "README.md").read_text().split("\n", 1)[1]
+    body = (file.parent / "README.md").read_text(encoding="utf-8").split("\n", 1)[1]
     parts = [f"# {name}", frozen, _body(body), "## What is run", _design(study), _figures(root, name), _tables(root, name, body)]
     return Page(f"studies/{name}.md", name, "\n\n".join(parts))
 
@@ -81,12 +81,16 @@ def _tables(root: Path, name: str, body: str) -> str:
     stems = [name, *(f"{name}_{kind}" for kind in ("spread", "trainings", "verdict"))]
     stems += sorted(f.stem for f in folder.glob(f"{name}_vs_*.md"))
     left = [stem for stem in stems if stem not in shown and (folder / f"{stem}.md").is_file()]
-    return "".join(f"\n## Table {stem}\n\n{(folder / f'{stem}.md').read_text()}\n" for stem in left)
+    return "".join(f"\n## Table {stem}\n\n{(folder / f'{stem}.md').read_text(encoding='utf-8')}\n" for stem in left)
 
 
 def _first_verdict(root: Path, name: str) -> str:
     file = root / "results" / "tables" / f"{name}_verdict.md"
-    return file.read_text().splitlines()[0].removeprefix("* ") if file.is_file() and file.read_text() else "not run here yet"
+    return (
+        file.read_text(encoding="utf-8").splitlines()[0].removeprefix("* ")
+        if file.is_file() and file.read_text(encoding="utf-8")
+        else "not run here yet"
+    )
 
 
 def _cell(text: str) -> str:

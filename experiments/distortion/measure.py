@@ -123,7 +123,7 @@ def main() -> None:
         row = "  ".join(f"{rate}: {entry['distortion']:.4f}" for rate, entry in table[name].items())
         print(f"{name:20} {row}  ({time.perf_counter() - start:.0f} s)", flush=True)
     path = Path(mgvq.__file__).parent / "codebook" / "distortion.json"
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

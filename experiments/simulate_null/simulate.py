@@ -61,7 +61,7 @@ KINDS: dict[str, Draw] = {
 
 
 def components(draw: Draw, samples: int) -> Components:
-    """Of a kind of study, from a few with many seeds."""
+    """The standard deviations of a kind of study, from a few with many seeds."""
     found = [variance_components(d) for d in draw(np.random.default_rng(1), 50, 50, samples)]
     means = {f.name: float(np.mean([getattr(c, f.name) for c in found])) for f in fields(Components)}
     return Components(**means)
@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path: Path = results_folder() / "tables" / "null_simulation.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(table(arguments.studies, arguments.pictures))
+    path.write_text(table(arguments.studies, arguments.pictures), encoding="utf-8")
     print(path)
 
 

@@ -70,7 +70,7 @@ def main() -> None:
         print(*lines[-1], flush=True)
     path = results_folder() / "tables" / "three_ways.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(markdown(Table(header=lines[0], lines=lines[1:], note=NOTE)))
+    path.write_text(markdown(Table(header=lines[0], lines=lines[1:], note=NOTE)), encoding="utf-8")
     print(path)
 
 

@@ -35,7 +35,7 @@ TITLES = {
 
 
 def family_and_seed(name: str) -> tuple[str, int]:
-    """Of a shipped model, or of a further training of it (`tiny_internvl_seed1`)."""
+    """The card of a shipped model, or of a further training of it (`tiny_internvl_seed1`)."""
     family, _, seed = name.partition("_seed")
     return family, int(seed or 0)
 
@@ -52,7 +52,7 @@ def summary(name: str) -> Path:
 
 def summarise(log: Path) -> dict[str, object]:
     """What the card tells of the training: steps, speed, and validation at every tenth of the run."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     validated = [r for r in rows if "validation" in r]
     course = {str(r["step"]): round(r["validation"]["headline"], 3) for r in validated}
     return {"steps": rows[-1]["step"], "seconds_per_step": round(rows[-1]["seconds_per_step"], 3), "headline_validation": course}
@@ -67,7 +67,7 @@ def card(name: str) -> str:
         sizes = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118
         num_parameters = sum(math.prod(s.get_shape()) for s in sizes)
         dtype = sizes[0].get_dtype()
-    training = json.loads(summary(name).read_text())
+    training = json.loads(summary(name).read_text(encoding="utf-8"))
     study = "e00_response" if name in TITLES else "e13_model_variance"
     record = read_record(results_folder() / "records" / f"{study}.parquet")
     frame = metric_frame(record)
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--log", type=Path, help="log.jsonl of the training; without it the kept summary is used")
     arguments = parser.parse_args()
     if arguments.log:
-        summary(arguments.model).write_text(json.dumps(summarise(arguments.log), indent=1) + "\n")
-    (folder_of(arguments.model) / "README.md").write_text(card(arguments.model))
+        summary(arguments.model).write_text(json.dumps(summarise(arguments.log), indent=1) + "\n", encoding="utf-8")
+    (folder_of(arguments.model) / "README.md").write_text(card(arguments.model), encoding="utf-8")
 
 
 if __name__ == "__main__":

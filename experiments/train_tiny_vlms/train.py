@@ -241,7 +241,7 @@ def main() -> None:
     trainer.check_packing()
     trainer.resume()
     start, seen = time.perf_counter(), trainer.step
-    with (args.out / "log.jsonl").open("a") as log:
+    with (args.out / "log.jsonl").open("a", encoding="utf-8") as log:
         while trainer.step < recipe.steps:
             loss, answer = trainer.train_step()
             last = trainer.step == recipe.steps

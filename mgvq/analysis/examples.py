@@ -29,11 +29,11 @@ class Answer:
     """What some arms answered."""
 
     text: str
-    """Their words."""
+    """The words of the answer."""
     is_right: bool
-    """Whether these are the right ones."""
+    """Whether the answer is right."""
     arms: list[str]
-    """Who gave them."""
+    """The arms that gave it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

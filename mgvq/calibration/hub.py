@@ -11,6 +11,7 @@ from typing import Any
 from mgvq.calibration.drawn import Drawn
 from mgvq.calibration.rows import Row, chat_turns, open_image, question_turns
 from mgvq.checks import told_as
+from mgvq.data.cached import cache_of
 from mgvq.errors import UserError
 from mgvq.model.chat import Turn
 
@@ -89,7 +90,8 @@ class Hub(Drawn):
                 data = datasets.load_from_disk(self.path)
                 splits = data if isinstance(data, datasets.DatasetDict) else {None: data}
             else:
-                data = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision)
+                cache = cache_of(Path(self.path)) if Path(self.path).is_dir() else None
+                data = datasets.load_dataset(self.path, self.subset, split=self.split, revision=self.revision, cache_dir=cache)
                 splits = data if isinstance(data, datasets.DatasetDict) else {self.split: data}
         if self.split not in splits:
             named = ", ".join("null (no splits)" if name is None else str(name) for name in splits)

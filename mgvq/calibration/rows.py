@@ -50,9 +50,29 @@ class Row:
 
 
 def json_lines(path: str) -> list[Row]:
-    """A row for every line of `calibration.path` that is not blank. Raises UserError where it is no UTF-8 text."""
-    numbered = enumerate(lines(read_text(path)), start=1)
-    return [Row(path, f"line {number}", lambda line=line: json.loads(line)) for number, line in numbered if line.strip()]
+    """A row for every line of `calibration.path` that is not blank.
+
+    Raises UserError where it is no UTF-8 text, or one JSON list instead of lines.
+    """
+    found = [(number, line) for number, line in enumerate(lines(read_text(path)), start=1) if line.strip()]
+    if found and (found[0][1].strip() == "[" or found[0][1].strip().startswith("[{")):
+        raise UserError(
+            f"{path}, line {found[0][0]}: it is one JSON list, and rows are lines, each an object. jq -c '.[]' {path} makes them."
+        )
+    return [Row(path, f"line {number}", lambda line=line: _object(line)) for number, line in found]
+
+
+def _object(line: str) -> Any:
+    """The JSON of a line. Raises ValueError for a key that stands in an object twice, of which json would keep the last."""
+    return json.loads(line, object_pairs_hook=_once_each)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands in it twice")
+    return found
 
 
 def lines(text: str) -> list[str]:

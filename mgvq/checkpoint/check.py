@@ -21,15 +21,23 @@ TOLERANCE = 1e-3  # of the logits' spread: a device may round a decoded weight o
 
 
 @torch.inference_mode()
-def check_same_model(loaded: Loaded, weights: Mapping[Site, QuantizedWeight], back: PreTrainedModel, path: object) -> None:
-    """Raises UserError where the model that was read back from `path` says other things than `loaded` with `weights` in place.
+def check_same_model(
+    loaded: Loaded,
+    weights: Mapping[Site, QuantizedWeight],
+    back: PreTrainedModel,
+    path: object,
+    embeddings: Mapping[str, QuantizedWeight] | None = None,
+) -> None:
+    """Raises UserError where the model that was read back from `path` says other things than `loaded` with `weights` and
+    `embeddings` (by the names of their modules) in place.
 
-    Without quantised weights the logits have to be equal to the bit. One layer is decoded at a time: no second model is needed.
+    Without either the logits have to be equal to the bit. One layer is decoded at a time: no second model is needed.
     """
     batch = probe(loaded.model, loaded.processor)
-    with _in_place(loaded.model, weights):
+    rounded = embeddings or {}
+    with _in_place(loaded.model, weights), _exchanged(loaded.model, rounded):
         expected = answer_logits(loaded.model, batch)
-    check_same_logits(expected, answer_logits(back, batch), exact=not weights, path=path)
+    check_same_logits(expected, answer_logits(back, batch), exact=not (weights or rounded), path=path)
 
 
 def check_same_logits(
@@ -60,3 +68,17 @@ def _in_place(model: nn.Module, weights: Mapping[Site, QuantizedWeight]) -> Iter
 
     with after_forward(model, {site.name: use(weight) for site, weight in weights.items()}):
         yield
+
+
+@contextmanager
+def _exchanged(model: nn.Module, embeddings: Mapping[str, QuantizedWeight]) -> Iterator[None]:
+    """Inside, these parameters are the decoded ones, also where a head is tied to them."""
+    parameters = {name: model.get_parameter(f"{name}.weight") for name in embeddings}
+    own = {name: parameter.data for name, parameter in parameters.items()}
+    try:
+        for name, parameter in parameters.items():
+            parameter.data = embeddings[name].decode().to(parameter.data)
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = own[name]

@@ -16,7 +16,7 @@ _READ = (".json", ".jinja", ".txt", ".model", ".py", ".safetensors", ".bin", ".p
 def write_digests(folder: Path) -> None:
     """Write `mgvq.digests.json`: the SHA-256 of every other file of the folder by its name in it. The last step of saving."""
     digests = {name: file_digest(folder / name) for name in _names(folder)}
-    (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n")
+    (folder / DIGESTS).write_text(json.dumps(digests, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_digests(folder: Path, *, leave_out: Collection[str] = ()) -> None:

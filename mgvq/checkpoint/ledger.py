@@ -8,6 +8,9 @@ import pandas as pd
 
 from mgvq.types import Tower
 
+Part = Tower | Literal["other", "container"]
+"""A tower; `other`: head and embeddings outside of the towers; `container`: headers and json."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -15,8 +18,8 @@ class Entry:
 
     tensor: str
     """The name of the tensor in the file."""
-    part: Tower | Literal["other", "container"]
-    """A tower; `other`: head and embeddings outside of the towers; `container`: headers and json."""
+    part: Part
+    """What it is a part of."""
     quantized: bool
     """The tensor belongs to a layer in scope."""
     num_bytes: int

@@ -16,14 +16,14 @@ from mgvq.checkpoint.linear import PackedLinear
 from mgvq.checkpoint.save import INDEX, TENSORS, VERSION
 from mgvq.checks import told_as
 from mgvq.errors import UserError
-from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight
+from mgvq.formats.outliers import REST_FORMATS, OutlierWeight
 from mgvq.model import processor as processors
 from mgvq.model.classes import model_class
 from mgvq.model.device import find_device
 from mgvq.model.files import read_json, reading_folder
 from mgvq.model.health import is_finite
 
-FORMATS = {**SLICE_FORMATS, GroupedWeight.format: GroupedWeight}
+FORMATS = {**REST_FORMATS, OutlierWeight.format: OutlierWeight}
 _READABLE = (2, VERSION)  # 2 has no digests
 _DAMAGED = "The checkpoint is damaged: take the run's own copy, or make it again."
 
@@ -59,6 +59,8 @@ def load(
     if packed:
         for layer in layers:
             module: Any = model.get_submodule(layer.name)
+            if not isinstance(module, torch.nn.Linear):  # an embedding is looked up, row by row
+                continue
             linear = PackedLinear(FORMATS[layer.format], layer.settings, layer.tensors, module.bias)
             model.set_submodule(layer.name, linear)
     with told_as(f"{path / 'generation_config.json'} cannot be read", _DAMAGED):
@@ -114,7 +116,7 @@ def _decoded(path: Path, layer: "StoredLayer") -> Tensor:
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A quantised layer as the checkpoint holds it."""
+    """A quantised layer, embedding or head as the checkpoint holds it."""
 
     name: str  # of the module
     format: str  # a key of `FORMATS`
@@ -127,7 +129,7 @@ class StoredLayer:
 
 
 def read(path: Path, *, verify: bool = True) -> tuple[list[StoredLayer], dict[str, Tensor]]:
-    """The quantised layers, and the tensors that are stored as they are. Raises UserError as `load` does."""
+    """The quantised layers and embeddings, and the tensors that are stored as they are. Raises UserError as `load` does."""
     index = _read_index(path, verify=verify)
     with told_as(f"{path / TENSORS} cannot be read", _DAMAGED):
         stored = load_file(path / TENSORS)

@@ -11,21 +11,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.digests import write_digests
-from mgvq.checkpoint.ledger import Entry, Ledger
+from mgvq.checkpoint.ledger import Entry, Ledger, Part
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
-from mgvq.types import Site
+from mgvq.types import Site, Tower
 
 VERSION = 3  # provisional: 2 had no digests; the tensors are as they were
 TENSORS_VERSION = 2
 TENSORS, INDEX = "mgvq.safetensors", "mgvq.json"
 
 
-def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[Site, QuantizedWeight]) -> Ledger:
+def save(
+    folder: Path,
+    loaded: Loaded,
+    sites: Sequence[Site],
+    weights: Mapping[Site, QuantizedWeight],
+    embeddings: Mapping[str, QuantizedWeight] | None = None,
+) -> Ledger:
     """Write the checkpoint and return its ledger; equal inputs give equal bytes.
 
-    Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. Raises
+    Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. `embeddings` are
+    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. Raises
     AssertionError where the ledger and the bytes on disk differ.
     """
     folder.mkdir(parents=True)
@@ -34,29 +41,33 @@ def save(folder: Path, loaded: Loaded, sites: Sequence[Site], weights: Mapping[S
     entries: list[Entry] = []
     layers = {}
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
-    for site, weight in weights.items():
+    stored_as: list[tuple[str, bool, QuantizedWeight]] = [(site.name, True, weight) for site, weight in weights.items()]
+    stored_as += [(name, False, weight) for name, weight in (embeddings or {}).items()]
+    tower_of: dict[str, Tower] = {site.name: site.tower for site in weights}
+    for module, quantized, weight in stored_as:
+        part: Part = tower_of.get(module) or towers.of(module) or "other"
         roles = {}
         num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
             if id(tensor) not in named:
-                name = f"{site.name}.{role}"
+                name = f"{module}.{role}"
                 named[id(tensor)] = tensor, name
                 tensors[name] = tensor.contiguous().cpu()
-                entries.append(Entry(name, site.tower, True, tensor.nbytes, num_weights.get(role, 0)))
+                entries.append(Entry(name, part, quantized, tensor.nbytes, num_weights.get(role, 0)))
             roles[role] = named[id(tensor)][1]
-        layers[site.name] = {"format": weight.format, **weight.settings(), "tensors": roles}
+        layers[module] = {"format": weight.format, **weight.settings(), "tensors": roles}
     in_scope = {f"{s.name}.weight" for s in sites}
-    packed = {f"{s.name}.weight" for s in weights}
+    packed = {f"{module}.weight" for module in layers}
     for name, parameter in [*loaded.model.named_parameters(), *_persistent_buffers(loaded)]:
         if name not in packed:
             stored = _as_stored(parameter.detach(), loaded.stored_dtype)
             tensors[name] = stored.contiguous().cpu()
-            part = towers.of(name) or "other"
+            part: Part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
     # One key only: safetensors writes several in the order of a hash table, which differs from process to process.
     save_file(tensors, folder / TENSORS, metadata={"mgvq": str(TENSORS_VERSION)})
     index = {"version": VERSION, "layers": layers, "source_dtype": str(loaded.stored_dtype).removeprefix("torch.")}
-    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     loaded.model.config.save_pretrained(folder)
     _save_generation(folder, loaded)
     loaded.processor.save_pretrained(folder)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
 from mgvq.studies.plan import expand
@@ -25,6 +26,7 @@ refused, unless with --partial: then tables, figures and verdict are of the othe
 
 def main() -> None:
     """Entry point: prints what it wrote; exits with 2 where a run is missing or a file is bad."""
+    use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__, epilog=EPILOG)
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
@@ -91,8 +93,13 @@ def _partial(study: Study, results: Path, *, html: bool) -> list[Path]:
 
 def _write(name: str, study: Study, record: "StudyRecord", layers: "pd.DataFrame", results: Path, *, html: bool) -> list[Path]:
     from mgvq.analysis.report import write_figures, write_tables
+    from mgvq.analysis.tables.limits_table import write_limits
 
-    written = [*write_tables(name, record, results), *write_figures(name, record, layers, results)]
+    written = [
+        *write_tables(name, record, results),
+        *write_limits(name, layers, results),
+        *write_figures(name, record, layers, results),
+    ]
     if html:
         from mgvq.analysis.html import write_html
 

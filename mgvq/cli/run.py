@@ -16,11 +16,13 @@ from omegaconf import DictConfig
 
 import mgvq
 from mgvq.analysis.tables.bits import bits_by_kind
+from mgvq.cli.utf8 import use_utf8
 from mgvq.cli.words import check_words
 from mgvq.errors import SharedFault, UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import with_variants
 from mgvq.runs.device import check_device
+from mgvq.runs.early import check_values
 from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder, register_resolvers
@@ -47,6 +49,7 @@ def hydra_main(cfg: DictConfig) -> None:
                 sys.exit(2)
             return
         check(cfg)
+        check_values(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
         if folder.is_done() and (gone := folder.missing_files()):
@@ -63,6 +66,7 @@ def hydra_main(cfg: DictConfig) -> None:
 
             with disk_faults_told(Path(cfg.paths.results)):
                 execute(cfg, folder)
+        metrics = folder.metrics()
         if tracker:
             track(tracker, folder)
     except SharedFault as error:  # the other jobs would meet it too
@@ -74,7 +78,6 @@ def hydra_main(cfg: DictConfig) -> None:
             raise CompactHydraException(f"mgvq-run: {error}") from None  # Hydra goes on with the other jobs and exits with 1
         print(f"mgvq-run: {error}", file=sys.stderr)
         sys.exit(2)
-    metrics = folder.metrics()
     if not (bits := bits_by_kind(folder.path)).empty:
         print(bits.to_string(index=False, float_format="{:.3f}".format))
     told = (*(name for name in metrics if name.endswith("/accuracy")), *SUMMARY)
@@ -98,12 +101,13 @@ def _what_runs(cfg: DictConfig) -> str:
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    """As Ctrl-C: the run folder gets its FAILED."""
+    """A signal ends the run as Ctrl-C does: the run folder gets its FAILED."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def main() -> None:
     """Entry point: exits with 0 when the run is done, 2 for bad input, 1 where jobs of -m failed, 130 after Ctrl-C."""
+    use_utf8()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
     if "--version" in sys.argv:

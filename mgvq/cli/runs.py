@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.places import results_folder
 from mgvq.runs.verify import verify
@@ -24,6 +25,7 @@ exit status: 0 all is as it was written, 1 something is not, 2 a folder is missi
 
 def main() -> None:
     """Entry point: exits with 0 where all is well, 1 where something is bad, 2 for a folder that is missing."""
+    use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-runs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     checking = commands.add_parser(

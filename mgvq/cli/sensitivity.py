@@ -9,10 +9,12 @@ from typing import Any, cast
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
 from mgvq.runs.build import SCOPES, build
 from mgvq.runs.compose import composer
+from mgvq.runs.early import check_group
 from mgvq.runs.places import conf_folder, results_folder
 
 _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibration.path=rows.jsonl"
@@ -20,6 +22,7 @@ _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibra
 
 def main() -> None:
     """Entry point: prints how stable each definition is and the files that it wrote; exits with 2 for bad settings."""
+    use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-sensitivity", description=__doc__, epilog=f"example: {_EXAMPLE}")
     parser.add_argument("model", help="a variant of conf/model")
     parser.add_argument(
@@ -55,6 +58,8 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
             f"{' '.join(idle)} has no effect here; settings are those of model.* and calibration. Example: {_EXAMPLE}"
         )
     cfg = _composed(f"model={arguments.model}", "calibration=tiny_vqa", *arguments.settings)
+    for group in ("model", "calibration"):
+        check_group(cfg, group)
     source = build(cfg, "model")
     calibrations = _over_seeds(cfg, "calibration", arguments.seeds)
     if None in calibrations:
@@ -77,7 +82,7 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     results = arguments.out or results_folder()
     name = "_".join([arguments.model, *(flag.removeprefix(FLAG).replace(" ", "_") for flag in source.flags())])
     tables = write_tables(name, scores, results)
-    print(tables[-1].read_text())
+    print(tables[-1].read_text(encoding="utf-8"))
     return [*tables, *draw_figures(name, scores, results)]
 
 

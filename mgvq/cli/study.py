@@ -9,6 +9,7 @@ from mgvq.analysis.records.collect import collect
 from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
 from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import markdown
+from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.build import build
 from mgvq.runs.device import device_type
@@ -48,6 +49,7 @@ def _positive(text: str) -> int:
 
 def main() -> None:
     """Entry point: exits with 0 when every run is done, 1 where one failed, 2 for a bad study."""
+    use_utf8()
     parser = argparse.ArgumentParser(
         prog="mgvq-study",
         description=__doc__,

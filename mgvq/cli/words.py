@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -12,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
 from mgvq.runs.compose import composer
+from mgvq.runs.files import check_reachable
 from mgvq.runs.places import conf_folder
 
 _PRESETS = ("method", "experiment")
@@ -19,7 +21,8 @@ _OTHER_CONFIG = ("config_path", "config_name", "config_dir")  # options of Hydra
 
 
 def check_words(arguments: Sequence[str]) -> None:
-    """Raises UserError, one paragraph with the nearest name, for words that are no settings of a run.
+    """Raises UserError, one paragraph with the nearest name, for words that are no settings of a run, and SharedFault for a sweep
+    whose results cannot be written.
 
     Of a sweep every variant is checked, and the first combination is composed. Where yaml files from elsewhere are named, only
     the spelling is checked: what they hold is Hydra's to say.
@@ -30,7 +33,9 @@ def check_words(arguments: Sequence[str]) -> None:
         return
     for override in overrides:
         _check_variants(override)
-    _check_composition(overrides)
+    cfg = _check_composition(overrides)
+    if options.multirun:  # Hydra makes a folder there before the first job
+        check_reachable(Path(cfg.paths.results))
 
 
 def _parsed(word: str) -> Override:
@@ -42,8 +47,8 @@ def _parsed(word: str) -> Override:
             raise UserError(f"{word} is no setting: give KEY=VALUE, see mgvq-run --help.") from error
         quoted = value.replace("\\", "\\\\").replace('"', '\\"')
         raise UserError(
-            f"{word} cannot be read: a value with brackets, commas, spaces, quotes or = stands in quotes, and these in the "
-            f"shell's: '{key}=\"{quoted}\"'"
+            f"{word} cannot be read: a value with brackets, commas, spaces, quotes, = or letters beyond a to z stands in quotes, "
+            f"and these in the shell's: '{key}=\"{quoted}\"'"
         ) from error
 
 
@@ -74,11 +79,11 @@ def _values(override: Override) -> list[str]:
     return [value] if isinstance(value, str) else ["null" if value is None else override.get_value_element_as_str()]
 
 
-def _check_composition(overrides: Sequence[Override]) -> None:
+def _check_composition(overrides: Sequence[Override]) -> DictConfig:
     words = {_one_value(override): override for override in overrides if not override.key_or_group.startswith("hydra")}
     with composer() as compose:
         try:
-            compose(*words)
+            return compose(*words)
         except HydraException as error:
             text = " ".join(str(error).split())
             found = re.search(r"Could not (?:override|find) '([^']+)'", text)

@@ -73,6 +73,10 @@ class Scalar:
     def rates(self) -> Sequence[Rate]:
         return [Rate(f"int{bits}", float(bits)) for bits in range(1, 9)]
 
+    def distortion(self, rate: Rate) -> float:
+        """`2^(-2 bits)`, the distortion-rate function of a Gaussian."""
+        return 4.0**-rate.index_bits
+
     def table_group(self, channel_slice: ChannelSlice) -> str:
         """Every channel slice has grids of its own."""
         return table_group(channel_slice, "layer")

@@ -90,6 +90,10 @@ class VectorCodebook(ABC):
     def rates(self) -> Sequence[Rate]:
         return list(self.layouts)
 
+    def distortion(self, rate: Rate) -> float:
+        """`2^(-2 bits)`, the distortion-rate function of a Gaussian."""
+        return 4.0**-rate.index_bits
+
     def table_group(self, channel_slice: ChannelSlice) -> str:
         return sharing.table_group(channel_slice, self.share)
 

@@ -28,7 +28,7 @@ class GradientHessian:
     """
 
     damping: float
-    """The share of the mean diagonal of `h_in` that is added to it in rounding, in (0, 1]."""
+    """The share of its diagonal that is added to `h_in` in rounding, in (0, 1]; `damping_of` says how."""
     output_damping: float | None
     """The same of `h_out`: rounding is that of `hessian_two_sided`. With None errors are not corrected from row to row."""
     source: str
@@ -43,7 +43,11 @@ class GradientHessian:
     steps: list[float]
     """The shares of a layer's norm that are tried, ascending from 0; each block takes the one with the least held-out loss."""
     shift_damping: float
-    """The share of the mean diagonals that is added to both factors of N, in (0, 1]."""
+    """The share of their diagonals that is added to both factors of N, in (0, 1], by `damping_of` as well."""
+    damping_of: str = "mean"
+    """What the dampings are shares of, as in `Hessian`."""
+    order: str = "score"
+    """Which vector is rounded first, as in `Hessian`."""
     needs_metric: ClassVar[bool] = True
     uses_score: ClassVar[bool] = True
 
@@ -90,8 +94,10 @@ class GradientHessian:
     @property
     def _rounding(self) -> Hessian | HessianTwoSided:
         if self.output_damping is None:
-            return Hessian(damping=self.damping)
-        return HessianTwoSided(damping=self.damping, output_damping=self.output_damping)
+            return Hessian(damping=self.damping, damping_of=self.damping_of, order=self.order)
+        return HessianTwoSided(
+            damping=self.damping, output_damping=self.output_damping, damping_of=self.damping_of, order=self.order
+        )
 
     def round(
         self,
@@ -110,6 +116,6 @@ class GradientHessian:
         if step == 0 or not gradient.any():
             return weight.float()
         wide = weight.double()
-        natural = natural_gradient(gradient, metric.to(weight.device), self.shift_damping)
+        natural = natural_gradient(gradient, metric.to(weight.device), self.shift_damping, self.damping_of)
         share = step * wide.norm() / natural.norm()
         return (wide - min(1.0, float(share)) * natural).float()

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.compensation.damping import check_damping
-from mgvq.compensation.ldlq import Choose, ldlq
+from mgvq.compensation.ldlq import Choose, expected_damage, ldlq
+from mgvq.errors import UserError
 from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric, Site
 
@@ -18,7 +19,8 @@ class Hessian:
     """One-sided block-LDL rounding: vectors one after the other, each in the exact metric of its block.
 
     The vector with the most sensitive channels is rounded first, so that all others can make up for its error; where the
-    sensitivity is `gram_diag` this is GPTQ's act-order, and vectors of equal score follow the order of the channels. With
+    sensitivity is `gram_diag` this is GPTQ's act-order, and vectors of equal score follow the order of the channels. With mixed
+    rates `order=damage` goes by what the rounding of a channel is to cost: its score times the distortion of its rate. With
     `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j is rounded at `W_j + sum_{i>j} Delta_i L_ij` in the
     metric `D_j`, and `tr(Delta H Delta^T)` is the sum of what these roundings cost (docs/method.md, eq. (ldlq)). The output
     factor of the metric would not change the feedback and is not looked at.
@@ -28,7 +30,12 @@ class Hessian:
     """
 
     damping: float
-    """The share of the mean diagonal of `h_in` that is added to it, in (0, 1]."""
+    """The share of its diagonal that is added to `h_in`, in (0, 1]; `damping_of` says how."""
+    damping_of: str = "mean"
+    """What `damping` is a share of: the `mean` of the diagonal, its `median`, or each `channel`'s own entry
+    (`linalg.damping_unit`)."""
+    order: str = "score"
+    """Which vector is rounded first: the one with the most sensitive channels, or the one that its rate is to do most harm."""
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
@@ -36,7 +43,9 @@ class Hessian:
     shift: ClassVar[TargetShift | None] = None
 
     def __post_init__(self) -> None:
-        check_damping("damping", self.damping)
+        check_damping("damping", self.damping, self.damping_of)
+        if self.order not in ("score", "damage"):
+            raise UserError(f"compensation.order must be score or damage, got {self.order!r}")
 
     def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
         """Return how the codes of a vector are chosen for its target; `metric` is on the weight's device."""
@@ -53,4 +62,5 @@ class Hessian:
         assert metric is not None, "the pipeline checks needs_metric"
         metric = metric.to(weight.device)
         choose = self.choice(metric, slices[0].channel_slice.site, flags)
-        return ldlq(weight, metric, slices, score, self.damping, flags, choose)
+        priority = score if self.order == "score" else expected_damage(score, slices)
+        return ldlq(weight, metric, slices, priority, self.damping, self.damping_of, flags, choose)

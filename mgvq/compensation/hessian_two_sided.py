@@ -25,15 +25,15 @@ class HessianTwoSided(Hessian):
     does not move its nearest code, so that the metric of a vector is that of `Hessian`, and an `h_out` of the identity gives the
     codes of `Hessian`.
 
-    Within a vector the row with the largest diagonal of `h_out` is rounded first, equal ones in their order. Feedback in both
-    directions fits the metric more closely than in one, and its noise as well: it wants more damping than `Hessian`.
+    Within a vector the row with the largest diagonal of `h_out` is rounded first, equal ones in their order. More is fed back
+    than in one direction, so that targets leave the range of a small codebook sooner: it wants more damping than `Hessian`.
 
     Flags: those of `Hessian`, and `output_damping:<site>:<share>` where `h_out` needed more. Raises UserError for a metric
     without an output factor or with several input factors.
     """
 
     output_damping: float
-    """The share of the mean diagonal of `h_out` that is added to it, in (0, 1]."""
+    """The share of its diagonal that is added to `h_out`, in (0, 1], by `damping_of` as well."""
     needs_output_metric: ClassVar[bool] = True
     corrects_rows: ClassVar[bool] = True
 
@@ -47,16 +47,16 @@ class HessianTwoSided(Hessian):
                 "compensation=hessian_two_sided corrects errors from row to row, but this curvature has not one input and "
                 "one output factor a layer: choose curvature=kronecker, or compensation=hessian"
             )
-        mix, damping = _row_feedback(metric.h_out, self.output_damping)
+        mix, damping = _row_feedback(metric.h_out, self.output_damping, self.damping_of)
         if damping > self.output_damping:
             flags.append(f"output_damping:{site.name}:{damping:g}")
         return lambda encode, target, weight: _settle(encode, target, mix)
 
 
-def _row_feedback(h_out: Float[Tensor, "out out"], damping: float) -> tuple[Float[Tensor, "out out"], float]:
+def _row_feedback(h_out: Float[Tensor, "out out"], damping: float, of: str) -> tuple[Float[Tensor, "out out"], float]:
     """Return `M - 1` of `h_out = M diag(s) M^T`, rows and columns in the order of the weight's rows, and the damping."""
     order = h_out.diagonal().argsort(descending=True, stable=True).flip(0)  # the row that is rounded first comes last
-    factors = block_ldl(h_out, order[:, None], damping)
+    factors = block_ldl(h_out, order[:, None], damping, of)
     mix = torch.empty_like(factors.lower)
     mix[order[:, None], order] = factors.lower.tril(-1)
     return mix, factors.damping

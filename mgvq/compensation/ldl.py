@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+
+from mgvq.linalg import damping_unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,15 +18,15 @@ class BlockLDL:
     root: Float[Tensor, "blocks d d"]
     """The blocks of D are `root[b]^T root[b]`. The column of a slot that pads a short block is zero: its error costs nothing."""
     damping: float
-    """The damping that was needed, as a share of the mean diagonal."""
+    """The damping that was needed, as a share."""
 
 
-def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float) -> BlockLDL:
+def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float, of: str = "mean") -> BlockLDL:
     """Factor the damped `hessian` with its channels in the order of `slots`, where -1 marks padding.
 
-    `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times the mean diagonal is
-    added to the diagonal, ten times more after every failure. Raises ValueError where even the mean diagonal itself does not
-    help: H is not finite.
+    `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times `linalg.damping_unit`
+    is added to the diagonal, ten times more after every failure. Raises ValueError where even the unit itself does not help: H is
+    not finite.
     """
     blocks, length = slots.shape
     order = slots.flatten()
@@ -33,10 +35,12 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     permuted = hessian[chosen[:, None], chosen].double()
     permuted[~real] = 0
     permuted[:, ~real] = 0
+    unit = torch.zeros_like(permuted.diagonal())
+    unit[real] = damping_unit(permuted.diagonal()[real], of)
     mean = permuted.diagonal()[real].mean().clamp(min=1e-30)
     permuted /= mean
     permuted.diagonal()[~real] = 1.0
-    factor, damping = _cholesky(permuted, real, damping)
+    factor, damping = _cholesky(permuted, unit / mean, damping)
     tiles = factor.view(blocks, length, blocks, length)
     at = torch.arange(blocks)
     diagonal = tiles[at, :, at]
@@ -46,14 +50,14 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     return BlockLDL(lower.float(), root.float(), damping)
 
 
-def _cholesky(matrix: Float[Tensor, "n n"], real: Bool[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
+def _cholesky(matrix: Float[Tensor, "n n"], unit: Float[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
     while damping <= 1:
         damped = matrix.clone()
-        damped.diagonal().add_(damping * real.double())
+        damped.diagonal().add_(damping * unit)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed and torch.isfinite(factor.diagonal()).all():  # what is not finite reaches the diagonal of its row
             return factor, damping
         damping *= 10
     raise ValueError(
-        "the Hessian has no Cholesky factor even when its mean diagonal is added: it is not finite or far from positive"
+        "the Hessian has no Cholesky factor even when its diagonal is doubled: it is not finite or far from positive"
     )

@@ -24,6 +24,7 @@ def ldlq(
     slices: Sequence[FittedSlice],
     score: Float[Tensor, "in"],
     damping: float,
+    damping_of: str,
     flags: list[str],
     choose: Choose,
 ) -> Sequence[Tensor]:
@@ -41,7 +42,7 @@ def ldlq(
     length = max(fitted.codebook.vector_length for fitted in slices)
     slots = torch.stack([_slots(slices[p], v, length) for p, v in order]).to(weight.device)
     runs = metric.row_runs(len(weight))
-    factors = [block_ldl(h_in, slots, damping) for _, h_in in runs]
+    factors = [block_ldl(h_in, slots, damping, damping_of) for _, h_in in runs]
     if (most := max(f.damping for f in factors)) > damping:
         flags.append(f"damping:{name}:{most:g}")
     ordered = weight.float()[:, slots.flatten().clamp(min=0)] * (slots.flatten() >= 0)
@@ -52,6 +53,14 @@ def ldlq(
         torch.stack([torch.cat([part[p, v] for part in codes]) for v in range(_num_vectors(fitted))], 1)
         for p, fitted in enumerate(slices)
     ]
+
+
+def expected_damage(score: Float[Tensor, "in"], slices: Sequence[FittedSlice]) -> Float[Tensor, "in"]:
+    """The score of every channel times the distortion of its slice's rate: what it is to cost to round the channel."""
+    damage = score.cpu().double()
+    for fitted in slices:
+        damage[fitted.channel_slice.columns.cpu().long()] *= fitted.distortion
+    return damage
 
 
 def _num_vectors(fitted: FittedSlice) -> int:

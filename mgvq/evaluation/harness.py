@@ -43,7 +43,7 @@ class InProcessModel(lmms):
         """Keep the model: the base class strips every module off the wrapper after a run."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Greedy unless the task asks otherwise."""
+        """Answer greedily unless the task asks otherwise."""
         settings: dict[str, Any] = requests[0].args[1]  # type: ignore[misc]
         questions = _Questions(self.task_dict, requests)
         known = {k: settings[k] for k in _GENERATION_KEYS if k in settings}

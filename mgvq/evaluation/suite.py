@@ -1,7 +1,9 @@
 """The benchmarks of the papers through lmms-eval, by its own task names, with what chance and unreadable answers add to them."""
 
 import hashlib
+import io
 import json
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
+from PIL import Image
 from transformers import PreTrainedModel
 
-from mgvq.checks import whole_number
+from mgvq.checks import short_words, whole_number
 from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
 from mgvq.evaluation.means import missing_flags, num_broken
@@ -21,6 +24,8 @@ from mgvq.types import EvalResult
 if TYPE_CHECKING:
     from mgvq.evaluation.tasks.benchmark import BenchmarkTask
     from mgvq.model.generate import Reply
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +56,15 @@ class Suite:
         whole_number("evaluation.batch_size", self.batch_size, least=1)
 
     def check(self) -> None:
-        """Open every dataset, and read its first row as it will be asked and scored. Raises UserError for all that fail."""
+        """Open every dataset, and read each question as it will be asked and scored, its image as far as its size.
+
+        Raises UserError for all datasets that fail. A question whose image cannot be read costs no more than itself, and is told.
+        """
         problems = {}
         for name in self.tasks:
             try:
                 task = self._load(name)
-                next(_rows(name, task))
+                _check_rows(name, task)
                 task.doc_to_visual(task.task_docs[0])
             except Exception as error:  # whatever the libraries raise on a folder that is no such dataset
                 problems[name] = f"\n  {name} reads {_place(name)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -106,6 +114,33 @@ class Suite:
         raise_at_once()
         data = Path(self.data).absolute() if self.data else None
         return BenchmarkTask(name, self.max_new_tokens[name], data, self.limit, self.seed)
+
+
+def _check_rows(name: str, task: "BenchmarkTask") -> None:
+    """Raises ValueError, with its row, for a question that would end the evaluation: one without a text, or without an image."""
+    unreadable: dict[int, str] = {}
+    rows = zip(task.rows(), _rows(name, task), strict=True)
+    for number in task.numbers:
+        try:
+            (doc, raw), (row, _, _) = next(rows)
+            if not (row["question"] or "").strip() or not task.doc_to_text(doc):
+                raise ValueError("its question is empty")
+            images = list(_images(raw))
+            if not images:
+                raise ValueError("it has no image")
+        except Exception as error:
+            raise ValueError(f"row {number}: {short_words(error)}") from error
+        for image in images:
+            try:
+                Image.open(io.BytesIO(image)).close()  # its head, which has the size
+            except Exception as error:  # whatever Pillow raises
+                unreadable[number] = short_words(error)
+    if unreadable:
+        first = next(iter(unreadable))
+        log.warning(
+            "%s: %d of %d questions will count as not answered, since their images cannot be read; the first is row %d: %s",
+            name, len(unreadable), len(task.numbers), first, unreadable[first],
+        )  # fmt: skip
 
 
 def _place(name: str) -> str:

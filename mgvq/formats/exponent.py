@@ -9,10 +9,12 @@ from torch import Tensor
 
 from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.grid import GridWeight
+from mgvq.formats.lattice import LatticeWeight
 from mgvq.formats.scalar import ScalarWeight
+from mgvq.formats.trellis import TrellisWeight
 from mgvq.formats.vector import VectorWeight
 
-PlainWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight
+PlainWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight | TrellisWeight | LatticeWeight
 PLAIN_FORMATS = {f.format: f for f in get_args(PlainWeight)}
 
 

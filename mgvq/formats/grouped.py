@@ -33,10 +33,14 @@ class GroupedWeight:
     def shape(self) -> tuple[int, int]:
         return self.slices[0].shape[0], self.num_in
 
+    def channel_groups(self) -> Int[Tensor, "in"]:
+        """The group of every input channel."""
+        return unpack(self.groups, index_width(len(self.slices)), self.num_in)
+
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
         parts = [channel_slice.decode() for channel_slice in self.slices]
-        group = unpack(self.groups, index_width(len(parts)), self.num_in).to(parts[0].device)
+        group = self.channel_groups().to(parts[0].device)
         weight = parts[0].new_empty(self.shape)
         for g, part in enumerate(parts):
             weight[:, group == g] = part

@@ -48,7 +48,7 @@ def main() -> None:
         sys.exit(str(error))
     print(terms((file.parent / "GEMMA_TERMS.html").read_text()))
     print(
-        "\nGemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, of which the text\n"
+        "\nGemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, of which the text "
         f"above is a copy that came with the package. Whoever goes on uses it under these terms.\n{file}"
     )
 

@@ -31,7 +31,7 @@ class Gguf(Source):
 
     @property
     def on_hub(self) -> bool:
-        """It is a file."""
+        """False: the source is a file here."""
         return False
 
     def identity(self) -> str:
@@ -75,7 +75,7 @@ class Gguf(Source):
 def unpacked(folder: Path, write: Any) -> Path:
     """The folder, which `write(FOLDER)` fills where it is not there yet: whole, or not at all, and by one process of several."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
+    with folder.with_suffix(".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             temporary = folder.with_suffix(".tmp")
@@ -104,10 +104,10 @@ def unpack(file: Path, folder: Path) -> None:
     )
     with told_as(f"model.path={file} cannot be read as a language model", advice):
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        read: Any = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **where
         )
-        model, info = read
+        model, info = loading
         _begin(tokenizer, file)
     check_complete(file, info)
     del model.config.__dict__["quantization_config"]  # of the file; the weights are decoded

@@ -9,8 +9,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 
+_PLAIN = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _SHOWN = 3  # names in a message; the rest are counted
 
 
@@ -34,6 +36,21 @@ def check_complete(path: object, info: Mapping[str, Any]) -> None:
             "would be random numbers. Get the files again, or correct config.json; a model that is quantised already cannot be a "
             "source."
         )
+
+
+def check_stored(path: object, folder: Path) -> None:
+    """Raises UserError for weights that are stored in other numbers than plain floating-point ones; reads heads of files alone.
+
+    transformers would take their codes (of 8 bits, say) for the weights themselves, without their scales.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        with told_as(f"{file} is damaged", "Get the file again, from where it came."), safe_open(file, "pt") as stored:
+            kinds = {name: stored.get_slice(name).get_dtype() for name in stored.keys()}  # noqa: SIM118 (no dictionary)
+        if odd := sorted(name for name, kind in kinds.items() if name.endswith(("weight", "bias")) and kind not in _PLAIN):
+            raise UserError(
+                f"{file}: {len(odd)} tensors are stored as {kinds[odd[0]]} ({_some(odd)}), so that {path} is quantised already, "
+                "and no source. Take the model that it was made of, in float32, bfloat16 or float16."
+            )
 
 
 def check_finite(model: PreTrainedModel, path: object, folder: Path) -> None:

@@ -83,7 +83,7 @@ def convert(original: Path, native: Path, out: Path) -> None:
         places |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True))
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
     config.save_pretrained(out)
     # The end of a turn, where the language model's own config names the end of a text.
     ends = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")

@@ -14,7 +14,7 @@ from mgvq.errors import UserError
 from mgvq.model.classes import model_class
 from mgvq.model.family import Family, declare
 from mgvq.model.files import missing_files, read_json, reading_folder
-from mgvq.model.health import check_complete, check_finite
+from mgvq.model.health import check_complete, check_finite, check_stored
 from mgvq.model.probe import check_predictions, probe
 from mgvq.model.processor import adjust, check_processor, load_processor
 from mgvq.model.source import Source
@@ -50,6 +50,7 @@ def describe(source: Source) -> Described:
     if missing and not (missing == ["model.safetensors"] and any(folder.glob("*.bin"))):
         raise UserError(f"{source.path} is incomplete: {', '.join(missing[:3])} missing. Get the files again.")
     _check_unquantised(source, read_json(folder / "config.json"))
+    check_stored(source.path, folder)
     check_code(source)
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
     with reading_folder(source.path, folder):

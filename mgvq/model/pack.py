@@ -30,6 +30,7 @@ class PackedBatch:
 
     inputs: dict[str, Tensor]  # what a forward pass takes, with a mask that keeps the questions apart
     loss_mask: Bool[Tensor, "b s"]  # the answer tokens
+    valid_mask: Bool[Tensor, "b s"]  # the tokens that are no padding
     sample_ids: tuple[str, ...]  # row by row
     sizes: tuple[int, ...]  # the answer tokens of each sample, in the order of `loss_mask`
 
@@ -37,7 +38,7 @@ class PackedBatch:
         """The batch on `device`, its mask in the model's `dtype`."""
         inputs = {k: v.to(device) for k, v in self.inputs.items()}
         inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
-        return PackedBatch(inputs, self.loss_mask.to(device), self.sample_ids, self.sizes)
+        return PackedBatch(inputs, self.loss_mask.to(device), self.valid_mask.to(device), self.sample_ids, self.sizes)
 
 
 def can_pack(model: PreTrainedModel) -> bool:
@@ -91,6 +92,7 @@ def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:
     return PackedBatch(
         {**images, "input_ids": ids, "attention_mask": mask, "position_ids": positions},
         loss_mask,
+        owner >= 0,
         tuple(e.sample_id for row in rows for e in row),
         tuple(num_answer for row in segments for _, num_answer in row),
     )

@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
 from mgvq.model.classes import is_text_only
 from mgvq.model.encode import Example, encode
-from mgvq.model.health import first_non_finite
+from mgvq.model.health import first_non_finite, is_finite
 from mgvq.model.text import Passage, encode_text
 from mgvq.types import Batch
 
@@ -31,7 +32,11 @@ def check_predictions(model: PreTrainedModel, processor: Any, path: str) -> None
     So it does where its logits are not finite, with the layer where that begins: floating-point numbers of 16 bits overflow
     there.
     """
-    yes, no = (probe(model, processor, answer) for answer in ("yes", "no"))
+    advice = "Correct its processor_config.json, or set model.processor.NAME=VALUE."
+    with told_as(f"{path}: its processor can do nothing with a grey image of 64 x 64 pixels", advice):
+        yes, no = (probe(model, processor, answer) for answer in ("yes", "no"))
+    if bad := sorted(name for name, tensor in yes.inputs.items() if not is_finite(tensor)):
+        raise UserError(f"{path}: its processor makes {', '.join(bad)} of NaN or infinity of a grey image. {advice}")
     with torch.inference_mode():
         logits = [answer_logits(model, batch)[0] for batch in (yes, no)]
         if not all(torch.isfinite(found).all() for found in logits):

@@ -109,7 +109,7 @@ def find_pairs(model: PreTrainedModel, probe: Batch) -> tuple[list[Pair], Float[
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Its own `weight`, and all parameters of one dimension."""
+    """Whether a module has a `weight` of its own, and all its parameters have one dimension."""
     parameters = dict(module.named_parameters())
     return "weight" in parameters and all(p.ndim == 1 for p in parameters.values())
 

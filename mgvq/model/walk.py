@@ -12,16 +12,22 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name, install, modules_before, restored, rows_of_blocks
-from mgvq.model.hooks import before_forward
+from mgvq.model.hooks import before_forward, outputs_of
 from mgvq.model.pack import PackedBatch
 from mgvq.model.sites import linear
 from mgvq.types import Batch, Site
 
 AnyBatch = Batch | PackedBatch
-Prefix = Literal["full_precision", "quantized"]
+PrefixName = Literal["full_precision", "quantized"]
+
+
+def on_device(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:
+    """The batch where the model is, with a packed one's mask in the model's dtype."""
+    return batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class BlockWalk:
         self._static = self._static_modules(sites)
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
-        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(Prefix)}
+        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
+        self._visited: list[str] = []
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if not self.batches:
@@ -92,12 +99,13 @@ class BlockWalk:
 
     def unsettle(self) -> None:
         """The weights of all blocks may change again, and the walk begins anew with the first block."""
+        self._visited = []
         for kept in self._kept.values():
             kept.settled = list(self._static)
             kept.outputs = {key: outputs for key, outputs in kept.outputs.items() if key[1] in self._static}
 
     @contextmanager
-    def passing(self, number: int, prefix: Prefix = "quantized") -> Iterator[AnyBatch]:
+    def passing(self, number: int, prefix: PrefixName = "quantized") -> Iterator[AnyBatch]:
         """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
         kept = self._kept[prefix]
         modules = {name: self.model.get_submodule(name) for name in kept.settled}
@@ -112,12 +120,16 @@ class BlockWalk:
     def visit(self, block: Block, full_precision: Mapping[Site, Tensor]) -> "Visit":
         """The block as it is called after the blocks before it, at full precision and as they are now.
 
-        Every block is visited once, in order, until `unsettle`; `full_precision` holds the weights of its own layers.
+        Every block is visited once, in order, until `unsettle`, and run at full precision (`Visit.run`, `Visit.settle`) before
+        the next one is; `full_precision` holds the weights of its own layers.
         """
+        if left := [name for name in self._visited if name not in self._kept["full_precision"].settled]:
+            raise AssertionError(f"{left} were visited and not run at full precision")
+        self._visited.append(block_name(block))
         return Visit(self, block, full_precision)
 
     @torch.inference_mode()
-    def calls(self, block: Block, prefix: Prefix) -> list[Call]:
+    def calls(self, block: Block, prefix: PrefixName) -> list[Call]:
         """Every call of the block in passes over all batches, which end where the next block of its tower begins."""
         calls: list[Call] = []
         number = 0
@@ -143,45 +155,73 @@ class Visit:
     def __init__(self, walk: BlockWalk, block: Block, full_precision: Mapping[Site, Tensor]) -> None:
         self._walk, self.name = walk, block_name(block)
         self.module = walk.model.get_submodule(self.name)
-        self.calls: dict[Prefix, list[Call]] = {
+        self.calls: dict[PrefixName, list[Call]] = {
             "full_precision": walk.calls(block, "full_precision"),
             "quantized": walk.calls(block, "quantized"),
         }
         self._full_precision = full_precision
-        self._settle_full_precision()
 
-    def _settle_full_precision(self) -> None:
-        kept, row = self._walk._kept["full_precision"], self._walk._row[self.name]
+    def settle(self) -> None:
+        """Keeps what the block puts out at full precision, from where the walk goes on; the first such `run` has done so."""
+        if self.name not in self._walk._kept["full_precision"].settled:
+            for _ in self.run("full_precision"):
+                pass
+
+    def run(
+        self, prefix: PrefixName, watch: Sequence[str] = (), *, graph: bool = False, whole: bool = True
+    ) -> Iterator[BlockPass]:
+        """The block's passes, call by call: at full precision with its own weights, else with those that the model has now.
+
+        `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
+        output. Without `whole` a pass ends where it has come to all of `watch`, and has no output.
+        """
+        passes = self._run(prefix, self.calls[prefix], watch, graph, whole)
+        kept, row = self._walk._kept[prefix], self._walk._row[self.name]
+        if prefix == "quantized" or self.name in kept.settled or not whole:
+            yield from passes
+            return
         outputs: dict[int, list[Any]] = {}
-        for one in self.run("full_precision"):
+        for one in passes:
             outputs.setdefault(one.call.number, []).append(one.returned)
+            yield one
         for number, calls in outputs.items():
             _keep(kept, row, number, self.name, calls)
         kept.settled.append(self.name)
 
-    def run(self, prefix: Prefix, watch: Sequence[str] = (), *, graph: bool = False) -> Iterator[BlockPass]:
-        """The block's passes, call by call: at full precision with its own weights, else with those that the model has now.
+    def first(self, prefix: PrefixName, watch: Sequence[str] = ()) -> Iterator[BlockPass]:
+        """The pass of the first call alone; nothing where there is no call."""
+        return self._run(prefix, self.calls[prefix][:1], watch, False, True)
 
-        `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
-        output.
-        """
+    def outputs(self, prefix: PrefixName, names: Sequence[str]) -> dict[str, Tensor]:
+        """The outputs of modules inside the block in the pass of its first call."""
+        with outputs_of(self.module, names) as seen:
+            list(self.first(prefix))
+        return seen
+
+    def _run(
+        self, prefix: PrefixName, calls: Sequence[Call], watch: Sequence[str], graph: bool, whole: bool
+    ) -> Iterator[BlockPass]:
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
             def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                seen[name] = args[0] if args else kwargs["hidden_states"]
+                if args or "hidden_states" in kwargs:
+                    seen[name] = args[0] if args else kwargs["hidden_states"]
+                if not whole and len(seen) == len(watch):
+                    raise _Stop
 
             return hook
 
         with before_forward(self.module, {name: note(name) for name in watch}), self._weights_of(prefix):
-            for call in self.calls[prefix]:
+            for call in calls:
                 seen.clear()
-                with torch.enable_grad() if graph else torch.inference_mode():
+                returned = None
+                with torch.enable_grad() if graph else torch.inference_mode(), suppress(_Stop):
                     returned = self.module(*call.args, **call.kwargs)
                 yield BlockPass(call, dict(seen), returned)
 
     @contextmanager
-    def _weights_of(self, prefix: Prefix) -> Iterator[None]:
+    def _weights_of(self, prefix: PrefixName) -> Iterator[None]:
         if prefix == "quantized":
             yield
             return

@@ -1,5 +1,6 @@
 """Rounding block by block, towards targets that a gradient has moved; how far is chosen on held-out samples."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +9,10 @@ import pandas as pd
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.compensation.direction import without_own_error
 from mgvq.errors import UserError
 from mgvq.model.blocks import Block, by_block, install, restored
-from mgvq.model.sites import linear
+from mgvq.model.sites import linear, site_weights
 from mgvq.model.walk import AnyBatch
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
@@ -46,17 +48,17 @@ def blockwise_rounding(
     since its gradient is rounding noise.
 
     Steps are tried from the smallest up, until one is worse than the one before it. From the second sweep on all blocks are
-    quantised, and the gradient holds the errors of the block itself and of those behind it too: the target that the block was
-    rounded to is moved once more, and the result has to beat the one that is there.
+    quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which rounding
+    makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is there.
 
     Codebooks are fitted to the moved targets. `model` has its own weights again in the end. The table has a row for every sweep,
     block and step that was tried: the gradient's norm, the change of the loss that it predicts to first order, the loss on the
     held-out samples before the block was rounded (NaN in the first sweep) and after. Flag `no_step`: all steps that were chosen
-    are 0. Raises UserError for a gradient that is zero.
+    are 0. Raises UserError for a gradient that is zero, and for a block that no step leaves with a finite loss.
     """
     blocks = list(by_block(sites))
     teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
-    with restored(model, {site: cache.problems[site].weight for site in sites}):
+    with restored(model, {site: weight.clone() for site, weight in site_weights(model, sites).items()}):
         loop = _Loop(model, bank, shift, teacher, cache, rates, rounder)
         for sweep in range(shift.sweeps):
             teacher.unsettle()
@@ -116,8 +118,13 @@ class _Loop:
         before = self.teacher.heldout_loss() if sweep else float("nan")
         present = {site: linear(self.model, site).weight.detach().clone() for site in block}
         trials = list(self._trials(block, gradient, present, steps, before))
-        best = min(trials, key=lambda trial: trial.loss)
-        improves = not best.loss >= before  # before is NaN in the first sweep, when anything will do
+        best = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
+        improves = math.isfinite(best.loss) and not best.loss >= before  # before is NaN in the first sweep: anything will do
+        if not improves and not math.isfinite(before):
+            raise UserError(
+                f"{name} and its block: the loss on the held-out samples is not finite, whatever step is taken. The model's "
+                "answers leave the range of its dtype: set model.dtype=float32; or compensation=hessian, which asks for no loss."
+            )
         if improves:
             self.chosen[name] = best
             self.targets |= best.targets
@@ -149,7 +156,7 @@ class _Loop:
         """Step after step, until one is worse than the one before it: larger ones would be worse still."""
         last = before
         for step in steps:
-            targets = {site: self._target(site, gradient[site], step) for site in block}
+            targets = {site: self._target(site, gradient[site], present[site], step) for site in block}
             flags: list[str] = []
             cache, name = (self.cache.with_targets(targets), "shifted") if step else (self.cache, "feedback")
             rounded = self.rounder.round(cache, self.rates, block, flags, name)
@@ -160,10 +167,15 @@ class _Loop:
             yield _Trial(step, targets, rounded, flags, loss, first_order)
             if loss > last:
                 return
-            last = loss
+            if math.isfinite(loss):
+                last = loss
 
-    def _target(self, site: Site, gradient: Tensor, step: float) -> Tensor:
+    def _target(self, site: Site, gradient: Tensor, present: Tensor, step: float) -> Tensor:
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
-        target = self.targets.get(site, problem.target)
-        return self.shift.target(target, problem.metric, gradient.to(target.device), step)
+        target, turn = problem.target, problem.transform.weight if problem.transform else lambda own: own
+        gradient = turn(gradient.to(target.device))
+        if site in self.targets:  # an earlier sweep has rounded it, with an error that the gradient knows
+            target = self.targets[site]
+            gradient = without_own_error(gradient, problem.metric, turn(present) - target)
+        return self.shift.target(target, problem.metric, gradient, step)

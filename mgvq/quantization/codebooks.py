@@ -36,14 +36,17 @@ class CodebookCache:
         return self._fitted[number, rate.name]
 
     def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]]) -> "CodebookCache":
-        """The same layers with other targets for some of them; codebooks are fitted to these.
+        """The same layers with other targets for some of them; see `with_problems`."""
+        return self.with_problems({s: replace(self.problems[s], target=target) for s, target in targets.items()})
+
+    def with_problems(self, problems: Mapping[Site, LayerProblem]) -> "CodebookCache":
+        """Other problems for some of the layers; codebooks are fitted to their targets.
 
         A table group in which other layers have slices too keeps the codebooks that it has here.
         """
-        problems = {s: replace(self.problems[s], target=target) for s, target in targets.items()}
         moved = CodebookCache(self.table_groups, self.codebook, {**self.problems, **problems})
         for number, table_group in enumerate(self.table_groups):
-            if any(channel_slice.site not in targets for channel_slice in table_group.slices):
+            if any(channel_slice.site not in problems for channel_slice in table_group.slices):
                 moved._borrowed[number] = self._borrowed.get(number, self)
         return moved
 
@@ -72,13 +75,13 @@ class CodebookCache:
 def rate_table(cache: CodebookCache, distortion: Literal["measured", "gaussian"] | None) -> RateTable:
     """The stored bits of every table group at every rate, exact; and the loss as `distortion` predicts it, 0 where it is None.
 
-    `gaussian`: `2^(-2 bits)`, the distortion-rate function of a Gaussian source. `measured`: of the fitted codebooks.
+    `gaussian`: what the codebook says of itself on a Gaussian source (`Codebook.distortion`). `measured`: of fitted codebooks.
     """
     groups, rates = cache.table_groups, sorted(cache.codebook.rates(), key=lambda r: r.index_bits)
     bits = torch.tensor([[cache.codebook.storage_bits(g.slices, r) for r in rates] for g in groups], dtype=torch.int64)
     loss = torch.zeros(bits.shape, dtype=torch.float64)
     if distortion == "gaussian":
-        loss = torch.tensor([[g.info.score * 4.0**-r.index_bits for r in rates] for g in groups], dtype=torch.float64)
+        loss = torch.tensor([[g.info.score * cache.codebook.distortion(r) for r in rates] for g in groups], dtype=torch.float64)
     elif distortion == "measured":
         for g, table_group in enumerate(groups):
             scores = [cache.problems[s.site].score[s.columns].double() for s in table_group.slices]

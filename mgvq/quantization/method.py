@@ -3,13 +3,24 @@
 from dataclasses import dataclass
 
 from mgvq.errors import UserError
-from mgvq.protocols import Allocation, Codebook, Compensation, Curvature, Grouping, Refit, Sensitivity, TargetShift
+from mgvq.protocols import (
+    Allocation,
+    Codebook,
+    Compensation,
+    Curvature,
+    Grouping,
+    Prefix,
+    Refit,
+    Sensitivity,
+    TargetShift,
+    Transform,
+)
 from mgvq.types import Needs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One variant of each stage: together a quantisation method.
+    """One variant of each stage, and the outliers: together a quantisation method.
 
     Raises UserError for stages that lack what they need of each other, or that none of the others looks at.
     """
@@ -21,6 +32,10 @@ class Method:
     codebook: Codebook
     compensation: Compensation
     refit: Refit | None = None
+    transform: Transform | None = None
+    prefix: Prefix | None = None
+    outliers: int = 0
+    """How many weights of each layer are stored exactly."""
 
     def __post_init__(self) -> None:
         self._check_metric()
@@ -28,6 +43,11 @@ class Method:
             raise UserError(
                 "this compensation corrects errors from row to row, but a vector of this codebook takes several rows at once: "
                 "choose codebook=kmeans, or compensation=hessian."
+            )
+        if self.prefix is not None and self.shift is not None:
+            raise UserError(
+                "prefix=quantized and a compensation that moves its targets by a gradient both decide in which order layers are "
+                "rounded and towards what: choose prefix=none, or a compensation such as hessian."
             )
         if self.refit is not None and not self.codebook.can_be_refitted:
             raise UserError(
@@ -42,6 +62,7 @@ class Method:
                 ("codebook", self.codebook.needs_importance),
                 ("compensation", self.compensation.needs_metric),
                 ("refit", self.refit is not None),
+                ("prefix", self.prefix is not None),
             )
             if uses
         ]
@@ -65,6 +86,11 @@ class Method:
     def shift(self) -> TargetShift | None:
         """What moves the targets of rounding by a gradient; None where the weights themselves are the targets."""
         return self.compensation.shift
+
+    @property
+    def is_blockwise(self) -> bool:
+        """Whether layers are rounded behind those that are quantised before them, for which the model runs on samples."""
+        return self.shift is not None or self.prefix is not None
 
     @property
     def uses_score(self) -> bool:

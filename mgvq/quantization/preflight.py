@@ -6,9 +6,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.formats.grouped import pack_groups
+from mgvq.formats.outliers import Outliers
+from mgvq.protocols import LayerTransform
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
+from mgvq.quantization.storage import group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.types import LayerProblem, Site
 
@@ -27,19 +29,25 @@ def predicted_bits(
         return None
     scores = scores or {site: torch.ones(site.in_features) for site in sites}
     groups = method.grouping(scores, {})
-    ids = sum({s.reads: 8 * pack_groups(group).nbytes for s, group in groups.items() if group.max() > 0}.values())
-    problems = {site: _without_weights(site, scores[site], groups[site]) for site in sites}
+    transform, transforms = method.transform, {}
+    if transform:
+        transforms = transform(sites, groups if transform.within == "group" else None)
+    problems = {site: _without_weights(site, scores[site], groups[site], transforms.get(site)) for site in sites}
+    beside = held_bits(held_by(problems, group_ids(problems)))
+    beside += sum(Outliers.storage_bits((s.out_features, s.in_features), min(method.outliers, s.num_weights)) for s in sites)
     table_groups = cut_table_groups(problems, method.codebook)
     modelled = "gaussian" if method.allocation.distortion else None  # nothing is fitted here
     table = rate_table(CodebookCache(table_groups, method.codebook, problems), modelled)
     num_weights = sum(s.num_weights for s in sites)
-    chosen = method.allocation(table, int(bits_per_weight * num_weights) - ids)
-    return (ids + int(table.bits[torch.arange(len(table_groups)), chosen].sum())) / num_weights
+    chosen = method.allocation(table, int(bits_per_weight * num_weights) - beside)
+    return (beside + int(table.bits[torch.arange(len(table_groups)), chosen].sum())) / num_weights
 
 
-def _without_weights(site: Site, score: Float[Tensor, "in"], groups: Int[Tensor, "in"]) -> LayerProblem:
+def _without_weights(
+    site: Site, score: Float[Tensor, "in"], groups: Int[Tensor, "in"], transform: LayerTransform | None
+) -> LayerProblem:
     shape = torch.zeros(()).expand(site.out_features, site.in_features)  # takes no memory
-    return LayerProblem(site=site, weight=shape, target=shape, metric=None, score=score, groups=groups)
+    return LayerProblem(site=site, weight=shape, target=shape, metric=None, score=score, groups=groups, transform=transform)
 
 
 def unused_budget(stored_bits: int, budget_bits: int) -> list[str]:

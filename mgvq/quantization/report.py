@@ -27,13 +27,15 @@ class QuantReport:
 
 
 def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.DataFrame:
-    """The relative squared error of each layer's weight, and its proxy error in the end (NaN without a metric)."""
+    """Stored bits, relative squared error, proxy error in the end (NaN without a metric) and the limit of each layer."""
     rows = []
     for site, problem in problems.items():
-        weight = problem.weight.float()
+        weight = problem.in_own_basis(problem.weight.float())
         relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
-        rows.append({**_place(site), "num_weights": site.num_weights, "relative_error": relative.item(), "proxy_error": proxy})
+        limit = rounded.limits[site]
+        errors = {"relative_error": relative.item(), "proxy_error": proxy, "limit": limit.limit, "times_limit": limit.times}
+        rows.append({**_place(site), "num_weights": site.num_weights, "bits": limit.bits, **errors})
     return pd.DataFrame(rows)
 
 

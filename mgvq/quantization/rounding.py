@@ -8,9 +8,11 @@ from torch import Tensor
 
 from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
+from mgvq.formats.outliers import OutlierWeight
 from mgvq.progress import progress
 from mgvq.protocols import CodedSlice, Compensation, FittedSlice, QuantizedWeight, Refit
 from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.limits import Limit, Limits
 from mgvq.quantization.table_groups import TableGroup
 from mgvq.types import LayerProblem, Rate, Site
 
@@ -20,12 +22,15 @@ class Rounded:
     """Layers after rounding, by site."""
 
     stored: dict[Site, QuantizedWeight] = field(default_factory=dict)
-    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what the stored weights stand for
+    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what they stand for, in the model's own basis
     proxy: dict[Site, dict[str, float]] = field(default_factory=dict)  # the proxy error after each step of `LayerRounder.round`
+    limits: dict[Site, Limit] = field(default_factory=dict)  # how near they come to what no code can do better
 
     def __or__(self, later: "Rounded") -> "Rounded":
         """Both; of layers that both have, what is later."""
-        return Rounded(self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy)
+        return Rounded(
+            self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy, self.limits | later.limits
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ class LayerRounder:
     compensation: Compensation
     refit: Refit | None
     ids: Mapping[str, UInt8[Tensor, "_"]]  # by `Site.reads`: the packed group ids of layers with several channel groups
+    limits: Limits | None = None  # None: nobody asks for them
 
     def round(
         self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
@@ -63,8 +69,12 @@ class LayerRounder:
         for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
             coded, errors = self._round(cache, rates, together, flags, step)
             for site, own in coded.items():
-                rounded.decoded[site] = own.decode(cache.problems[site].target)
-                rounded.stored[site] = self._store(site, own)
+                problem = cache.problems[site]
+                values = own.decode(problem.target)
+                if self.limits is not None:
+                    rounded.limits[site] = self.limits(problem, values)
+                rounded.decoded[site] = problem.in_own_basis(values)
+                rounded.stored[site] = self._store(problem, own)
             rounded.proxy.update(errors)
         return rounded
 
@@ -117,13 +127,16 @@ class LayerRounder:
             for part, codebook in zip(parts, self.refit(parts), strict=True):
                 channel_slice = part.fitted.channel_slice
                 site, columns = channel_slice.site, channel_slice.columns.to(part.target.device).long()
-                moved[site].slices[channel_slice.group] = FittedSlice(channel_slice, codebook)
+                moved[site].slices[channel_slice.group] = replace(part.fitted, codebook=codebook)
                 values[site][:, columns] = codebook.weight(part.codes).decode()
         return moved
 
-    def _store(self, site: Site, coded: _Coded) -> QuantizedWeight:
-        stored = tuple(f.codebook.weight(c) for f, c in zip(coded.slices, coded.codes, strict=True))
-        return stored[0] if site.reads not in self.ids else GroupedWeight(stored, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
+    def _store(self, problem: LayerProblem, coded: _Coded) -> QuantizedWeight:
+        site, slices = problem.site, tuple(f.codebook.weight(c) for f, c in zip(coded.slices, coded.codes, strict=True))
+        stored = slices[0] if site.reads not in self.ids else GroupedWeight(slices, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
+        if problem.transform:
+            stored = problem.transform.wrap(stored)
+        return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
 
 
 def _fitted(
@@ -135,10 +148,11 @@ def _fitted(
         if not any(channel_slice.site in fitted for channel_slice in table_group.slices):
             continue
         codebooks, taken = cache(number, rates[number])
+        distortion = cache.codebook.distortion(rates[number])
         flags += taken
         for channel_slice, codebook in zip(table_group.slices, codebooks, strict=True):
             if channel_slice.site in fitted:
-                fitted[channel_slice.site].append(FittedSlice(channel_slice, codebook))
+                fitted[channel_slice.site].append(FittedSlice(channel_slice, codebook, distortion))
     return {site: sorted(slices, key=lambda f: f.channel_slice.group) for site, slices in fitted.items()}
 
 
@@ -158,7 +172,7 @@ def _note(
     for site, own in coded.items():
         if metric := problems[site].metric:
             weight = problems[site].weight.float()
-            errors[site][step] = metric.loss(own.decode(weight) - weight) / max(metric.loss(weight), 1e-30)
+            errors[site][step] = metric.loss(own.decode(weight) - weight) / max(metric.loss(problems[site].whole()), 1e-30)
 
 
 def _sharing(table_groups: Sequence[TableGroup], sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -12,9 +12,8 @@ from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits, answer_states, logits
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
-from mgvq.model.pack import PackedBatch
 from mgvq.model.passes import forward, right_labels
-from mgvq.model.walk import AnyBatch, BlockWalk
+from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.types import Site
 
 
@@ -50,7 +49,7 @@ class Teacher:
         source: str,
     ) -> None:
         self.model, self.source = model, source
-        self.batches, self.heldout = ([_moved(b, model) for b in part] for part in (batches, heldout))
+        self.batches, self.heldout = ([on_device(b, model) for b in part] for part in (batches, heldout))
         if not self.heldout:
             raise UserError(
                 "the step of the gradient is chosen on held-out samples, and there are none: raise calibration.heldout_images."
@@ -125,7 +124,3 @@ class Teacher:
         found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
         weights = (gradient.square().sum(-1) for gradient in found)
         return {name: (output.detach(), weight) for (name, output), weight in zip(outputs.items(), weights, strict=True)}
-
-
-def _moved(batch: AnyBatch, model: PreTrainedModel) -> AnyBatch:
-    return batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)

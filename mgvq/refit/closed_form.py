@@ -11,7 +11,7 @@ from mgvq.codebook.exponent import FittedExponent
 from mgvq.codebook.tables import FittedTables
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.linalg import row_runs
+from mgvq.linalg import DAMPING_OF, damped, row_runs
 from mgvq.protocols import CodedSlice, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
@@ -24,23 +24,35 @@ _PRECISION = 1e-8  # the size of the gradient, relative to the first one, at whi
 class ClosedForm:
     """Minimises `1/2 sum tr(h_out D h_in D^T)` over the tables of a table group, D the error of each of its layers.
 
-    With the codes given D is linear in the centroids (docs/method.md, eq. (refit)). Conjugate gradients start from the present
-    centroids, in float64, and each step costs two products with the metric. A centroid that no code names stays, and where the
-    metric leaves a choice the present centroids decide. The result is stored as the tables were (fp16, or int8 with its step);
-    unless it is better than they are after that rounding, the slices keep their tables: the objective never rises. Raises
-    UserError for centroids beyond fp16.
+    Both factors are damped, so that directions in which the calibration samples see nothing count too: without that a layer with
+    few massive channels trades the whole of its weights for these (docs/method.md, eq. (refit)).
+
+    With the codes given D is linear in the centroids. Conjugate gradients start from the present centroids, in float64, and each
+    step costs two products with the metric. A centroid that no code names stays, and where the metric leaves a choice the present
+    centroids decide. The result is stored as the tables were (fp16, or int8 with its step); unless it is better than they are
+    after that rounding, in the damped metric, the slices keep their tables: the objective never rises. Raises UserError for
+    centroids beyond fp16.
     """
 
     rounds: int
     """How often the layers are rounded and refitted, 1 or more."""
+    damping: float
+    """The share of their diagonals that is added to both factors, in [0, 1]; `damping_of` says how."""
+    damping_of: str = "mean"
+    """What `damping` is a share of: the `mean` of the diagonal, its `median`, or each `channel`'s own entry
+    (`linalg.damping_unit`)."""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise UserError(f"refit.rounds must be a whole number >= 1, got {self.rounds!r}; refit=none leaves the tables alone.")
+        if not 0 <= self.damping <= 1:
+            raise UserError(f"refit.damping must lie in [0, 1], got {self.damping!r}")
+        if self.damping_of not in DAMPING_OF:
+            raise UserError(f"refit.damping_of must be one of {', '.join(DAMPING_OF)}; got {self.damping_of!r}")
 
     def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedCodebook]:
         old = _tables(slices[0])[0]
-        terms = [_Term(channel_slice) for channel_slice in slices]
+        terms = [_Term(channel_slice, self.damping, self.damping_of) for channel_slice in slices]
         start = centroids(old.table, old.step).double()
 
         def total(parts: Sequence[Tables]) -> Tables:
@@ -81,7 +93,7 @@ def _moved(codebook: FittedCodebook, table: Shaped[Tensor, "t k d"], step: Float
 class _Term:
     """What one layer adds to the objective, as a function of all centroids."""
 
-    def __init__(self, channel_slice: CodedSlice) -> None:
+    def __init__(self, channel_slice: CodedSlice, damping: float, of: str) -> None:
         fitted, self.scale = _tables(channel_slice)
         num_tables, num_centroids, _ = fitted.table.shape
         stages, device = fitted.stages, channel_slice.codes.device
@@ -93,8 +105,8 @@ class _Term:
         )  # the place of every vector's centroids in the tables laid end to end
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
-        self.h_out = None if h_out is None else h_out.to(device).double()
-        self.h_in = [h.to(device).double()[:, self.columns] for h in channel_slice.metric.h_in]
+        self.h_out = None if h_out is None else damped(h_out.to(device), damping, of)
+        self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
 
     def gradient(self, tables: Tables) -> Tables:

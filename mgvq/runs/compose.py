@@ -65,7 +65,7 @@ def _name(group: str, choice: str, target: str | None) -> str:
 def _own_target(group: str, choice: str) -> str | None:
     """The path of the class that a yaml in `conf/` builds; None where there is no such yaml."""
     file = conf_folder() / group / f"{choice}.yaml"
-    return yaml.safe_load(file.read_text()).get("_target_") if file.is_file() else None
+    return yaml.safe_load(file.read_text(encoding="utf-8")).get("_target_") if file.is_file() else None
 
 
 @functools.cache

@@ -62,5 +62,5 @@ def _torch_has(*builds: str) -> bool:
     """Whether the installed torch was built with one of them, as a file of it says."""
     spec = find_spec("torch")
     file = Path(spec.origin).with_name("version.py") if spec and spec.origin else None
-    text = file.read_text() if file and file.is_file() else ""
+    text = file.read_text(encoding="utf-8") if file and file.is_file() else ""
     return any(re.search(rf"^{build}\b.*=\s*['\"]", text, re.MULTILINE) for build in builds)

@@ -11,6 +11,7 @@ from mgvq.model.load import check_code
 from mgvq.model.shape import empty_model, stored_bytes
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
+from mgvq.quantization.embeddings import embedding_storage_bits, embeddings
 from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.method import build_method
@@ -71,7 +72,12 @@ def _counted(cfg: DictConfig, source: Source) -> list[str]:
     if (bits := cfg.budget.bits_per_weight) is not None:
         inside = sum(s.num_weights for s in sites)
         stored = inside * bits / 8 + (total - inside) * size / total
-        lines.append(f"checkpoint  {_number(stored)}B at {bits:g} bits for each weight in scope")
+        at = f"{bits:g} bits for each weight in scope"
+        if cfg.embedding_bits:
+            stored += embedding_storage_bits(model, cfg.embedding_bits) / 8
+            stored -= sum(w.numel() for w in embeddings(model).values()) * size / total
+            at += f", and {cfg.embedding_bits} for those of embedding and head"
+        lines.append(f"checkpoint  {_number(stored)}B at {at}")
     return lines
 
 

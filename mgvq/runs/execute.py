@@ -18,6 +18,7 @@ from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import TENSORS, save
+from mgvq.compiled import set_num_threads
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
@@ -29,6 +30,7 @@ from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
+from mgvq.quantization.embeddings import round_embeddings
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
@@ -56,6 +58,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         task.check()
     drawn = calibration.draw() if calibration else None
     torch.set_num_threads(cfg.threads)
+    set_num_threads(cfg.threads)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -81,7 +84,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, report, made = {}, None, None
+        weights, rounded, report, made = {}, {}, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
@@ -89,7 +92,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-            samples = _samples(loaded, drawn) if drawn and method.shift else None
+            samples = _samples(loaded, drawn) if drawn and method.is_blockwise else None
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
@@ -104,7 +107,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                     folder.write_table(f"{name}.parquet", table)
             weights = report.weights
         if made is None:
-            ledger = save(folder.checkpoint, loaded, sites, weights)
+            rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
+            ledger = save(folder.checkpoint, loaded, sites, weights, rounded)
             if report and ledger.scope_bits() != report.stored_bits:
                 raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
             folder.write_table("ledger.parquet", ledger.frame())
@@ -122,7 +126,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
-            check_same_model(loaded, weights, model, folder.checkpoint)
+            check_same_model(loaded, weights, model, folder.checkpoint, rounded)
         digest = file_digest(folder.checkpoint / TENSORS)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")

@@ -60,6 +60,14 @@ def open_lock(file: Path) -> IO[bytes]:
         raise SharedFault(f"{file.parent} cannot be made ({error.strerror}). {_CLOSED}") from error
 
 
+def check_reachable(folder: Path) -> None:
+    """Raises SharedFault where the folder is not there and cannot be made, or cannot be written; makes nothing."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        why = os.strerror(errno.EACCES if nearest.is_dir() else errno.ENOTDIR)
+        raise SharedFault(f"{folder.absolute()} cannot be written ({nearest}: {why}). {_CLOSED}")
+
+
 def try_lock(lock: IO[bytes], *, wait: bool = False) -> bool:
     """Lock the open file; False where another process has it and `wait` is not set.
 
@@ -87,14 +95,14 @@ def share(file: Path) -> None:
 
 def seal(file: Path, name: Path) -> None:
     """Write the digest of `file`, which is about to get its `name`, beside that."""
-    _seal_of(name).write_text(f"{_digest(file)}\n")
+    _seal_of(name).write_text(f"{_digest(file)}\n", encoding="utf-8")
     share(_seal_of(name))
 
 
 def broken_seal(file: Path) -> str | None:
     """Why the file is not the one that was sealed; None where it is."""
     try:
-        sealed = _seal_of(file).read_text(errors="replace").strip()
+        sealed = _seal_of(file).read_text(errors="replace", encoding="utf-8").strip()
         return None if sealed == _digest(file) else f"has another digest than {_seal_of(file).name} says"
     except FileNotFoundError:
         return f"has no digest beside it ({_seal_of(file).name})"

@@ -18,8 +18,8 @@ from mgvq.runs.digests import data_digest
 # a method in which nothing is random has one run for all seeds.
 NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry")
 # Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
-# Those of a group are declared in its yaml, and a group that came later does not count where it is idle.
-NEUTRAL: Mapping[str, Any] = {}
+# The rules of a group are declared in its yaml, and a group that came later does not count where it is idle.
+NEUTRAL: Mapping[str, Any] = {"outliers": 0, "embedding_bits": None}
 _AS_IT_IS = "as it is"
 
 

@@ -16,14 +16,26 @@ def build_method(cfg: DictConfig) -> Method | None:
     """The method of a run; None for full precision. Raises UserError for stages that lack what they need, or have no effect."""
     if not chosen(cfg, "codebook"):
         return None
-    method = Method(**{stage: build(cfg, stage) for stage in STAGES})
+    method = Method(**{stage: build(cfg, stage) for stage in STAGES}, outliers=cfg.outliers)
     if not method.uses_score and not is_idle(cfg.sensitivity):
         raise UserError(
             "sensitivity has no effect: it neither groups channels (grouping=score), nor gives out bits (an allocation other "
             "than uniform), nor orders a compensation. Leave it out (sensitivity=uniform)."
         )
     _check_calibration(method, cfg)
+    _check_budget(method, cfg)
     return method
+
+
+def _check_budget(method: Method, cfg: DictConfig) -> None:
+    """Refuse a budget that the smallest rate exceeds by its indices alone; `predicted_bits` counts tables, scales and padding."""
+    least = min(method.codebook.rates(), key=lambda rate: rate.index_bits)
+    bits = cfg.budget.bits_per_weight
+    if bits * (1 + cfg.allocation.get("tolerance", 0)) < least.index_bits:
+        raise UserError(
+            f"budget.bits_per_weight={bits:g} is below the smallest rate of this codebook: {least.name} takes "
+            f"{least.index_bits:g} index bits a weight, before tables and scales. Raise the budget."
+        )
 
 
 def _check_calibration(method: Method, cfg: DictConfig) -> None:

@@ -43,10 +43,11 @@ class RunFolder:
         return (self.path / "DONE").is_file()
 
     def metrics(self) -> dict[str, Any]:
-        """Raises UserError for a run that is not finished."""
+        """Raises UserError for a run that is not finished, and where the file is not the one that the run wrote."""
         if not self.is_done():
             raise UserError(f"{self.path} is not finished (no DONE): its numbers are not used. Run its settings again.")
-        return json.loads((self.path / "metrics.json").read_text())
+        self.verify("metrics.json")
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
 
     def verify(self, *names: str) -> None:
         """Compare the run's files with the digests in DONE: all of them, or those that `names` names.

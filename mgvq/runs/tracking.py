@@ -16,11 +16,11 @@ def track(tracker: Tracker, folder: RunFolder) -> None:
     Whatever goes wrong in a tracker ends here, as a warning: the run is finished, and the next call tries again.
     """
     mark = folder.path / MARK
-    if mark.is_file() and tracker.place in mark.read_text().splitlines():
+    if mark.is_file() and tracker.place in mark.read_text(encoding="utf-8").splitlines():
         return
     try:
         tracker(folder.path)
-        with mark.open("a") as file:
+        with mark.open("a", encoding="utf-8") as file:
             file.write(f"{tracker.place}\n")
     except Exception as error:
         retry = "The run is complete; the same command tells it again."

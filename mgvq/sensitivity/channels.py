@@ -44,10 +44,12 @@ class LayerScore(ABC):
         """Return the scores of one layer's channels, in float64 on the weight's device."""
 
 
-def check_damping(damping: float) -> None:
-    """Raises UserError for a damping that could leave a singular matrix as it is."""
+def check_damping(damping: float, of: str = "mean") -> None:
+    """Raises UserError for a damping that could leave a singular matrix as it is, and a word that does not say of what."""
     if not 0 < damping <= 1:
-        raise UserError(f"sensitivity.damping must be > 0 and at most 1 (a share of the mean diagonal), got {damping!r}")
+        raise UserError(f"sensitivity.damping must be > 0 and at most 1 (a share of the diagonal), got {damping!r}")
+    if of not in linalg.DAMPING_OF:
+        raise UserError(f"sensitivity.damping_of must be one of {', '.join(linalg.DAMPING_OF)}; got {of!r}")
 
 
 def as_score(values: Float[Tensor, "in"]) -> Float[Tensor, "in"]:

@@ -31,7 +31,9 @@ class GlobalLocal:
     alpha: float | None
     """The weight of the global side with `scope`: 1 orders as `model_scope` does, 0 is `layer_scope`. None with `split`."""
     damping: float
-    """The damping of `obs`, a share of the mean diagonal in (0, 1]."""
+    """The damping of `obs`, a share of the diagonal in (0, 1]."""
+    damping_of: str = "mean"
+    """What it is a share of, as in `obs`."""
     modality: str
     """`both`, `image` or `text`: the tokens whose statistics count, on both sides."""
     needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
@@ -58,4 +60,4 @@ class GlobalLocal:
         return {s: as_score(g**self.alpha * o ** (1 - self.alpha)) for s, (g, o) in ratios.items()}
 
     def _parts(self) -> tuple[LayerScore, LayerScore]:
-        return ModelScope(modality=self.modality), Obs(modality=self.modality, damping=self.damping)
+        return ModelScope(modality=self.modality), Obs(modality=self.modality, damping=self.damping, damping_of=self.damping_of)

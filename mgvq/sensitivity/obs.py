@@ -20,11 +20,14 @@ class Obs(LayerScore):
     """
 
     damping: float
-    """l as a share of the mean diagonal of A, in (0, 1]."""
+    """l as a share of A's diagonal, in (0, 1]."""
+    damping_of: str = "mean"
+    """What it is a share of: the `mean` of the diagonal, its `median`, or each `channel`'s own entry (`linalg.damping_unit`).
+    With the mean, a massive channel leaves all others the score `l ||W_:c||^2`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_damping(self.damping)
+        check_damping(self.damping, self.damping_of)
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         moment = second_moment(weight, stats, self.modality)
@@ -32,5 +35,5 @@ class Obs(LayerScore):
         output_power = ((wide @ moment) * wide).sum()
         if output_power <= 0:
             return torch.zeros_like(wide[0])
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, self.damping)))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(moment, self.damping, self.damping_of)))
         return column_norms(weight) / inverse.diagonal() / output_power

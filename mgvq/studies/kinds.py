@@ -56,7 +56,7 @@ class Kind:
                 raise UserError(f"{KEY}.kind.{name} of {self.headline} has {', '.join(unknown)}; there are {', '.join(words)}.")
 
     def settings(self) -> dict[str, Any]:
-        """As a record keeps it."""
+        """The fields as a record keeps them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
@@ -90,5 +90,8 @@ def kind_of_metrics(metrics: Mapping[str, Any]) -> Kind:
 @functools.cache
 def _known() -> tuple[Kind, ...]:
     """The kinds of the evaluations in `conf/`."""
-    found = (kind_of_config(yaml.safe_load(file.read_text())) for file in sorted((conf_folder() / "evaluation").glob("*.yaml")))
+    found = (
+        kind_of_config(yaml.safe_load(file.read_text(encoding="utf-8")))
+        for file in sorted((conf_folder() / "evaluation").glob("*.yaml"))
+    )
     return tuple(kind for kind in found if kind)

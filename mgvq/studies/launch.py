@@ -26,7 +26,7 @@ def choose(name: str, jobs: int | None, settings: Path | None) -> Launcher:
     """A launcher with the settings of a yaml file. Raises UserError for bad ones, and where its package is not installed."""
     given = {} if jobs is None else {"jobs": jobs}
     try:
-        read = yaml.safe_load(settings.read_text()) or {} if settings else {}
+        read = yaml.safe_load(settings.read_text(encoding="utf-8")) or {} if settings else {}
         return LAUNCHERS[name](**{**read, **given})
     except (OSError, TypeError, yaml.YAMLError) as error:
         raise UserError(f"{settings} is no file of settings of the launcher {name}: {error}") from error
@@ -105,7 +105,7 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
 
 
 def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:] if log.is_file() else ""
+    return log.read_text(errors="replace", encoding="utf-8")[-2000:] if log.is_file() else ""
 
 
 class _Report:

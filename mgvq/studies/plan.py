@@ -1,6 +1,7 @@
 """From a study to its runs: every configuration composed and checked before the first run starts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import composer
+from mgvq.runs.early import check_values
 from mgvq.runs.identity import run_id
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import Kind, kind_of_config
@@ -57,7 +59,7 @@ def expand(study: Study, *more: str) -> list[PlannedRun]:
 
 
 def _check_primary(study: Study, runs: Sequence[PlannedRun]) -> None:
-    """Pictures have no perplexity, text no accuracy, benchmarks no loss."""
+    """Images have no perplexity, text no accuracy, benchmarks no loss."""
     if study.primary is None:
         return
     metric = study.primary["metric"]
@@ -98,7 +100,7 @@ def _plan(
 
 
 def _quoted(text: str) -> str:
-    """As Hydra's override grammar takes any text."""
+    """The text in the quotes in which Hydra's override grammar takes any text."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
@@ -108,21 +110,32 @@ def build_components(runs: Sequence[PlannedRun]) -> None:
 
     Raises UserError, naming the arm.
     """
+    missing: dict[str, PlannedRun] = {}
+    for run in distinct(runs):
+        if not run.folder.is_done():
+            missing.setdefault(OmegaConf.to_yaml(run.cfg, resolve=True), run)
+    for run in missing.values():
+        with _naming_the_arm(run):
+            check_values(run.cfg)
+    if not missing:
+        return
     from mgvq.protocols import ReadsData
     from mgvq.runs.method import build_method  # here: torch takes seconds to import, and a finished study needs none of it
 
-    tried: set[str] = set()
     checked: list[ReadsData] = []
-    for run in distinct(runs):
-        if run.folder.is_done() or (settings := OmegaConf.to_yaml(run.cfg, resolve=True)) in tried:
-            continue
-        tried.add(settings)
-        try:
+    for run in missing.values():
+        with _naming_the_arm(run):
             build_method(run.cfg)
             for group in ("model", "calibration", "evaluation", "tracker"):
                 part = build(run.cfg, group)
                 if isinstance(part, ReadsData) and part not in checked:
                     part.check()
                     checked.append(part)
-        except UserError as error:
-            raise UserError(f"arm {run.arm} ({' '.join(run.overrides)}): {error}") from error
+
+
+@contextmanager
+def _naming_the_arm(run: PlannedRun) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"arm {run.arm} ({' '.join(run.overrides)}): {error}") from error

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import unicodedata
 from collections import Counter
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -58,6 +59,7 @@ class Study:
             if not least:
                 raise UserError(f"study {self.name}: {name} is empty, so there is nothing to run.")
         self._check_lists()
+        self._check_overrides()
         for baseline in self.baselines:
             if baseline not in self.arms:
                 raise UserError(f"study {self.name}: baseline must be one of the arms {', '.join(self.arms)}; got {baseline!r}.")
@@ -88,6 +90,21 @@ class Study:
                     f"study {self.name}: the arm {arm!r} must be named by 1 to 200 characters that can be printed, without "
                     "blanks before and after."
                 )
+
+        looks = [unicodedata.normalize("NFC", arm) for arm in self.arms]
+        if same := [arm for arm, look in zip(self.arms, looks, strict=True) if looks.count(look) > 1]:
+            raise UserError(f"study {self.name}: two arms look like {same[0]!r}, written in different characters: rename one.")
+
+    def _check_overrides(self) -> None:
+        """A seed that is set otherwise than by `seeds` would have no effect."""
+        lists = {
+            "common": self.common,
+            "grid": list(self.grid),
+            **{f"the arm {arm!r}": words for arm, words in self.arms.items()},
+        }
+        for place, words in lists.items():
+            if "seed" in (word.lstrip("+").partition("=")[0].strip() for word in words):
+                raise UserError(f"study {self.name}: {place} sets seed, which would have no effect: seeds has the runs' seeds.")
 
     def _check_lists(self) -> None:
         """Nothing is named twice, and every point has seeds."""

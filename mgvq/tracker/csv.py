@@ -20,7 +20,7 @@ class Csv:
     def __call__(self, run: Path) -> None:
         file = Path(self.path)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+", newline="") as stream:
+        with file.open("a+", newline="", encoding="utf-8") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX)  # until it is closed: runs side by side share the file
             stream.seek(0)
             told = {row[0] for row in csv.reader(stream) if row}
@@ -28,5 +28,5 @@ class Csv:
             if not told:
                 writer.writerow(["run", "metric", "value"])
             if run.name not in told:
-                metrics = json.loads((run / "metrics.json").read_text())
+                metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
                 writer.writerows([run.name, name, value] for name, value in metrics.items())

@@ -65,9 +65,9 @@ class Wandb:
         os.environ.setdefault("WANDB_DATA_DIR", f"{self.path}/wandb")  # tables wait beside the runs, not in the home, to be sent
         import wandb  # here: it takes seconds
 
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         identity, provenance, metrics = (
-            json.loads((run / f"{name}.json").read_text()) for name in ("identity", "provenance", "metrics")
+            json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("identity", "provenance", "metrics")
         )
         tables = {
             name: pd.read_parquet(file)
@@ -125,7 +125,7 @@ class Wandb:
         """Sends the folder; returns why that failed, or None. A process can be stopped, while wandb alone tries for hours."""
         command = [sys.executable, "-m", "wandb", "sync", str(folder)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout_s)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=self.timeout_s)
         except subprocess.TimeoutExpired:
             return f"it took more than tracker.timeout_s={self.timeout_s:g}"
         return (done.stderr or done.stdout).strip().rpartition("\n")[2] if done.returncode else None

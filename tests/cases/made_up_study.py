@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from conftest import declare_done
+from conftest import declare_done, write_finished_run
 from omegaconf import OmegaConf
 
 from mgvq.data.tiny_vqa.questions import HEADLINE
@@ -49,19 +49,9 @@ def write_run(folder: Path, arm: str, seed: int, skill: float) -> None:
         **{f"tiny_vqa/accuracy/{name}": value for name, value in by_type.items()},
         "loss/answer": samples.loss.sum() / tokens,
         "kl/full_precision": samples.kl.sum() / tokens,
-        "bits/quantized_layers": 2.0,
-        "bits/model": 3.0,
-        "time/quantize_s": 20.0,
-        "time/evaluate_s": 30.0,
         "rate": "full_precision" if arm == "full" else "2x16",
-        "flags": [],
     }
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "identity.json").write_text('{"model": {"name": "tiny"}}')
-    (folder / "config.yaml").write_text("scope: all\n")
-    declare_done(folder)
+    write_finished_run(folder, samples, metrics, '{"model": {"name": "tiny"}}')
 
 
 def plan(results: Path, study: Study = STUDY) -> list[PlannedRun]:
@@ -86,14 +76,14 @@ def with_names(*names: str) -> Study:
 
 
 def rewrite_metrics(folder: Path, changes: Mapping[str, Any]) -> None:
-    """As if the run had written other metrics."""
+    """Change metrics of a run as if it had written others."""
     file = folder / "metrics.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     declare_done(folder)
 
 
 def rewrite_samples(folder: Path, column: str, value: float) -> None:
-    """As if one question of the run had had another value."""
+    """Change the value of one question as if the run had written another."""
     file = folder / "samples.parquet"
     samples = pd.read_parquet(file)
     samples.loc[3, column] = value

@@ -11,7 +11,7 @@ import pytest
 import mgvq
 from mgvq.cli import run as command
 from mgvq.cli.words import check_words
-from mgvq.errors import UserError
+from mgvq.errors import SharedFault, UserError
 
 # A word that is no setting, and what has to be said of it.
 TYPOS = {
@@ -60,6 +60,15 @@ GOOD = [
 @pytest.mark.parametrize("words", GOOD, ids=" ".join)
 def test_words_that_are_settings_pass(words: list[str]) -> None:
     check_words(words)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+def test_a_sweep_into_what_is_no_folder_is_refused_before_hydra_starts(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SharedFault, match=rf"{tmp_path}/{place} cannot be written \({tmp_path}/file: Not a directory\)"):
+        check_words(["-m", "seed=0,1", f"paths.results={tmp_path / place}"])
+    check_words(["-m", "seed=0,1", f"paths.results={tmp_path / 'new' / 'below'}"])
+    assert not (tmp_path / "new").exists()
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:

@@ -90,7 +90,7 @@ def no_locks(*_: object) -> Iterator[None]:
 
 @contextmanager
 def read_only(results: Path) -> Iterator[None]:
-    """As a mount that cannot be written: the tests may run as a user whom permissions do not stop."""
+    """The folder is like a mount that cannot be written: the tests may run as a user whom permissions do not stop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "mkdir", raising(OSError(errno.EROFS, os.strerror(errno.EROFS), str(results))))
         yield
@@ -111,7 +111,7 @@ def under_a_file(results: Path) -> Iterator[None]:
 
 @contextmanager
 def cannot_be_made(*_: object) -> Iterator[None]:
-    """As under /proc."""
+    """No folder can be made, as under /proc."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "mkdir", raising(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))))
         yield

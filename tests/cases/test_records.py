@@ -334,3 +334,12 @@ def test_another_procedure_is_two_functions(whole: Path) -> None:
     record = replace(collect(STUDY, plan(whole)), primary=None)
     for found in compare(record, replace(PROCEDURE, correct=bonferroni, correction_name="Bonferroni")).values():
         assert found.p == pytest.approx(min(2 * found.effect.p, 1))
+
+
+@pytest.mark.parametrize("damage", [empty, truncate, write_garbage, Path.unlink, lambda file: file.write_text("{}")])
+def test_the_metrics_of_a_run_are_those_that_it_wrote(damage: Callable[[Path], object], results: Path) -> None:
+    """Whoever reads them: `mgvq-run` prints those of a run that was done before."""
+    run = plan(results)[0].folder
+    damage(run.path / "metrics.json")
+    with pytest.raises(UserError, match=r"metrics\.json is (not the file that the run wrote|missing)"):
+        run.metrics()

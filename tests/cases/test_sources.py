@@ -98,6 +98,21 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         r"quantised already \(gptq",
     ),
     # files that are damaged or not there
+    "weights of 8 bits": (
+        tensors(lambda t: t.update({DOWN: t[DOWN].to(torch.int8)})),
+        rf"stored as I8 \({DOWN}\).*quantised already",
+    ),
+    "weights of float8": (tensors(lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)})), r"stored as F8_E4M3 .*quantised"),
+    "complex weights": (tensors(lambda t: t.update({DOWN: t[DOWN].to(torch.complex64)})), r"stored as C64 .*quantised already"),
+    "nan in bfloat16": (tensors(lambda t: t.update({DOWN: t[DOWN].bfloat16().fill_(float("nan"))})), rf"infinity \({DOWN}\)"),
+    "images of no size": (
+        config(lambda c: c["image_processor"].update(size={"height": 0, "width": 0}), "processor_config.json"),
+        r"its processor can do nothing with a grey image",
+    ),
+    "images divided by zero": (
+        config(lambda c: c["image_processor"].update(image_std=[0, 0, 0]), "processor_config.json"),
+        r"its processor makes pixel_values of NaN or infinity",
+    ),
     "a shard is missing": (sharded, r"is incomplete: model-2\.safetensors missing"),
     "weights cut off": (cut("model.safetensors"), r"model\.safetensors is damaged"),
     "weights empty": (text("model.safetensors", b""), r"model\.safetensors is damaged"),
@@ -283,7 +298,7 @@ def test_a_constant_row_reaches_the_flags_of_a_run(tmp_path: Path) -> None:
 
 
 def test_matrices_that_are_no_layers_are_flagged_with_their_share(tmp_path: Path) -> None:
-    """As experts in one tensor are."""
+    """Experts in one tensor are such matrices."""
     model = load(source(copy(tmp_path / "m")), CPU).model
     sites = list_sites(model, "all")
     assert left_out_flags(model, sites) == []

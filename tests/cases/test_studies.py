@@ -89,6 +89,14 @@ BAD = {
     "a primary that is a list": (GOOD + "baseline: first\nprimary: [second]\n", "primary must be"),
     "only that is a list": (GOOD + "only: [second]\n", "only must be a mapping"),
     "only without keys": (GOOD + "only: {second: [2]}\n", "only second must be"),
+    "a seed in an arm": (GOOD.replace("[method=rtn]", "[method=rtn, seed=3]"), "the arm 'first' sets seed, which would have no"),
+    "a seed in common": (GOOD + "common: [seed=1]\n", "common sets seed, which would have no effect"),
+    "a seed in the grid": (GOOD + "grid: {seed: [1, 2]}\n", "grid sets seed, which would have no effect"),
+    "seeds that are texts": (GOOD.replace("[0, 1]", "['0', '1']"), "seeds must be whole numbers >= 0, got '0'"),
+    "arms of one look": (GOOD.replace("first:", "\u00fc:").replace("second:", "u\u0308:"), "two arms look like"),
+    "code": (GOOD.replace("quick", "!!python/object/apply:os.system [ls]"), "could not determine a constructor"),
+    "two documents": (GOOD + "---\n" + GOOD, "cannot be read as YAML"),
+    "brackets without end": ("name: " + "[" * 3000, "cannot be read as YAML"),
     "spread that is a number": (GOOD + "spread: 1\n", "spread must be text"),
 }  # fmt: skip
 

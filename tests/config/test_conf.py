@@ -42,7 +42,7 @@ NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
-    "codebook": {"exponent", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
+    "codebook": {"exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
     "compensation": {"damping", "direction", "ldl", "ldlq", "vectors"},
     "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
@@ -155,6 +155,29 @@ def test_what_does_nothing_or_came_later_does_not_count() -> None:
     later = "++codebook._declares_.identity.table.neutral=fp16"
     assert identity("method=kmeans", later) != identity("method=kmeans")
     assert identity("method=kmeans", later, "codebook.table=int8") == identity("method=kmeans", "codebook.table=int8")
+
+
+def test_settings_outside_of_the_groups_that_came_later_count_off_their_neutral_values() -> None:
+    for name, neutral, other in (("outliers", 0, 4), ("embedding_bits", "null", 8)):
+        for method in ("kmeans", "mgvq"):
+            assert identity(f"method={method}", f"{name}={neutral}") == identity(f"method={method}")
+            assert identity(f"method={method}", f"{name}={other}") != identity(f"method={method}")
+    assert identity("method=full_precision", "embedding_bits=4") != identity("method=full_precision")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("method=kmeans", "outliers=-1"), "outliers must be a whole number >= 0"),
+        (("method=kmeans", "outliers=0.5"), "outliers must be a whole number >= 0"),
+        (("method=full_precision", "outliers=4"), "outliers=4 would have no effect"),
+        (("method=kmeans", "embedding_bits=2"), "embedding_bits must be 8, 4 or null"),
+        (("method=kmeans", "embedding_bits=true"), "embedding_bits must be 8, 4 or null"),
+    ],
+)
+def test_numbers_of_outliers_and_embedding_bits_are_checked(settings: tuple[str, ...], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check(composed(*settings))
 
 
 @pytest.mark.parametrize("rule", ["sometimes", "no.such.function", "{about: nothing}"])
@@ -387,7 +410,7 @@ def test_no_torch_for_planning() -> None:
 def test_the_shipped_default_is_what_help_shows() -> None:
     done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    codebooks = "codebook: columns, grid, kmeans, none, product, residual, scalar, scaled_grid"
+    codebooks = "codebook: columns, grid, kmeans, lattice, none, product, residual, scalar, scaled_grid, trellis"
     for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout
 

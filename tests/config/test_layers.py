@@ -14,6 +14,8 @@ STAGES = (
     "allocation",
     "codebook",
     "compensation",
+    "transform",
+    "prefix",
     "checkpoint",
     "evaluation",
 )

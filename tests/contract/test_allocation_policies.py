@@ -63,7 +63,7 @@ def index_bits(table, choice):
 
 
 def budgets(table):
-    """From the cheapest choice to more than everything."""
+    """Budgets from the cheapest choice to more than everything."""
     least, most = table.bits.amin(1).sum().item(), table.bits.amax(1).sum().item()
     return [least, least + (most - least) // 3, least + 3 * (most - least) // 4, 2 * most]
 

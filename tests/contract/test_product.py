@@ -89,7 +89,7 @@ def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook:
     chosen = {"codebook": codebook, "allocation": allocation, "compensation": compensation}
     stages = {**others(), **{group: variant(group, name) for group, name in chosen.items()}}
     refits = stages["codebook"].can_be_refitted
-    stages["refit"] = ClosedForm(rounds=2) if refits else None
+    stages["refit"] = ClosedForm(damping=0.0, rounds=2) if refits else None
     if not (refits or stages["codebook"].needs_importance or stages["compensation"].needs_metric):
         stages["curvature"] = None  # nothing would look at it
     if stages["codebook"].spans_rows and stages["compensation"].corrects_rows:
@@ -103,6 +103,9 @@ def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook:
     assert all(torch.equal(w, before[s]) for s, w in site_weights(model, sites).items()), "the model itself stays as it is"
     stored = {id(t): t for w in report.weights.values() for t in w.tensors().values()}
     assert sum(8 * t.nbytes for t in stored.values()) == report.stored_bits
+    bits = dict(zip(report.layers.site, report.layers.bits, strict=True))
+    assert sum(bits[s.name] * s.num_weights for s in sites) == pytest.approx(report.stored_bits)
+    assert (report.layers.times_limit > 0).all()
     tolerance = 0.1 if allocation == "uniform" else 0.0
     assert report.stored_bits <= (1 + tolerance) * BITS * sum(s.num_weights for s in sites)
     for site, weight in report.weights.items():

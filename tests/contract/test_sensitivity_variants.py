@@ -116,6 +116,8 @@ def test_each_variant_by_data_takes_one_modality(variant: str, modality: str) ->
         ("wanda", "modality=sound"),
         ("global_local", "modality=sound"),
         ("obs", "damping=0.0"),
+        ("obs", "damping_of=row"),
+        ("global_local", "damping_of=row"),
         ("layer_scope", "damping=-1.0"),
         ("riemann", "damping=2.0"),
         ("global_local", "damping=0.0"),

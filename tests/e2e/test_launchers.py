@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, sampled
 
 COMMON = (
     "model=tiny_internvl",
@@ -33,7 +33,7 @@ def _not_nice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def digests(results: Path) -> dict[str, str]:
-    """Of the checkpoints and the answers of all finished runs, by run."""
+    """The digests of the checkpoints and the answers of all finished runs, by run."""
     found = {}
     for done in sorted(results.glob("runs/*/DONE")):
         written = json.loads(done.read_text())
@@ -71,7 +71,8 @@ def needs(package: str, extra: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "package", "settings"), [("slurm", "submitit", "cluster: local"), ("ray", "ray", "cpus: 1")]
+    ("launcher", "package", "settings"),
+    [("slurm", "submitit", "cluster: local"), pytest.param("ray", "ray", "cpus: 1", marks=pytest.mark.trust)],
 )
 def test_a_study(launcher: str, package: str, settings: str, study: Path, expected: dict[str, str], tmp_path: Path) -> None:
     needs(package, launcher)
@@ -81,7 +82,7 @@ def test_a_study(launcher: str, package: str, settings: str, study: Path, expect
     assert digests(tmp_path) == expected
 
 
-@pytest.mark.parametrize(("launcher", "extra"), [("joblib", "joblib"), ("submitit_local", "slurm"), ("ray", "ray")])
+@pytest.mark.parametrize(("launcher", "extra"), sampled([("joblib", "joblib"), ("submitit_local", "slurm"), ("ray", "ray")], 1))
 def test_a_multirun(launcher: str, extra: str, expected: dict[str, str], tmp_path: Path) -> None:
     needs(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher", extra)
     words = ("-m", f"hydra/launcher=mgvq_{launcher}", *COMMON, "budget.bits_per_weight=2,3")

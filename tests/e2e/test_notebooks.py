@@ -4,7 +4,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, sampled
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -12,7 +12,7 @@ each = pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize("file", sampled(NOTEBOOKS, 1), ids=lambda file: file.stem)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # jupyter's sockets
 def test_a_notebook_runs_headless(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MGVQ_RESULTS", str(tmp_path))

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT, run_command
 from PIL import Image
 
+import mgvq
 from mgvq.analysis.tables.bits import bits_by_kind
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
@@ -205,12 +207,37 @@ def test_mixed_precision_from_statistics_to_checkpoint(tmp_path: Path) -> None:
     assert sum(kinds["stored bits"] * kinds["M weights"]) / kinds["M weights"].sum() == pytest.approx(
         metrics["bits/quantized_layers"]
     )
+    assert (kinds["times the limit"] > 1).all()
     assert all(f"{kind} " in done.stdout for kind in kinds.kind)
+    assert "times the limit\n" in done.stdout
     (cached,) = (tmp_path / "cache" / "statistics").glob("*.safetensors")
     stamp = cached.stat().st_mtime_ns
     run_command(RUN, *few, "sensitivity=wanda", results=tmp_path)
     assert cached.stat().st_mtime_ns == stamp
     assert len(list((tmp_path / "cache" / "statistics").glob("*.safetensors"))) == 1
+
+
+def test_a_rotated_lattice_with_outliers_and_rounded_embeddings(tmp_path: Path) -> None:
+    """Everything that lies around a code at once: stored, counted, loaded back, and left out one by one."""
+    few = ("calibration=tiny_vqa", "curvature=input", "transform=hadamard", "codebook=lattice", "compensation=hessian",
+           "scope=language", "budget.bits_per_weight=2.1", "outliers=3", "embedding_bits=8", "calibration.num_images=2",
+           "calibration.heldout_images=1", "evaluation.num_questions=8", "evaluation.answers=forced")  # fmt: skip
+    done = run_command(RUN, *few, results=tmp_path)
+    run = Path(done.stdout.splitlines()[-1])
+    metrics = json.loads((run / "metrics.json").read_text())
+    layers, ledger = pd.read_parquet(run / "layers.parquet"), pd.read_parquet(run / "ledger.parquet")
+    assert metrics["rate"] == "8x65536"
+    assert 2.0 < metrics["bits/quantized_layers"] < 2.1
+    assert (layers.bits * layers.num_weights).sum() / layers.num_weights.sum() == pytest.approx(metrics["bits/quantized_layers"])
+    assert (layers.times_limit > 1.3).all(), "E8P alone loses 1.46"
+    assert layers.relative_error.between(0.05, 0.5).all()
+    assert ledger.tensor.str.endswith(".outlier_values").sum() == len(layers)
+    assert (ledger[ledger.tensor.str.endswith(".outlier_values")].num_bytes == 2 * 3).all()
+    (embedding,) = ledger[ledger.tensor.str.endswith("embed_tokens.codes")].itertuples()
+    assert (embedding.num_bytes, embedding.quantized) == (embedding.num_weights, False)
+    packed, decoded = (mgvq.load(run / "checkpoint", packed=packed) for packed in (True, False))
+    site = layers.site[0]
+    assert torch.equal(packed.get_submodule(site).weight, decoded.get_parameter(f"{site}.weight"))
 
 
 def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_path: Path) -> None:

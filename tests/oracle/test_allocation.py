@@ -39,7 +39,7 @@ def modelled(table_groups, offered, tables=None):
 
 
 def noisy(table_groups, rates, seed, convex=False):
-    """Units of very unequal size; losses that need not fall with the rate, or (convex) the Gaussian model."""
+    """Table groups of very unequal size; losses that need not fall with the rate, or (convex) the Gaussian model."""
     draws = torch.Generator().manual_seed(seed)
     sizes = (10 ** (1 + 3 * torch.rand(table_groups, generator=draws))).long().tolist()
     scores = (torch.randn(table_groups, generator=draws, dtype=torch.float64).exp() * torch.tensor(sizes)).tolist()
@@ -48,7 +48,7 @@ def noisy(table_groups, rates, seed, convex=False):
     )
     if convex:
         return table
-    tables = torch.tensor([0, 32, 128, 512, 4096])[:rates]  # these cost a small unit more than its codes
+    tables = torch.tensor([0, 32, 128, 512, 4096])[:rates]  # these cost a small table group more than its codes
     noise = torch.rand(table_groups, rates, generator=draws, dtype=torch.float64) + 0.5
     return RateTable(table.table_groups, table.rates, table.bits + tables, table.loss * noise)
 
@@ -160,7 +160,7 @@ def test_greedy_on_noisy_tables_is_near_the_best_of_all_choices(seed):
 
 
 def hand_made(bits, loss):
-    """One unit of 10 weights."""
+    """One table group of 10 weights."""
     rates = [Rate(f"r{i}", 1.0 + i) for i in range(len(bits))]
     return RateTable([table_group(0, 10, 1.0)], rates, torch.tensor([bits]), torch.tensor([loss], dtype=torch.float64))
 
@@ -177,7 +177,7 @@ def test_no_upgrade_is_skipped_for_a_cheaper_one_behind_it(policy):
 
 
 def log_normal(count, seed, spread=1.5, sizes=None):
-    """Units of log-normal scores a weight, of wide spread; 64 weights each, so that steps of 1/64 bit cost one bit."""
+    """Table groups of log-normal scores a weight, of wide spread; 64 weights each, so that steps of 1/64 bit cost one bit."""
     scores = np.exp(spread * np.random.default_rng(seed).standard_normal(count))
     sizes = [64] * count if sizes is None else sizes
     return [table_group(u, n, float(n * s)) for u, (n, s) in enumerate(zip(sizes, scores, strict=True))]
@@ -185,7 +185,7 @@ def log_normal(count, seed, spread=1.5, sizes=None):
 
 @pytest.mark.parametrize("bits_per_weight", [1.0, 3.0, 6.0])
 def test_water_filling_meets_the_conditions_of_the_continuous_optimum(bits_per_weight):
-    """On a fine grid: marginal losses a bit are equal, smaller for units at the floor, larger for units at the ceiling."""
+    """On a fine grid: marginal losses a bit are equal, smaller at the floor, larger at the ceiling."""
     draws = np.random.default_rng(0)
     table_groups = log_normal(60, 1, spread=3.0, sizes=(1024 * draws.integers(1, 50, 60)).tolist())
     step = 1 / 32
@@ -310,7 +310,7 @@ OFFERED = [0.75, 1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4]
 
 
 def write(file, table, choice):
-    """As a run does, in two pieces for every unit."""
+    """Write `allocation.parquet` as a run does, with two slices for every table group."""
     rows = [
         (u.tower, u.kind, u.depth, u.quantile, u.num_weights // 2, table.rates[r].index_bits)
         for u, r in zip(table.table_groups, choice.tolist(), strict=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def hessian_of(num_in, num_tokens=None, seed=1):
     return tokens.T @ tokens / len(tokens)
 
 
-def pieces_of(tables, groups, num_out=8, num_in=None):
+def slices_of(tables, groups, num_out=8, num_in=None):
     site = Site("layer", "language", "layer", None, num_out, num_in or sum(map(len, groups)))
     return [
         FittedSlice(ChannelSlice(site, g, torch.tensor(c)), Table(t)) for g, (t, c) in enumerate(zip(tables, groups, strict=True))
@@ -73,8 +73,10 @@ def kronecker_cost(error, h_in, h_out):
     return float((h_out.double() @ error.double() @ h_in.double() * error.double()).sum())
 
 
-def damped(hessian, damping):
-    return hessian.double() + damping * hessian.double().diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+def damped(hessian, damping, of="mean"):
+    diagonal = hessian.double().diagonal()
+    unit = {"mean": diagonal.mean(), "median": diagonal.median(), "channel": diagonal}[of]
+    return hessian.double() + damping * torch.diag(unit * torch.ones_like(diagonal))
 
 
 ORDERS = {
@@ -85,17 +87,18 @@ ORDERS = {
 }
 
 
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
 @pytest.mark.parametrize("slots", ORDERS.values(), ids=ORDERS.keys())
-def test_factors_multiply_to_the_damped_hessian(slots) -> None:
+def test_factors_multiply_to_the_damped_hessian(slots, of) -> None:
     slots = torch.tensor(slots)
     order = slots.flatten()
     real = order >= 0
     hessian = hessian_of(int(real.sum()))
-    factors = block_ldl(hessian, slots, 0.01)
+    factors = block_ldl(hessian, slots, 0.1, of)
     blocks = [root.T.double() @ root.double() for root in factors.root]
     product = factors.lower.double() @ torch.block_diag(*blocks) @ factors.lower.double().T
     chosen = order[real]
-    torch.testing.assert_close(product[real][:, real], damped(hessian, 0.01)[chosen][:, chosen], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(product[real][:, real], damped(hessian, 0.1, of)[chosen][:, chosen], rtol=1e-5, atol=1e-5)
     for at in range(len(slots)):
         here = slice(at * slots.shape[1], (at + 1) * slots.shape[1])
         torch.testing.assert_close(factors.lower[here, here], torch.eye(slots.shape[1]), atol=1e-6, rtol=0)
@@ -110,9 +113,90 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
     with pytest.raises(ValueError, match="not finite"):
         block_ldl(torch.full((2, 2), torch.nan), torch.arange(2).view(1, 2), 0.01)
     flags: list[str] = []
-    slices = pieces_of([normal(4, 2)], [list(range(6))])
+    slices = slices_of([normal(4, 2)], [list(range(6))])
     Hessian(damping=0.01).round(normal(8, 6), Metric((singular,)), slices, torch.ones(6), flags)
     assert flags[-1].startswith("damping:layer:0.1") or flags[-1].startswith("damping:layer:1")
+
+
+def with_a_massive_channel(hessian, size):
+    """Channel 0 times the root of `size`, as at the first token of a passage: its diagonal alone makes the mean."""
+    scale = torch.ones(len(hessian))
+    scale[0] = size**0.5
+    return scale[:, None] * hessian * scale
+
+
+@pytest.mark.parametrize("of", ["median", "channel"])
+def test_a_massive_channel_leaves_the_feedback_of_the_others_alone(of) -> None:
+    """With a damping of .1 of the mean there is none left: the others are rounded to nearest."""
+    num_in = 24
+    hessian, slots = hessian_of(num_in), torch.arange(num_in)[:, None].flip(0)  # channel 0 is rounded first
+    plain = block_ldl(hessian, slots, 0.1).lower.tril(-1)[:-1, :-1]
+
+    def feedback(of):
+        return block_ldl(with_a_massive_channel(hessian, 1e5), slots, 0.1, of).lower.tril(-1)[:-1, :-1]
+
+    assert feedback("mean").norm() < 0.01 * plain.norm()
+    assert (feedback(of) - plain).norm() < 0.3 * plain.norm()
+
+
+def test_a_massive_channel_does_not_cost_the_others_their_compensation() -> None:
+    """Where the channel itself is stored exactly. Else its error comes to the others, and damping by the mean keeps it off."""
+    num_in, rest = 24, slice(1, None)
+    table, score = torch.linspace(-2, 2, 5)[:, None], torch.arange(num_in, 0, -1).float()
+    ratios = []
+    for seed in range(5):
+        weight, hessian = normal(32, num_in, seed=seed), with_a_massive_channel(hessian_of(num_in, seed=10 * seed), 1e5)
+        weight[:, 0], costs = weight[:, 0].round().clamp(-2, 2), {}
+        for of in ("mean", "median", "channel"):
+            slices = slices_of([table], [range(num_in)], 32)
+            codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, score, [])
+            error = weight - decoded(slices, codes, num_in)
+            costs[of] = cost(error[:, rest], hessian[rest, rest])
+        ratios.append([costs["median"] / costs["mean"], costs["channel"] / costs["mean"]])
+    assert (torch.tensor(ratios).mean(0) < 0.7).all()
+
+
+def test_damping_by_channel_does_not_see_how_channels_are_scaled() -> None:
+    """A norm's output times 2 and the weight's column by 2 is the same layer."""
+    num_in, scale = 12, 4.0 ** torch.randint(-4, 5, (12,), generator=torch.Generator().manual_seed(3))
+    hessian, slots = hessian_of(num_in), torch.arange(num_in)[:, None]
+    plain = block_ldl(hessian, slots, 0.1, "channel").lower
+    scaled = block_ldl(scale[:, None] * hessian * scale, slots, 0.1, "channel").lower
+    torch.testing.assert_close(scaled, scale[:, None] * plain / scale, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(block_ldl(scale[:, None] * hessian * scale, slots, 0.1).lower, scale[:, None] * plain / scale)
+
+
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
+def test_dead_channels_take_any_damping(of) -> None:
+    """Half of them and more, so that the median is zero; and all."""
+    for alive in (2, 0):
+        hessian = torch.block_diag(hessian_of(2) if alive else torch.zeros(2, 2), torch.zeros(4, 4))
+        slices, weight = slices_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6)
+        codes = Hessian(damping=0.1, damping_of=of).round(weight, Metric((hessian,)), slices, torch.ones(6), [])[0]
+        nearest = slices[0].codebook.encode(weight.unflatten(1, (3, 2)), 0, None)[0]
+        assert torch.equal(codes[:, alive // 2 :], nearest[:, alive // 2 :])
+
+
+def test_the_order_of_damage_puts_the_channel_first_that_its_rate_harms_most() -> None:
+    """A channel of four times the score at one bit more has nothing to correct: that at few bits goes first."""
+    seen: list[int] = []
+
+    class Spy(Table):
+        def encode(self, targets, first, root):
+            seen.append(len(self.table))
+            return super().encode(targets, first, root)
+
+    score = torch.tensor([3.0, 3.0, 1.0, 1.0])
+    slices = [
+        replace(piece, codebook=Spy(piece.codebook.table), distortion=distortion)
+        for piece, distortion in zip(
+            slices_of([normal(16, 2), normal(4, 2, seed=1)], [[0, 1], [2, 3]]), (4.0**-2, 4.0**-1), strict=True
+        )
+    ]
+    for order, expected in (("score", [16, 4]), ("damage", [4, 16])):
+        seen.clear()
+        Hessian(damping=0.01, order=order).round(normal(8, 4), Metric((hessian_of(4),)), slices, score, [])
+        assert seen == expected
 
 
 def test_the_cost_is_the_sum_of_what_the_roundings_cost() -> None:
@@ -127,7 +211,7 @@ def test_the_cost_is_the_sum_of_what_the_roundings_cost() -> None:
             return codes, values
 
     slices = [
-        FittedSlice(p.channel_slice, Recording(p.codebook.table)) for p in pieces_of([normal(8, 2, seed=5)], [range(num_in)])
+        FittedSlice(p.channel_slice, Recording(p.codebook.table)) for p in slices_of([normal(8, 2, seed=5)], [range(num_in)])
     ]
     codes = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, normal(num_in).abs(), [])
     error = weight - decoded(slices, codes, num_in)
@@ -144,7 +228,7 @@ def test_feedback_is_the_best_change_of_what_is_free() -> None:
             seen[first] = targets[:, 0]
             return super().encode(targets, first, root)
 
-    slices = [FittedSlice(p.channel_slice, Spy(p.codebook.table)) for p in pieces_of([normal(8, 2, seed=5)], [range(num_in)])]
+    slices = [FittedSlice(p.channel_slice, Spy(p.codebook.table)) for p in slices_of([normal(8, 2, seed=5)], [range(num_in)])]
     codes = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, torch.tensor([1.0, 1, 2, 2]), [])
     full = damped(hessian, 0.01)
     error = (decoded(slices, codes, num_in) - weight)[:, 2:].double()  # the more sensitive pair went first
@@ -168,14 +252,14 @@ def gptq(weight, hessian, table, damping):
 def test_single_columns_in_order_are_the_textbook_gptq_loop(num_in) -> None:
     """More columns than a batch: the lazy feedback is that of one column after the other."""
     hessian, weight, table = hessian_of(num_in), normal(16, num_in), torch.linspace(-2, 2, 9)[:, None]
-    slices = pieces_of([table], [range(num_in)], 16)
+    slices = slices_of([table], [range(num_in)], 16)
     codes = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, torch.ones(num_in), [])
     torch.testing.assert_close(decoded(slices, codes, num_in).double(), gptq(weight, hessian, table, 0.01), rtol=1e-6, atol=1e-6)
 
 
 def test_one_block_is_exhaustive_search() -> None:
     hessian, weight, table = hessian_of(3), normal(5, 3), normal(32, 3, seed=9)
-    slices = pieces_of([table], [range(3)], 5)
+    slices = slices_of([table], [range(3)], 5)
     codes = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, torch.ones(3), [])[0][:, 0]
     full = damped(hessian, 0.01)
     for row, code in zip(weight, codes, strict=True):
@@ -183,7 +267,7 @@ def test_one_block_is_exhaustive_search() -> None:
 
 
 def test_an_identity_metric_is_plain_rounding() -> None:
-    slices = pieces_of([normal(16, 2, seed=3), normal(4, 3, seed=4)], [[0, 2, 3, 7], [1, 4, 5, 6, 8, 9]])
+    slices = slices_of([normal(16, 2, seed=3), normal(4, 3, seed=4)], [[0, 2, 3, 7], [1, 4, 5, 6, 8, 9]])
     weight, score = normal(8, 10), normal(10).abs()
     plain = NoCompensation().round(weight, None, slices, score, [])
     compensated = Hessian(damping=0.01).round(weight, Metric((torch.eye(10),)), slices, score, [])
@@ -192,7 +276,7 @@ def test_an_identity_metric_is_plain_rounding() -> None:
 
 def test_compensation_lowers_the_cost_and_groups_of_any_length_work() -> None:
     groups = [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]]
-    slices = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], groups, 32)
+    slices = slices_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], groups, 32)
     wins = []
     for seed in range(5):
         hessian, weight = hessian_of(12, seed=10 * seed), normal(32, 12, seed=seed)
@@ -211,7 +295,7 @@ def test_permuted_channels_give_the_permuted_result() -> None:
     order = torch.randperm(num_in, generator=torch.Generator().manual_seed(0))
     results = []
     for w, h, s in ((weight, hessian, score), (weight[:, order], hessian[order][:, order], score[order])):
-        slices = pieces_of([table], [range(num_in)])
+        slices = slices_of([table], [range(num_in)])
         results.append(decoded(slices, Hessian(damping=0.01).round(w, Metric((h,)), slices, s, []), num_in))
     torch.testing.assert_close(results[1], results[0][:, order])
 
@@ -219,7 +303,7 @@ def test_permuted_channels_give_the_permuted_result() -> None:
 def test_runs_of_rows_with_their_own_metric_are_rounded_apart() -> None:
     """GuidedQuant's metric: 7 rows in runs of 4 and 3."""
     hessians, weight, table = (hessian_of(6), hessian_of(6, seed=30)), normal(7, 6), normal(16, 2, seed=3)
-    slices = pieces_of([table], [range(6)], 7)
+    slices = slices_of([table], [range(6)], 7)
     together = Hessian(damping=0.01).round(weight, Metric(hessians), slices, torch.ones(6), [])[0]
     for rows, hessian in zip((slice(0, 4), slice(4, 7)), hessians, strict=True):
         alone = Hessian(damping=0.01).round(weight[rows], Metric((hessian,)), slices, torch.ones(6), [])[0]
@@ -228,7 +312,7 @@ def test_runs_of_rows_with_their_own_metric_are_rounded_apart() -> None:
 
 def test_dead_channels_are_rounded_to_nearest_and_flagged() -> None:
     hessian = torch.block_diag(hessian_of(4), torch.zeros(2, 2))
-    slices, weight, flags = pieces_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6), []
+    slices, weight, flags = slices_of([normal(16, 2, seed=3)], [range(6)]), normal(8, 6), []
     codes = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, torch.ones(6), flags)[0]
     nearest = slices[0].codebook.encode(weight.unflatten(1, (3, 2)), 0, None)[0]
     assert torch.equal(codes[:, 2], nearest[:, 2])
@@ -238,7 +322,7 @@ def test_dead_channels_are_rounded_to_nearest_and_flagged() -> None:
 def test_greedy_feedback_is_near_the_best_of_all_codes() -> None:
     """Exhaustive search over all code words of a row of two pairs."""
     hessian, table, weight = hessian_of(4), normal(8, 2, seed=3), normal(20, 4, seed=7)
-    slices = pieces_of([table], [range(4)], 20)
+    slices = slices_of([table], [range(4)], 20)
     score = hessian.diagonal()
     reached = decoded(slices, Hessian(damping=1e-6).round(weight, Metric((hessian,)), slices, score, []), 4)
     words = torch.stack([torch.cat([table[a], table[b]]) for a, b in itertools.product(range(8), repeat=2)])
@@ -252,7 +336,7 @@ def test_the_codes_are_those_of_the_first_implementation() -> None:
     num_in = BATCH + 12
     columns = torch.randperm(num_in, generator=torch.Generator().manual_seed(2))
     groups = [columns[:60].sort().values.tolist(), columns[60:].sort().values.tolist()]
-    slices = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], groups)
+    slices = slices_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], groups)
     metric = Metric((hessian_of(num_in), hessian_of(num_in, seed=30)))
     codes = Hessian(damping=0.01).round(normal(8, num_in), metric, slices, normal(num_in).abs(), [])
     assert hashlib.sha256(b"".join(c.numpy().tobytes() for c in codes)).hexdigest()[:16] == "efeec9f01694d4b6"
@@ -293,7 +377,7 @@ def test_two_sided_is_greedy_over_the_dense_quadratic_form(seed) -> None:
     num_out, num_in = 5, 8
     weight, metric = kronecker_problem(num_out, num_in, seed)
     table, score = normal(8, 2, seed=50 + seed), normal(num_in, seed=60 + seed).abs()
-    slices = pieces_of([table], [range(num_in)], num_out)
+    slices = slices_of([table], [range(num_in)], num_out)
     codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, metric, slices, score, [])[0]
     vectors = [[2 * v, 2 * v + 1] for v in score.view(-1, 2).mean(1).argsort(descending=True).tolist()]
     rows = metric.h_out.diagonal().argsort(descending=True).tolist()
@@ -322,7 +406,7 @@ def test_two_sided_single_weights_are_the_textbook_double_loop() -> None:
     scale = torch.linspace(0.5, 8, num_out) / metric.h_out.diagonal().sqrt()
     h_out = scale[:, None] * metric.h_out * scale
     table = torch.linspace(-2, 2, 9)[:, None]
-    slices = pieces_of([table], [range(num_in)], num_out)
+    slices = slices_of([table], [range(num_in)], num_out)
     score = torch.arange(num_in).float()
     codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, Metric(metric.h_in, h_out), slices, score, [])
     expected = two_sided_loop(weight, damped(metric.h_in[0], 0.01), damped(h_out, 0.02), table.double()[:, 0])
@@ -330,7 +414,7 @@ def test_two_sided_single_weights_are_the_textbook_double_loop() -> None:
 
 
 def test_two_sided_with_an_output_factor_of_the_identity_is_one_sided() -> None:
-    slices = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
+    slices = slices_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
     weight, score, hessian = normal(32, 12), normal(12).abs(), hessian_of(12)
     one = Hessian(damping=0.01).round(weight, Metric((hessian,)), slices, score, [])
     two = HessianTwoSided(damping=0.01, output_damping=0.02).round(
@@ -351,7 +435,7 @@ def test_the_two_sided_cost_is_the_sum_of_what_the_roundings_cost() -> None:
             return codes, values
 
     slices = [
-        FittedSlice(p.channel_slice, Recording(p.codebook.table)) for p in pieces_of([normal(8, 2, seed=5)], [range(num_in)])
+        FittedSlice(p.channel_slice, Recording(p.codebook.table)) for p in slices_of([normal(8, 2, seed=5)], [range(num_in)])
     ]
     codes = HessianTwoSided(damping=0.01, output_damping=0.02).round(weight, metric, slices, normal(num_in).abs(), [])
     error = weight - decoded(slices, codes, num_in)
@@ -363,8 +447,8 @@ def test_the_two_sided_cost_is_the_sum_of_what_the_roundings_cost() -> None:
 
 
 def test_two_sided_lowers_the_kronecker_cost_of_one_sided() -> None:
-    """And one-sided that of plain rounding."""
-    slices = pieces_of([normal(16, 2, seed=3)], [range(12)], 24)
+    """The cost of one-sided compensation is below that of plain rounding."""
+    slices = slices_of([normal(16, 2, seed=3)], [range(12)], 24)
     methods = NoCompensation(), Hessian(damping=0.01), HessianTwoSided(damping=0.01, output_damping=0.02)
     costs = torch.zeros(6, len(methods))
     for seed, row in enumerate(costs):
@@ -379,7 +463,7 @@ def test_two_sided_lowers_the_kronecker_cost_of_one_sided() -> None:
 
 def test_two_sided_needs_one_pair_of_factors_and_flags_damping() -> None:
     slices, weight, compensation = (
-        pieces_of([normal(4, 2)], [range(6)]),
+        slices_of([normal(4, 2)], [range(6)]),
         normal(8, 6),
         HessianTwoSided(damping=0.01, output_damping=0.02),
     )
@@ -410,7 +494,7 @@ def foem_loop(weight, hessian, table, beta):
 def test_foem_is_its_textbook_loop(beta) -> None:
     num_in = BATCH + 9
     hessian, weight, table = hessian_of(num_in), normal(16, num_in), torch.linspace(-2, 2, 9)[:, None]
-    slices = pieces_of([table], [range(num_in)], 16)
+    slices = slices_of([table], [range(num_in)], 16)
     codes = Foem(damping=0.01, beta=beta).round(weight, Metric((hessian,)), slices, torch.arange(num_in).float(), [])
     expected = foem_loop(weight, damped(hessian, 0.01), table.double()[:, 0], beta)
     torch.testing.assert_close(decoded(slices, codes, num_in).double(), expected)
@@ -418,14 +502,14 @@ def test_foem_is_its_textbook_loop(beta) -> None:
 
 def test_foem_goes_from_the_full_correction_to_none() -> None:
     """beta 0: the codes of `hessian`; 1: every vector nearest to its weights in the metric of its block."""
-    slices = pieces_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
+    slices = slices_of([normal(16, 2, seed=3), normal(32, 3, seed=4)], [[0, 2, 3, 8, 9], [1, 4, 5, 6, 7, 10, 11]], 32)
     weight, score, metric = normal(32, 12), normal(12).abs(), Metric((hessian_of(12),))
     full = Hessian(damping=0.01).round(weight, metric, slices, score, [])
     assert all(
         torch.equal(a, b)
         for a, b in zip(full, Foem(damping=0.01, beta=0.0).round(weight, metric, slices, score, []), strict=True)
     )
-    slices = pieces_of([normal(16, 2, seed=3)], [range(12)], 32)
+    slices = slices_of([normal(16, 2, seed=3)], [range(12)], 32)
     codes = Foem(damping=0.01, beta=1.0).round(weight, metric, slices, torch.arange(12).float(), [])[0]
     roots = block_ldl(metric.h_in[0], torch.arange(12).view(6, 2), 0.01).root
     for v, root in enumerate(roots):
@@ -445,3 +529,11 @@ def test_foem_goes_from_the_full_correction_to_none() -> None:
 def test_a_bad_setting_is_named(variant, settings, named) -> None:
     with pytest.raises(UserError, match=rf"compensation\.{named} must lie in .*got {settings[named]}"):
         variant(**settings)
+
+
+@pytest.mark.parametrize("variant", [Hessian, HessianTwoSided, Foem])
+@pytest.mark.parametrize(("setting", "words"), [("damping_of", "mean, median, channel"), ("order", "score or damage")])
+def test_a_word_that_there_is_not_is_named(variant, setting, words) -> None:
+    rest = {HessianTwoSided: dict(output_damping=0.1), Foem: dict(beta=0.1)}.get(variant, {})
+    with pytest.raises(UserError, match=rf"compensation\.{setting} must be .*{words}.* got 'row'"):
+        variant(damping=0.1, **rest, **{setting: "row"})

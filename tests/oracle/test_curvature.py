@@ -34,7 +34,7 @@ def draw(num_images):
 
 
 def close(found, expected, tolerance):
-    """In the Frobenius norm, relative."""
+    """The relative error in the Frobenius norm is within the tolerance."""
     error, size = (found.double() - expected.double()).norm(), expected.double().norm()
     assert error <= tolerance * size, f"off by {float(error / size):.1e} of {float(size):.1e}"
 

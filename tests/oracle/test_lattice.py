@@ -4,10 +4,14 @@ import numba
 import pytest
 import torch
 
+from mgvq.codebook.lattice import Lattice
 from mgvq.distortion import measured
+from mgvq.formats.lattice import LatticeWeight
+from mgvq.formats.vector import to_vectors
 from mgvq.lattice.coding import STAGES, decode, encode
 from mgvq.lattice.nearest import nearest_e8, nearest_e8p
 from mgvq.lattice.points import absolute_values, e8_points, e8p_points
+from mgvq.rotation import random_rotation, rotate_matrix
 
 
 def gaussian(n, seed=0, scale=1.0):
@@ -129,3 +133,58 @@ def test_what_cannot_be_coded_is_refused():
     for search in (nearest_e8p, nearest_e8):
         with pytest.raises(ValueError, match="finite"):
             search(torch.full((1, 8), torch.inf))
+
+
+def fitted(weight, rate):
+    return Lattice().fit("layer", [weight], rate, [None], [])[0]
+
+
+@pytest.mark.parametrize("rate", Lattice().rates(), ids=lambda rate: rate.name)
+@pytest.mark.parametrize("size", [0.02, 30.0])
+def test_the_codebook_takes_the_nearest_points_at_the_scale_of_its_slice(e8p, rate, size):
+    """Stage by stage, against all points; a vector that reaches beyond the slice holds zeros there."""
+    weight = size * torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    codebook, vectors = fitted(weight, rate), to_vectors(weight, 8)
+    codes, values = codebook.encode(vectors, 0, torch.randn(8, 8))
+    rest = vectors.flatten(0, 1)
+    for stage, factor in enumerate(measured("lattice", rate.index_bits).scales):
+        scale = float(codebook.scales[stage])
+        assert scale == pytest.approx(float(weight.square().mean().sqrt()) * factor, rel=1e-3)
+        points = e8p if STAGES[int(rate.index_bits)][stage] == 16 else e8_points(torch.arange(256))
+        taken = points[codes.flatten(0, 1)[:, stage].long()] * scale
+        assert distance(rest, taken) == pytest.approx(least(rest, points * scale), rel=1e-4, abs=1e-6 * scale**2)
+        rest = rest - taken
+    assert torch.allclose(vectors.flatten(0, 1) - rest, values.flatten(0, 1), atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("rate", Lattice().rates(), ids=lambda rate: rate.name)
+def test_a_rotated_layer_loses_what_was_measured_on_a_gaussian(rate):
+    """A layer of any weights becomes Gaussian by a rotation: here one of a few large weights among zeros."""
+    weight = torch.zeros(64, 512)
+    weight.view(-1)[:: 64 + 1] = torch.randn(505, generator=torch.Generator().manual_seed(0)) * 3
+    rotations = [random_rotation([torch.arange(n)], torch.Generator().manual_seed(n)) for n in weight.shape]
+    turned = rotate_matrix(weight, *rotations)
+    vectors = to_vectors(turned, 8)
+    error = (fitted(turned, rate).encode(vectors, 0, None)[1] - vectors).square().sum() / weight.square().sum()
+    assert float(error) == pytest.approx(Lattice().distortion(rate), rel=0.05)
+
+
+@pytest.mark.parametrize("bits", STAGES)
+def test_a_vector_is_stored_in_as_many_bytes_as_a_weight_has_bits(bits):
+    widths = STAGES[bits]
+    codes = torch.stack([torch.randint(2**w, (5, 3), dtype=torch.int32) for w in widths], 2)
+    weight = LatticeWeight(codes, torch.tensor([0.5, 0.25])[: len(widths)].half(), bits, 19)
+    stored = weight.tensors()
+    assert stored["codes"].shape == (5, 3, bits)
+    assert 8 * sum(t.nbytes for t in stored.values()) == LatticeWeight.storage_bits(weight.shape, bits)
+    whole = stored["codes"][:, :, 0].int() + 256 * stored["codes"][:, :, 1].int()
+    assert torch.equal(whole, codes[:, :, 0])
+    back = LatticeWeight.load(stored, **weight.settings())
+    assert torch.equal(back.codes, codes)
+    assert torch.equal(back.decode(), weight.decode())
+
+
+def test_weights_beyond_fp16_scales_are_refused():
+    for weight in (torch.full((2, 8), 1e6), torch.full((2, 8), torch.nan)):
+        with pytest.raises(ValueError, match="finite and below"):
+            fitted(weight, Lattice().rates()[0])

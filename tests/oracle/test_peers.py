@@ -61,7 +61,7 @@ class Layer:
         return self.all_x.T @ self.all_x / len(self.all_x)
 
     def stats(self, method):
-        """As mgvq.curvature.statistics collects them; sampled and right labels are the same here."""
+        """The statistics as mgvq.curvature.statistics collects them; sampled and right labels are the same here."""
         half = self.x.shape[1] // 2
         parts = dict(zip(MODALITIES, (slice(0, half), slice(half, None)), strict=True))
         xs = {m: self.x.double()[:, p].flatten(0, 1) for m, p in parts.items()}

@@ -9,8 +9,10 @@ import torch
 from mgvq.codebook.kmeans import KMeans
 from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
+from mgvq.compensation.hessian import Hessian
 from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
+from mgvq.linalg import damped
 from mgvq.protocols import CodedSlice, FittedSlice
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.types import ChannelSlice, Metric, Site
@@ -30,10 +32,10 @@ INT8 = {name: replace(codebook, table="int8") for name, codebook in CODEBOOKS.it
 each_codebook = pytest.mark.parametrize("codebook", CODEBOOKS.values(), ids=CODEBOOKS.keys())
 
 
-refit = ClosedForm(rounds=1)
+refit = ClosedForm(damping=0.0, rounds=1)
 
 
-def a_piece(tables, codes, columns, target, metric):
+def a_slice(tables, codes, columns, target, metric):
     channel_slice = ChannelSlice(Site("layer", "language", "layer", None, *target.shape), 0, columns)
     return CodedSlice(fitted=FittedSlice(channel_slice, tables), codes=codes, target=target, metric=metric)
 
@@ -66,7 +68,7 @@ def metric_of(kind, num_out, num_in, seed=0):
 
 
 def coded(codebook, weights, columns, metrics, step=1):
-    """A unit of one piece a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
+    """A table group of one slice a layer, rounded to nearest; what the layers lack elsewhere is a tenth of their weights."""
     parts = [w[:, columns] for w in weights]
     fitted = codebook.fit("unit", parts, codebook.rates()[step], [None] * len(parts), [])
     slices = []
@@ -74,18 +76,18 @@ def coded(codebook, weights, columns, metrics, step=1):
         codes, _ = tables.encode(to_vectors(part, tables.vector_length), 0, None)
         target = 0.1 * weight
         target[:, columns] = part
-        slices.append(a_piece(tables, codes, columns, target, metric))
+        slices.append(a_slice(tables, codes, columns, target, metric))
     return slices
 
 
-def unit_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
+def group_of(codebook, kind="kronecker", num_layers=1, seed=0, step=1):
     weights = [(i + 1) * normal(12, 14, seed=seed + i) for i in range(num_layers)]
     metrics = [metric_of(kind, 12, 14, seed + 100 * i) for i in range(num_layers)]
     return coded(codebook, weights, torch.tensor([0, 2, 3, 5, 6, 9, 10, 12, 13]), metrics, step)
 
 
 def quadratic_form(metric, num_out):
-    """Of all errors of a layer, laid end to end."""
+    """The matrix of the quadratic form in all errors of a layer, laid end to end."""
     if metric.h_out is not None:
         return torch.kron(metric.h_out, metric.h_in[0]).double()
     rows = -(-num_out // len(metric.h_in))
@@ -107,7 +109,7 @@ def objective(slices, fitted):
 
 
 def solved(slices):
-    """What the pieces stand for at the optimum, from the normal equations of all centroids."""
+    """What the slices stand for at the optimum, from the normal equations of all centroids."""
     table, stages = tables_of(slices[0]).table, tables_of(slices[0]).stages
     normal_matrix, right, designs = 0.0, 0.0, []
     for channel_slice in slices:
@@ -133,14 +135,14 @@ def solved(slices):
 @pytest.mark.parametrize("kind", ["kronecker", "input", "runs"])
 def test_it_is_the_solution_of_the_normal_equations(codebook, kind):
     """Up to the fp16 that the tables are stored in. Padding, errors in other columns and scales included."""
-    slices = unit_of(codebook, kind)
+    slices = group_of(codebook, kind)
     for channel_slice, fitted, values in zip(slices, refit(slices), solved(slices), strict=True):
         torch.testing.assert_close(fitted.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", ["kmeans-scaled", "product-scaled", "residual-scaled"])
 def test_layers_that_share_tables_are_fitted_together(name):
-    slices = unit_of(CODEBOOKS[name], num_layers=3)
+    slices = group_of(CODEBOOKS[name], num_layers=3)
     fitted = refit(slices)
     for channel_slice, tables, values in zip(slices, fitted, solved(slices), strict=True):
         torch.testing.assert_close(tables.weight(channel_slice.codes).decode().double(), values, rtol=2e-3, atol=8e-3)
@@ -154,7 +156,7 @@ def test_layers_that_share_tables_are_fitted_together(name):
 def test_the_objective_never_rises_as_stored(name, table):
     codebook = (CODEBOOKS if table == "fp16" else INT8)[name]
     for seed in range(5):
-        slices = unit_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
+        slices = group_of(codebook, "kronecker", 1 + seed % 2 * ("scaled" in name), seed)
         before = objective(slices, [tables_of(p) for p in slices])
         once = refit(slices)
         reached = objective(slices, once)
@@ -167,7 +169,7 @@ def test_the_objective_never_rises_as_stored(name, table):
 def test_tables_that_storing_would_worsen_are_kept():
     """The best table differs in its largest centroid alone, whose new step would round all others to other values."""
     for seed in range(5):
-        channel_slice = unit_of(INT8["kmeans"], seed=seed)[0]
+        channel_slice = group_of(INT8["kmeans"], seed=seed)[0]
         largest = tables_of(channel_slice).table[0].abs().amax(1).argmax()
         grown = torch.where(channel_slice.codes[:, :, 0] == largest, 1.003, 1.0).repeat_interleave(2, 1)
         grown = grown[:, : len(columns_of(channel_slice))]
@@ -177,14 +179,14 @@ def test_tables_that_storing_would_worsen_are_kept():
 
 
 def test_a_centroid_that_no_code_names_stays():
-    channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+    channel_slice = group_of(CODEBOOKS["kmeans"])[0]
     codes = torch.where(channel_slice.codes == 1, 0, channel_slice.codes)
     table = refit([replace(channel_slice, codes=codes)])[0].table[0]
     assert torch.equal(table[1], tables_of(channel_slice).table[0, 1])
     assert not torch.equal(table[0], tables_of(channel_slice).table[0, 0])
 
 
-def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
+def test_slices_of_a_layer_in_turn_lower_the_cost_of_the_layer():
     """Each is refitted to what the other leaves over."""
     weight, metric = normal(16, 12), metric_of("kronecker", 16, 12)
     groups = [torch.arange(0, 12, 2), torch.arange(1, 12, 2)]
@@ -203,7 +205,7 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
     costs = [rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten()]
     for _ in range(3):
         for g, columns in enumerate(groups):
-            fitted[g] = refit([a_piece(fitted[g], codes[g], columns, rest(g), metric)])[0]
+            fitted[g] = refit([a_slice(fitted[g], codes[g], columns, rest(g), metric)])[0]
             costs.append(rest().double().flatten() @ quadratic_form(metric, 16) @ rest().double().flatten())
     assert all(later <= earlier for earlier, later in itertools.pairwise(costs))
     assert costs[2] < costs[1] < costs[0]
@@ -212,13 +214,62 @@ def test_pieces_of_a_layer_in_turn_lower_the_cost_of_the_layer():
 def test_a_metric_of_low_rank_or_none_does_no_harm():
     token = normal(1, 14)
     for h_in in (token.T @ token, torch.zeros(14, 14)):
-        channel_slice = unit_of(CODEBOOKS["kmeans"])[0]
+        channel_slice = group_of(CODEBOOKS["kmeans"])[0]
         flat = replace(channel_slice, metric=Metric((h_in,)))
         fitted = refit([flat])
         assert objective([flat], fitted) <= objective([flat], [tables_of(channel_slice)])
         assert fitted[0].table.abs().max() < 10
 
 
+def with_a_massive_channel(seed):
+    """A layer whose largest weight, far outside of its table, is multiplied by what two tokens alone have a thousandfold."""
+    codebook, weight, size = KMeans(**LAYER), normal(96, 64, seed=seed), 64
+    (tables,) = codebook.fit("unit", [weight], next(r for r in codebook.rates() if r.index_bits == 2.0), [None], [])
+    weight[3, 7] = 29.0
+    tokens = normal(400, size, seed=seed + 1) @ (normal(size, size, seed=seed + 2) / size**0.5 + torch.eye(size))
+    tokens[:2] += 2 * normal(2, size, seed=seed + 3)
+    tokens[:2, 7] = 3000.0
+    metric = Metric((tokens.T @ tokens / len(tokens),))
+    channel_slice = ChannelSlice(Site("layer", "language", "layer", None, 96, size), 0, torch.arange(size))
+    fitted = FittedSlice(channel_slice, tables)
+    codes = Hessian(damping=0.1).round(weight, metric, [fitted], metric.channel_importance(), [])[0]
+    return CodedSlice(fitted=fitted, codes=codes, target=weight, metric=metric)
+
+
+def test_a_massive_channel_does_not_take_the_weights_of_all_others() -> None:
+    """Undamped, a refit halves the loss, which two tokens make, and leaves weights whose error is several times their norm."""
+
+    def relative_error(channel_slice, tables):
+        error = tables.weight(channel_slice.codes).decode() - channel_slice.target
+        return float(error.square().sum() / channel_slice.target.square().sum())
+
+    for seed in (0, 10, 20):
+        channel_slice = with_a_massive_channel(seed)
+        before = relative_error(channel_slice, tables_of(channel_slice))
+        assert before < 0.3
+        assert relative_error(channel_slice, refit([channel_slice])[0]) > 3
+        (damped,) = ClosedForm(damping=0.1, rounds=1)([channel_slice])
+        assert relative_error(channel_slice, damped) < 2
+        assert objective([channel_slice], [damped]) < objective([channel_slice], [tables_of(channel_slice)])
+
+
+@pytest.mark.parametrize("of", ["mean", "median", "channel"])
+def test_a_damped_refit_is_the_refit_in_the_damped_metric(of) -> None:
+    channel_slice = group_of(CODEBOOKS["kmeans"])[0]
+    metric = channel_slice.metric
+    factors = Metric((damped(metric.h_in[0], 0.1, of),), damped(metric.h_out, 0.1, of))
+    found, expected = (
+        ClosedForm(damping=0.1, damping_of=of, rounds=1)([channel_slice]),
+        refit([replace(channel_slice, metric=factors)]),
+    )
+    torch.testing.assert_close(found[0].table, expected[0].table)
+    assert not torch.equal(found[0].table, refit([channel_slice])[0].table)
+
+
 def test_settings_that_make_no_sense_are_named():
     with pytest.raises(UserError, match=r"refit\.rounds"):
-        ClosedForm(rounds=0)
+        ClosedForm(damping=0.1, rounds=0)
+    with pytest.raises(UserError, match=r"refit\.damping must"):
+        ClosedForm(damping=1.1, rounds=1)
+    with pytest.raises(UserError, match=r"refit\.damping_of must be one of mean, median, channel"):
+        ClosedForm(damping=0.1, damping_of="row", rounds=1)

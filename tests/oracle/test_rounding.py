@@ -75,7 +75,8 @@ def test_neither_refit_nor_further_rounds_raise_the_objective(share: str, compen
     for seed in range(4):
         parts = problem(share, 100 * seed)
         losses = [
-            loss(parts, rounded(parts, compensation, refit)) for refit in (None, *(ClosedForm(rounds=r) for r in (1, 2, 4)))
+            loss(parts, rounded(parts, compensation, refit))
+            for refit in (None, *(ClosedForm(damping=0.0, rounds=r) for r in (1, 2, 4)))
         ]
         assert losses[1] < losses[0]
         assert losses == sorted(losses, reverse=True)
@@ -83,7 +84,7 @@ def test_neither_refit_nor_further_rounds_raise_the_objective(share: str, compen
 
 def test_what_is_stored_is_what_was_decoded_and_tables_in_common_stay_so() -> None:
     parts = problem("kind")
-    result = rounded(parts, Hessian(damping=0.01), ClosedForm(rounds=2))
+    result = rounded(parts, Hessian(damping=0.01), ClosedForm(damping=0.0, rounds=2))
     for site, stored in result.stored.items():
         torch.testing.assert_close(stored.decode(), result.decoded[site])
     first, second, other = (w.tensors() for w in result.stored.values())
@@ -93,15 +94,15 @@ def test_what_is_stored_is_what_was_decoded_and_tables_in_common_stay_so() -> No
 
 def test_layers_without_a_table_in_common_do_not_change_each_other() -> None:
     parts = problem("layer")
-    together = rounded(parts, Hessian(damping=0.01), ClosedForm(rounds=2))
+    together = rounded(parts, Hessian(damping=0.01), ClosedForm(damping=0.0, rounds=2))
     for site in parts[0]:
-        alone = rounded(([site], *parts[1:]), Hessian(damping=0.01), ClosedForm(rounds=2))
+        alone = rounded(([site], *parts[1:]), Hessian(damping=0.01), ClosedForm(damping=0.0, rounds=2))
         assert torch.equal(alone.decoded[site], together.decoded[site])
 
 
 def test_proxy_errors_are_of_each_part() -> None:
     parts = problem()
-    result = rounded(parts, Hessian(damping=0.01), ClosedForm(rounds=1))
+    result = rounded(parts, Hessian(damping=0.01), ClosedForm(damping=0.0, rounds=1))
     plain, feedback = (rounded(parts, c, None) for c in (NoCompensation(), Hessian(damping=0.01)))
     for site in parts[0]:
         scale = parts[1].problems[site].metric.loss(parts[1].problems[site].weight)

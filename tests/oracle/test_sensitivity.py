@@ -175,6 +175,24 @@ def test_obs_is_the_error_after_the_best_compensation(weight, stats, modality) -
     check(LayerScope(modality=modality, damping=damping), weight, stats, [float(e / mean) for e in expected])
 
 
+def test_obs_by_channel_does_not_see_how_channels_are_scaled(weight, stats) -> None:
+    """Inputs times s and columns over s are the same layer; and with the mean one massive channel leaves the others `|W_c|^2`."""
+    scale = torch.ones(IN, dtype=DOUBLE)
+    scale[1] = 300.0
+
+    def scored(of, weight, scale):
+        scaled = replace(stats, gram={m: (scale[:, None] * g * scale).to(g.dtype) for m, g in stats.gram.items()})
+        return Obs(modality="both", damping=0.05, damping_of=of)({LAYER: weight / scale}, {LAYER: scaled})[LAYER]
+
+    plain, others = torch.ones(IN, dtype=DOUBLE), [c for c in range(IN) if c != 1]
+    torch.testing.assert_close(scored("channel", weight, scale), scored("channel", weight, plain), rtol=1e-3, atol=0)
+    spreads = {}
+    for of in ("mean", "median", "channel"):
+        over_norm = scored(of, weight, scale)[others] / weight[:, others].double().square().sum(0)
+        spreads[of] = float(over_norm.max() / over_norm.min())
+    assert spreads["mean"] < 1.1 < 1.5 < min(spreads["median"], spreads["channel"])
+
+
 @pytest.mark.parametrize("modality", ["both", "image", "text"])
 def test_activations_and_weights_spelled_out(weight, stats, modality) -> None:
     inputs = inputs_of(modality)

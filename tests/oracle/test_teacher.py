@@ -182,7 +182,7 @@ def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
         torch.testing.assert_close(moved[rows], alone)
 
 
-@pytest.mark.parametrize("scope", ["language", "all"])
+@pytest.mark.parametrize("scope", [pytest.param("language", marks=pytest.mark.trust), "all"])
 def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: str) -> None:
     examples, sites = draw(), list_sites(loaded.model, scope)
     parts = (list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))

@@ -21,7 +21,7 @@ from mgvq.analysis.statistics.significance import (
     variance_components,
 )
 
-# Of a difference of headline accuracies on the small models, roughly.
+# The standard deviations of a difference of headline accuracies on the small models, roughly.
 TYPICAL = Components(seed=0.01**2, sample=0.2**2, residual=0.17**2)
 NO_SEEDS = Components(seed=0.0, sample=0.3**2, residual=0.3**2)
 MUCH_SEED = Components(seed=0.04**2, sample=0.2**2, residual=0.17**2)
@@ -38,7 +38,7 @@ def studies(number: int, seeds: int, samples: int, parts: Components, mean: floa
 @pytest.mark.parametrize("seeds", [5, 8])
 @pytest.mark.parametrize("parts", [TYPICAL, NO_SEEDS, MUCH_SEED], ids=["typical", "no seeds", "much seed"])
 def test_a_true_null_is_rejected_five_times_in_a_hundred(parts: Components, seeds: int) -> None:
-    """Of the seeds that studies have; with two or three it may be more often (results/tables/null_simulation.md)."""
+    """With as many seeds as studies have; with two or three it may be more often (results/tables/null_simulation.md)."""
     mean, se, df = two_way(studies(4000, seeds, 200, parts))
     assert 0.035 <= (p_value(mean, se, df) < 0.05).mean() <= 0.065
 
@@ -83,7 +83,7 @@ def test_the_mean_squares_are_those_of_a_table_written_out() -> None:
 
 
 def test_one_seed_is_the_paired_t_test_over_samples_and_one_sample_that_over_seeds() -> None:
-    """Values of stack.md, Part B: five differences."""
+    """Five differences whose p and interval are known."""
     d = np.array([0.712, 0.705, 0.721, 0.698, 0.715]) - np.array([0.701, 0.699, 0.708, 0.700, 0.703])
     over_samples, over_seeds = paired_difference(d[None]), paired_difference(d[:, None])
     for effect in (over_samples, over_seeds):
@@ -161,7 +161,7 @@ def test_questions_of_a_picture_that_agree_do_not_pass_for_many() -> None:
 
 
 def test_holm() -> None:
-    """Against values of statsmodels (stack.md, Part B), and step by step; NaN is no test."""
+    """The values are those of statsmodels, and of the rule step by step; NaN is no test."""
     assert holm(np.array([0.01, 0.04, 0.03, 0.005, 0.2])) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.2])
     assert holm(np.array([0.01, np.nan, 0.03])) == pytest.approx([0.02, np.nan, 0.03], nan_ok=True)
     assert holm(np.array([0.6, 0.7])) == pytest.approx([1, 1])

@@ -1,6 +1,5 @@
 """Studies of public benchmarks: a column a task, compared by the accuracy in which every task counts alike."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, declare_done
+from conftest import ROOT, write_finished_run
 from omegaconf import OmegaConf
 
 from mgvq.analysis.html import write_html
@@ -62,15 +61,7 @@ def finish(folder: Path, arm: str, seed: int) -> None:
     found = averages(samples)
     for task, part in samples.groupby("task"):
         found |= {f"{task}/raw": 0.5, **metrics(str(task), part)}
-    found |= {"bits/quantized_layers": 2.0, "bits/model": 3.0, "time/quantize_s": 20.0, "time/evaluate_s": 30.0}
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(
-        json.dumps({**found, "rate": "full_precision" if arm == "full" else "2x16", "flags": []})
-    )
-    (folder / "identity.json").write_text("{}")
-    (folder / "config.yaml").write_text("{}")
-    declare_done(folder)
+    write_finished_run(folder, samples, found | {"rate": "full_precision" if arm == "full" else "2x16"})
 
 
 def plan(results: Path) -> list[PlannedRun]:
@@ -92,7 +83,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(results: Path) -> StudyRecord:
-    """As the file keeps them."""
+    """The record as its file keeps it."""
     path = results / "records" / "another.parquet"
     write_record(collect(STUDY, plan(results)), path)
     return read_record(path)

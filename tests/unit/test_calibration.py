@@ -75,7 +75,7 @@ def answers_by_hand() -> dict[str, dict[str, list[str]]]:
 
 @pytest.mark.parametrize("name", SETS)
 def test_the_loss_is_that_of_the_answers_in_the_file(name: str, loaded: Any) -> None:
-    """And all image tokens are marked."""
+    """All image tokens are marked, too."""
     drawn, expected, tokenizer = SETS[name].draw(), answers_by_hand()[name], loaded.processor.tokenizer
     image = loaded.processor.image_token
     images = {chat.sample_id: len(chat.images) for chat in (*drawn.examples, *drawn.heldout_examples)}
@@ -180,7 +180,7 @@ def test_a_template_that_hides_the_answers_is_named(family: str, named: str) -> 
 
 
 def test_templates_are_checked_before_the_first_batch(loaded: Any) -> None:
-    """Of the held-out samples too; the text of one holds the image token."""
+    """This holds for the held-out samples too; the text of one holds the image token."""
     drawn, image = SETS["text"].draw(), loaded.processor.image_token
     bad = Chat("rows.jsonl, line 3", (Turn("user", (f"what is {image} ?",)), Turn("assistant", ("a mark",))))
     drawn = type(drawn)(drawn.examples, [bad], 0, 2)

@@ -177,7 +177,7 @@ def test_rates_of_product_and_residual():
 
 @pytest.mark.parametrize("make", [k_means, product, residual])
 @pytest.mark.parametrize("sample", [None, 4])
-def test_another_seed_gives_other_codes_and_another_unit_too(make, sample):
+def test_another_seed_gives_other_codes_and_another_table_group_too(make, sample):
     weights = [normal(24, 13)]
     codebook = make(sample=sample)
     name = codebook.rates()[2].name
@@ -191,7 +191,7 @@ def channel_slice(name, group=0, tower="language", reads=""):
     return ChannelSlice(Site(name, tower, name.rsplit(".", 1)[-1], None, 8, 6, reads), group, torch.arange(6))
 
 
-def test_units_are_as_wide_as_the_share():
+def test_table_groups_are_as_wide_as_the_share():
     members = [channel_slice(f"l.{i}.{kind}", g, reads=f"l.{i}.qkv") for i in (0, 1) for kind in ("q", "k") for g in (0, 1)]
     members.append(channel_slice("v.0.q", 0, "vision"))
     number = {s: len({k_means(share=s).table_group(p) for p in members}) for s in ("layer", "input", "kind")}
@@ -300,7 +300,7 @@ def test_the_second_stage_takes_most_of_what_the_first_leaves():
     assert as_many_bits < two < 0.6 * one
 
 
-def test_empty_clusters_are_flagged_by_unit(monkeypatch):
+def test_empty_clusters_are_flagged_by_table_group(monkeypatch):
     monkeypatch.setattr(vector_module, "kmeans", lambda x, k, *_: Clusters(x[:k].clone(), 3))
     flags = []
     rounded(k_means(), [normal(24, 13)], "2x4", table_group="first", flags=flags)

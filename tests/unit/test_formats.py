@@ -212,7 +212,7 @@ def grouped(num_groups, num_in=23, num_out=5):
 
 
 @pytest.mark.parametrize("num_groups", [2, 3, 4, 5, 16])
-def test_every_piece_fills_the_channels_of_its_group(num_groups):
+def test_every_slice_fills_the_channels_of_its_group(num_groups):
     weight, group = grouped(num_groups)
     decoded = weight.decode()
     for g, channel_slice in enumerate(weight.slices):

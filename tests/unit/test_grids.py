@@ -19,7 +19,7 @@ def normal(*shape, seed=0):
 
 def fit(codebook, weight, bits=2.0, importance=None, flags=None):
     rate = next(r for r in codebook.rates() if r.index_bits == bits)
-    return codebook.fit("unit", [weight], rate, [importance], [] if flags is None else flags)[0]
+    return codebook.fit("group", [weight], rate, [importance], [] if flags is None else flags)[0]
 
 
 def rounded(fitted, weight):
@@ -91,7 +91,7 @@ def test_awq_says_that_it_has_no_activations() -> None:
     weight, flags = normal(4, 6), []
     values = rounded(fit(AWQ, weight, importance=torch.zeros(6, 6), flags=flags), weight)
     torch.testing.assert_close(values, rounded(fit(Grid(group_size=None, scale_bits=2), weight), weight))
-    assert flags == ["no_activation:unit"]
+    assert flags == ["no_activation:group"]
     with pytest.raises(UserError, match="choose a curvature"):
         fit(AWQ, weight)
 

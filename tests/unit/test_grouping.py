@@ -1,4 +1,4 @@
-"""Channel groups: equal sizes, sorted, shared by layers that read the same activations; units gather what shares a table."""
+"""Channel groups: equal sizes, sorted, shared by layers that read the same; table groups gather what shares a table."""
 
 import pytest
 import torch

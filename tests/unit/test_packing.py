@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mgvq.formats import packing
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 
 WIDTHS = range(1, MAX_WIDTH + 1)
@@ -39,6 +40,16 @@ def test_the_lowest_bit_comes_first():
     assert pack(torch.tensor([0x1234]), 16).tolist() == [0x34, 0x12]
 
 
+@pytest.mark.parametrize("width", [1, 3, 8, 20])
+@pytest.mark.parametrize("count", [15, 16, 17, 48])
+def test_chunks_change_no_byte(monkeypatch, width, count):
+    values = torch.randint(2**width, (count,), generator=torch.Generator().manual_seed(width))
+    whole = pack(values, width)
+    monkeypatch.setattr(packing, "_CHUNK", 16)
+    assert torch.equal(pack(values, width), whole)
+    assert torch.equal(unpack(whole, width, count).long(), values)
+
+
 @pytest.mark.parametrize(("value", "width"), [(-1, 1), (-1, 16), (2, 1), (8, 3), (2**16, 16), (2**32, 16)])
 def test_a_value_that_does_not_fit_is_refused(value, width):
     with pytest.raises(ValueError, match=f"do not fit into {width} bits"):
@@ -47,9 +58,9 @@ def test_a_value_that_does_not_fit_is_refused(value, width):
 
 @pytest.mark.parametrize("width", [-1, 0, MAX_WIDTH + 1])
 def test_an_unknown_width_is_refused(width):
-    with pytest.raises(ValueError, match="1 to 16 bits"):
+    with pytest.raises(ValueError, match="1 to 31 bits"):
         pack(torch.tensor([0]), width)
-    with pytest.raises(ValueError, match="1 to 16 bits"):
+    with pytest.raises(ValueError, match="1 to 31 bits"):
         unpack(torch.zeros(1, dtype=torch.uint8), width, 1)
 
 

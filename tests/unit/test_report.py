@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import declare_done
+from conftest import declare_done, write_finished_run
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -23,6 +23,7 @@ from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.layers import collect_layers, evenness, read_layers, write_layers
 from mgvq.analysis.records.records import StudyRecord
 from mgvq.analysis.report import write_figures
+from mgvq.analysis.tables.limits_table import limits_table, write_limits
 from mgvq.analysis.tables.table import rows
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
@@ -62,27 +63,17 @@ def finish(folder: Path, arm: str, seed: int) -> None:
         "loss/answer": samples.loss.sum() / samples.num_tokens.sum(),
         "kl/full_precision": 0.1,
         "bits/quantized_layers": 16.0 if arm == "full" else 2.0,
-        "bits/model": 3.0,
-        "time/quantize_s": 20.0,
-        "time/evaluate_s": 30.0,
         "rate": "full_precision" if arm == "full" else "mixed",
-        "flags": [],
     }
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "identity.json").write_text("{}")
+    tables = {}
     if arm != "full":
         layer = pd.DataFrame({"site": SITES, "tower": "language", "kind": ["q_proj", "down_proj"], "block": [0, 0]})
         by_group = pd.concat([layer.assign(group=g, num_channels=4, num_weights=16 * (g + 1)) for g in (0, 1)])
-        by_group.assign(score=[4.0, 8.0, 40.0, 80.0], index_bits=[1.0, 1.0, 3.0, 3.0 + seed]).to_parquet(
-            folder / "allocation.parquet"
-        )
-        layer.assign(proxy_error=[0.5, 0.25]).to_parquet(folder / "layers.parquet")
+        tables["allocation"] = by_group.assign(score=[4.0, 8.0, 40.0, 80.0], index_bits=[1.0, 1.0, 3.0, 3.0 + seed])
+        tables["layers"] = layer.assign(proxy_error=[0.5, 0.25], times_limit=[2.0, 4.0 + seed])
         stages = [layer.assign(part="nearest", proxy_error=[2.0, 1.0]), layer.assign(part="feedback", proxy_error=[0.5, 0.25])]
-        pd.concat(stages).to_parquet(folder / "proxy.parquet")
-    (folder / "config.yaml").write_text("{}")
-    declare_done(folder)
+        tables["proxy"] = pd.concat(stages)
+    write_finished_run(folder, samples, metrics, **tables)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +112,7 @@ def test_the_table_by_layer_has_means_over_distinct_runs(layers: pd.DataFrame, t
     write_layers(layers, tmp_path / "x.parquet")
     pd.testing.assert_frame_equal(read_layers(tmp_path / "x.parquet"), layers)
     assert set(layers.arm) == {"bad", "good"}
-    assert len(layers) == 2 * 2 * (4 * 4 + 2 + 2 * 2)
+    assert len(layers) == 2 * 2 * (4 * 4 + 2 + 2 + 2 * 2)
     last = layers[(layers.site == "a.down_proj") & (layers.group == 1)].groupby("quantity").value.first()
     assert dict(last) == {"bits": 4.0, "sensitivity": 20.0, "usage": 0.5, "weights": 32.0}
 
@@ -139,6 +130,22 @@ def test_usage_is_the_entropy_of_the_codes_over_its_maximum(
     codes: list[list[int]], tables: int, size: int, expected: float
 ) -> None:
     assert evenness(np.array(codes)[..., None], tables, size) == pytest.approx(expected)
+
+
+def test_the_table_of_limits_has_a_column_a_kind(layers: pd.DataFrame, tmp_path: Path) -> None:
+    """The mean over seeds of 4, 5 and 6; and what runs of before there were limits leave is no table."""
+    written = {file.name: file.read_text() for file in write_limits("made_up", layers, tmp_path)}
+    assert set(written) == {f"made_up_limits{suffix}" for suffix in (".md", ".csv", ".tex")}
+    header, _, *lines = written["made_up_limits.md"].splitlines()[:6]
+    assert [cell.strip() for cell in header.split("|")[1:-1]] == ["point", "arm", "language q_proj", "language down_proj"]
+    assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["one", "bad", "2", "5"]
+    assert len(lines) == 4
+    twice = pd.concat([layers, layers[layers.site == "a.q_proj"].assign(site="b.q_proj")])
+    twice.loc[(twice.site == "b.q_proj") & (twice.quantity == "times_limit"), "value"] = 8.0
+    assert limits_table(twice).lines[0][2:] == ["4", "5"], "a geometric mean"
+    twice.loc[(twice.site == "b.q_proj") & (twice.quantity == "weights"), "value"] *= 3
+    assert limits_table(twice).lines[0][2:] == [f"{(2 * 8**3) ** 0.25:.3g}", "5"], "by their weights"
+    assert write_limits("old", layers[layers.quantity != "times_limit"], tmp_path) == []
 
 
 def test_the_proxy_figure_shows_every_stage_over_the_nearest(layers: pd.DataFrame) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import declare_done
+from conftest import declare_done, write_finished_run
 from omegaconf import OmegaConf
 
 from mgvq.analysis.records.collect import collect
@@ -56,19 +56,10 @@ def finish(folder: Path, arm: str, seed: int, model: str, picture_seed: int = 0)
         "tiny_vqa/accuracy": samples.groupby("type").score.mean()[list(HEADLINE)].mean(),
         "loss/answer": samples.loss.sum() / samples.num_tokens.sum(),
         "kl/full_precision": 0.1,
-        "bits/quantized_layers": 2.0,
-        "bits/model": 3.0,
-        "time/quantize_s": 20.0,
-        "time/evaluate_s": 30.0,
         "rate": "full_precision" if arm == "full" else "2x16",
         "flags": ["empty_cluster"] if arm == "better" else [],
     }
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "identity.json").write_text("{}")
-    (folder / "config.yaml").write_text("{}")
-    declare_done(folder)
+    write_finished_run(folder, samples, metrics)
 
 
 def plan(results: Path, study: Study = STUDY, done: bool = True) -> list[PlannedRun]:

@@ -1,6 +1,5 @@
 """Studies that read text: perplexity in place of accuracy, tested by the loss, and arms that are run at some points alone."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import declare_done
+from conftest import write_finished_run
 from omegaconf import OmegaConf
 
 from mgvq.analysis.html import write_html
@@ -63,17 +62,9 @@ def finish(folder: Path, arm: str, seed: int, bits: float) -> None:
         "kl/full_precision": loss - 2.0,
         "bits/quantized_layers": bits,
         "bits/model": bits + 2,
-        "time/quantize_s": 20.0,
-        "time/evaluate_s": 30.0,
         "rate": "full_precision" if arm == "full" else "2x16",
-        "flags": [],
     }
-    folder.mkdir(parents=True)
-    samples.to_parquet(folder / "samples.parquet")
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "identity.json").write_text("{}")
-    (folder / "config.yaml").write_text("{}")
-    declare_done(folder)
+    write_finished_run(folder, samples, metrics)
 
 
 def plan(results: Path) -> list[PlannedRun]:

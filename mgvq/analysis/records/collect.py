@@ -94,7 +94,7 @@ def _why_missing(folder: RunFolder) -> str:
         return ""
     failed = folder.path / "FAILED"
     if failed.is_file():
-        lines = failed.read_text(errors="replace").strip().splitlines() or ["no reason was written"]
+        lines = failed.read_text(errors="replace", encoding="utf-8").strip().splitlines() or ["no reason was written"]
         return f"failed: {lines[-1].removeprefix('mgvq.errors.UserError: ')}"
     return f"not finished: {folder.path} has no DONE" if folder.path.is_dir() else "not run"
 
@@ -115,7 +115,7 @@ def _run_record(run: PlannedRun, seeds: tuple[int, ...]) -> RunRecord:
         num_samples=len(samples),
         samples=hashlib.sha256("".join(samples.sample_hash).encode()).hexdigest()[:16],
         metrics=_believable(metrics, samples, kind),
-        identity=(path / "identity.json").read_text(),
+        identity=(path / "identity.json").read_text(encoding="utf-8"),
         scores=_scores(samples, kind),
         losses=samples.loss.round(3).to_numpy("float32") if "loss" in samples else None,
     )
@@ -150,7 +150,7 @@ def _is_no_number(value: Any) -> bool:
     return isinstance(value, float) and not np.isfinite(value)
 
 
-# By the column of the samples: which metrics are made of it.
+# Which metrics are made of a column of the samples.
 _MADE_OF: dict[str, Callable[[str], bool]] = {
     "loss": lambda name: name in ("loss/answer", "text/perplexity"),
     "kl": lambda name: name == "kl/full_precision",

@@ -28,9 +28,9 @@ def collect_layers(runs: Sequence[PlannedRun], record: StudyRecord | None = None
     Quantities: `bits` (index bits a weight), `sensitivity` (mean channel score), `usage` (entropy of a codebook's codes over the
     log of its size: 1 where all centroids are used alike; a mean over stages, none for a scalar grid), by group; `weights`, how
     many there are. With group -1, of a whole layer: `stored` (proxy error of what the run stored) and, where the run kept them,
-    the proxy error after each stage of `PROXY`. A mean over values of which one is NaN is NaN. Full-precision runs have no rows;
-    without any other the table is empty. With a `record` only its runs are read. Raises UserError where a run's files are not
-    those that it wrote.
+    `times_limit` (its error over the rate-distortion limit) and the proxy error after each stage of `PROXY`. A mean over values
+    of which one is NaN is NaN. Full-precision runs have no rows; without any other the table is empty. With a `record` only its
+    runs are read. Raises UserError where a run's files are not those that it wrote.
     """
     known = None if record is None else {run.run for run in record.runs}
     folders = {run.folder.path: run.folder for run in runs if known is None or run.folder.path.name in known}
@@ -67,6 +67,8 @@ def _tables(folder: RunFolder) -> Iterator[pd.DataFrame]:
     layers = read_parquet(run / "layers.parquet", remedy)
     if layers.proxy_error.notna().any():  # without a metric there is none
         yield layers[["site", "tower", "kind", "block"]].assign(group=-1, quantity="stored", value=layers.proxy_error)
+    if "times_limit" in layers:
+        yield layers[["site", "tower", "kind", "block"]].assign(group=-1, quantity="times_limit", value=layers.times_limit)
     if (run / "proxy.parquet").is_file():
         proxy = read_parquet(run / "proxy.parquet", remedy)
         columns = {"group": -1, "quantity": proxy.part, "value": proxy.proxy_error}
@@ -80,6 +82,8 @@ def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
     usage = {}
     for layer in read(checkpoint)[0]:
         stored = FORMATS[layer.format].load(layer.tensors, **layer.settings)
+        stored = getattr(stored, "rest", stored)  # beside outliers
+        stored = getattr(stored, "inner", stored)  # in a rotated basis
         for group, channel_slice in enumerate(getattr(stored, "slices", (stored,))):
             if channel_slice.format == "vector":
                 usage[layer.name, group] = evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])

@@ -61,7 +61,7 @@ class _Variation:
     per_cluster: float
     """How many of them a cluster has."""
     source: str
-    """Where the numbers are from."""
+    """The words that say where the numbers are from."""
 
 
 _ASSUMED = _Variation(  # as found between random arms on the small models, roughly

@@ -48,9 +48,9 @@ class Components:
     """The parts of the variance of a difference."""
 
     seed: float
-    """Between seeds."""
+    """The variance between seeds."""
     sample: float
-    """Between samples."""
+    """The variance between samples."""
     residual: float
     """What neither explains."""
 

@@ -17,7 +17,7 @@ class Spread:
     """Standard deviations of one metric of one arm, in the metric's unit; NaN where a question has no finite value."""
 
     runs: float
-    """Between the runs' figures on the shared questions."""
+    """The standard deviation between the runs' figures on the shared questions."""
     low: float
     """The lower end of the chi-square interval of `runs`."""
     high: float

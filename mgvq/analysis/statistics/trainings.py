@@ -73,7 +73,7 @@ class Figure:
     arm: str
     """The arm that was measured."""
     split: Split
-    """Its parts."""
+    """The means of the trainings and the parts of their variance."""
 
 
 def splits(record: StudyRecord) -> Iterator[Figure]:

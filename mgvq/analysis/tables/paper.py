@@ -31,7 +31,7 @@ class Number:
     value: Decimal
     """The number, with the digits that are printed."""
     unit: str
-    """Its unit."""
+    """The unit of the number."""
     metric: str
     """What it measures."""
     method: str
@@ -43,7 +43,7 @@ class Number:
     bits: Decimal
     """Bits a weight, as they are printed."""
     where: str
-    """Where in the work it stands."""
+    """The place in the work at which it stands."""
     evidence: str
     """How it was read: a key of `EVIDENCE`."""
 
@@ -60,11 +60,11 @@ class Claim:
     value: Decimal
     """The printed difference; 0 where both numbers print the same thing."""
     unit: str
-    """Its unit."""
+    """The unit of the number."""
     minus: tuple[Number, Number]
     """The numbers whose difference it should be, the first minus the second."""
     where: str
-    """Where in the work it stands."""
+    """The place in the work at which it stands."""
     evidence: str
     """How it was read: a key of `EVIDENCE`."""
 
@@ -146,15 +146,15 @@ class Work:
     work: str
     """The work's short name."""
     source: str
-    """Where it is published."""
+    """The place at which the work is published."""
     numbers: dict[str, Number]
     """The numbers that it prints, by names that the file itself uses."""
     claims: list[Claim] = field(default_factory=list)
-    """Its printed differences."""
+    """The differences that the work prints."""
     beside: list[Beside] = field(default_factory=list)
     """Differences beside which one of ours is shown."""
     two_bits: TwoBits | None = None
-    """Its rows at 2 bits."""
+    """The rows of the work at 2 bits."""
 
 
 def read_works(folder: Path) -> list[Work]:
@@ -168,7 +168,7 @@ def read_works(folder: Path) -> list[Work]:
 def _read(file: Path) -> Work:
     try:
         # Digits as printed: 67.0 has one more than 67.
-        raw = yaml.load(file.read_text(), Loader=_Printed)
+        raw = yaml.load(file.read_text(encoding="utf-8"), Loader=_Printed)
         numbers = {name: _make(Number, entry) for name, entry in raw.pop("numbers").items()}
         claims = [_make(Claim, {**c, "minus": _named(numbers, c["minus"])}) for c in raw.pop("claims", [])]
         beside = [

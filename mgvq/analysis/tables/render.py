@@ -90,5 +90,5 @@ def tex_cell(cell: str) -> str:
     return "".join(_TEX.get(part, part) for part in parts)
 
 
-# By the end of the file's name. A new format is a line here.
+# What is written, by the end of the file's name. A new format is a line here.
 FORMATS: dict[str, Callable[[Table], str]] = {".md": markdown, ".csv": lambda table: table.csv, ".tex": latex}

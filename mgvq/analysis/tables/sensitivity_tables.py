@@ -26,7 +26,10 @@ def write_tables(name: str, scores: pd.DataFrame, results: Path) -> list[Path]:
     for kind, table in (("ranks", ranks), ("stability", stable)):
         path = results / "tables" / f"sensitivity_{name}_{kind}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{drawn} {notes[kind]} A dash: no ranks.\n")
+        path.write_text(
+            f"{table.to_markdown(index=False, disable_numparse=True)}\n\n{drawn} {notes[kind]} A dash: no ranks.\n",
+            encoding="utf-8",
+        )
         paths.append(path)
     return paths
 

@@ -12,6 +12,7 @@ from lmms_eval.api.task import ConfigurableTask
 from lmms_eval.utils import load_yaml_config
 
 from mgvq.data.benchmarks import BENCHMARKS, Benchmark
+from mgvq.data.cached import cache_of
 from mgvq.rng import generator
 
 _ROTATION = 1_000_000  # MMBench counts the rotations of a question's options in millions of its index
@@ -31,7 +32,8 @@ class BenchmarkTask(ConfigurableTask):
         stops = config.get("generation_kwargs", {}).get("until")
         config |= {
             "dataset_path": str(data / self.benchmark.dataset) if data else self.benchmark.dataset,
-            "dataset_kwargs": None,  # lmms-eval's yamls want a login (`token: True`) for datasets that are public
+            # lmms-eval's yamls want a login (`token: True`) for datasets that are public.
+            "dataset_kwargs": {"cache_dir": cache_of(data / self.benchmark.dataset)} if data else None,
             "generation_kwargs": {"max_new_tokens": max_new_tokens, "do_sample": False, **({"until": stops} if stops else {})},
             "metric_list": [_metric(name, m) for m in config["metric_list"] if m["metric"] == self.benchmark.metric],
         }

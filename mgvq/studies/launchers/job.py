@@ -35,7 +35,7 @@ class Command:
 
     def complain(self, text: str) -> None:
         """Add to the log what the run itself cannot tell."""
-        with self.log.open("a") as output:
+        with self.log.open("a", encoding="utf-8") as output:
             output.write(f"{text}\n")
 
 
@@ -81,7 +81,7 @@ class Job(Protocol):
     """A run that was started."""
 
     def poll(self) -> int | None:
-        """Its exit status, 0 for success; None while it waits or goes on."""
+        """The exit status of the job, 0 for success; None while it waits or goes on."""
         ...
 
     def stop(self) -> None:

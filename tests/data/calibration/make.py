@@ -60,6 +60,9 @@ def main() -> None:
     numbers = ["zero", "one", "two", "three", "four", "five"]
     lines(HERE / "text.jsonl", [{"messages": turns(f"what is behind {a} ?", b)} for a, b in itertools.pairwise(numbers)])
 
+    questions = [(name, p.questions[0]) for name, p in zip(coco, pictures, strict=True)]
+    lines(HERE / "image_text.jsonl", [{"image": name, "question": q.text, "answer": q.answer} for name, q in questions])
+
     # An image folder, which load_dataset("tests/data/calibration/hub") reads.
     for p in pictures[:4]:
         show(p, HERE / f"hub/{p.index}.jpg")

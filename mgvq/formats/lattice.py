@@ -1,0 +1,64 @@
+"""Lattice codes: runs of eight input channels of a row, a point of a lattice at each stage; no table is stored."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mgvq.lattice.coding import STAGES, decode
+from mgvq.lattice.points import DIMENSION
+
+
+@dataclass(frozen=True)
+class LatticeWeight:
+    """The codes of every vector, and a scale for each stage. A row's last vector may be filled up; it is stored and counted."""
+
+    codes: Int[Tensor, "out vectors stages"]
+    """The numbers of the points, of 8 or 16 bits each (`mgvq.lattice.coding.STAGES`)."""
+    scales: Float[Tensor, "stages"]
+    """What the points of each stage are multiplied by, in fp16."""
+    bits: int
+    """Bits a weight: 2, 3 or 4."""
+    num_in: int
+    """Input channels of the weight."""
+
+    format: ClassVar[str] = "lattice"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.num_in
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """Return the weight in float32, exactly the same on every device."""
+        vectors = decode(self.codes.flatten(0, 1), self.bits, self.scales.tolist())
+        return vectors.view(len(self.codes), -1)[:, : self.num_in]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The codes of a vector are as many bytes as a weight has bits: each stage's own, the lowest first."""
+        stages = zip(self.codes.unbind(2), STAGES[self.bits], strict=True)
+        parts = [codes >> shift & 255 for codes, width in stages for shift in range(0, width, 8)]
+        return {"codes": torch.stack(parts, 2).to(torch.uint8), "scales": self.scales}
+
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": math.prod(self.shape)}
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"shape": list(self.shape), "bits": self.bits}
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int) -> "LatticeWeight":
+        stages, at = [], 0
+        for width in STAGES[bits]:
+            parts = tensors["codes"][:, :, at : at + width // 8].int()
+            stages.append((parts << torch.arange(0, width, 8, device=parts.device)).sum(2, dtype=torch.int32))
+            at += width // 8
+        return cls(torch.stack(stages, 2), tensors["scales"], bits, shape[1])
+
+    @staticmethod
+    def storage_bits(shape: tuple[int, int], bits: int) -> int:
+        """The exact size of `tensors` in bits."""
+        return shape[0] * -(-shape[1] // DIMENSION) * DIMENSION * bits + 16 * len(STAGES[bits])

@@ -1,0 +1,85 @@
+"""Weights that are stored in a rotated basis: `W = U^T W' V`, with the signs of both rotations."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, SliceWeight
+from mgvq.formats.packing import pack, unpack
+from mgvq.rotation import Rotation, rotate_matrix_back
+
+INNER_FORMATS = {**SLICE_FORMATS, GroupedWeight.format: GroupedWeight}
+
+
+@dataclass(frozen=True)
+class RotatedWeight:
+    """A stored weight W' of the turned layer, and the random signs of the rotations that turned it.
+
+    Layers that read the same activations hold the same `signs_in` object, which is then stored once.
+    """
+
+    inner: SliceWeight | GroupedWeight
+    signs_in: UInt8[Tensor, "in_bytes"] | None  # packed, one bit an input channel; None: inputs are not turned
+    signs_out: UInt8[Tensor, "out_bytes"] | None
+    within: str  # layer: one rotation of all input channels | group: one within each channel group
+
+    format: ClassVar[str] = "rotated"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.inner.shape
+
+    @property
+    def inputs(self) -> Rotation | None:
+        """V, which turns the layer's input."""
+        if self.signs_in is None:
+            return None
+        groups = self.inner.channel_groups() if self.within == "group" and isinstance(self.inner, GroupedWeight) else None
+        return rotation_of(self.signs_in, self.shape[1], groups)
+
+    @property
+    def outputs(self) -> Rotation | None:
+        """U, whose transpose turns the layer's output back."""
+        return None if self.signs_out is None else rotation_of(self.signs_out, self.shape[0], None)
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """float32, in the layer's own basis."""
+        return rotate_matrix_back(self.inner.decode(), self.outputs, self.inputs)
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        signs = {"signs_in": self.signs_in, "signs_out": self.signs_out}
+        return {**self.inner.tensors(), **{role: tensor for role, tensor in signs.items() if tensor is not None}}
+
+    def num_weights(self) -> Mapping[str, int]:
+        return self.inner.num_weights()
+
+    def settings(self) -> Mapping[str, Any]:
+        inner = {"format": self.inner.format, **self.inner.settings()}
+        return {"shape": list(self.shape), "within": self.within, "inner": inner}
+
+    @classmethod
+    def load(cls, tensors: Mapping[str, Tensor], shape: list[int], within: str, inner: Mapping[str, Any]) -> "RotatedWeight":
+        own = {role: tensor for role, tensor in tensors.items() if not role.startswith("signs_")}
+        settings = {key: value for key, value in inner.items() if key != "format"}
+        loaded = INNER_FORMATS[inner["format"]].load(own, **settings)
+        return cls(loaded, tensors.get("signs_in"), tensors.get("signs_out"), within)
+
+
+def pack_signs(rotation: Rotation) -> UInt8[Tensor, "bytes"]:
+    """One bit a channel, 1 for a negative sign."""
+    signs = torch.empty(sum(map(len, rotation.blocks)))
+    for block, own in zip(rotation.blocks, rotation.signs, strict=True):
+        signs[block] = own
+    return pack((signs < 0).int(), 1)
+
+
+def rotation_of(packed: UInt8[Tensor, "bytes"], n: int, groups: Tensor | None) -> Rotation:
+    """The rotation of n channels whose signs were packed; within each of the `groups` of channels, or of all together."""
+    signs = 1.0 - 2.0 * unpack(packed, 1, n).float()
+    numbers = torch.zeros(n, dtype=torch.int64) if groups is None else groups
+    blocks = [torch.nonzero(numbers == g).flatten() for g in numbers.unique().tolist()]
+    return Rotation(blocks, [signs[block] for block in blocks])

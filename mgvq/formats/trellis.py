@@ -1,0 +1,77 @@
+"""Trellis codes: tiles of 16 x 16 weights, each a tail-biting walk through the states of a shift register; no table is stored."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mgvq.trellis.code import TrellisCode, Values
+from mgvq.trellis.coding import decode
+
+TILE = 16  # rows and columns; a sequence is the rows of a tile one after the other
+
+
+@dataclass(frozen=True)
+class TrellisWeight:
+    """The bits of every tile, and one scale; rows and columns that fill up the last tiles are stored and counted."""
+
+    codes: UInt8[Tensor, "tiles v bytes"]  # tiles of rows, vectors of 16 columns
+    code: TrellisCode
+    scale: Float[Tensor, ""]  # fp16, multiplies the values of the states
+    num_out: int
+    num_in: int
+
+    format: ClassVar[str] = "trellis"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_out, self.num_in
+
+    def decode(self) -> Float[Tensor, "out in"]:
+        """float32; exact for every device."""
+        values = decode(self.codes.flatten(0, 1), self.code, TILE * TILE)
+        return from_tiles(values.unflatten(0, self.codes.shape[:2]))[: self.num_out, : self.num_in] * self.scale.float()
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {"codes": self.codes, "scale": self.scale}
+
+    def num_weights(self) -> Mapping[str, int]:
+        return {"codes": self.num_out * self.num_in}
+
+    def settings(self) -> Mapping[str, Any]:
+        code = self.code
+        sizes = {"state_bits": code.state_bits, "step_bits": code.step_bits, "step_weights": code.step_weights}
+        return {"shape": list(self.shape), "values": code.values, **sizes}
+
+    @classmethod
+    def load(
+        cls,
+        tensors: Mapping[str, Tensor],
+        shape: list[int],
+        values: Values,
+        state_bits: int,
+        step_bits: int,
+        step_weights: int,
+    ) -> "TrellisWeight":
+        code = TrellisCode(state_bits=state_bits, step_bits=step_bits, step_weights=step_weights, values=values)
+        return cls(tensors["codes"], code, tensors["scale"], *shape)
+
+    @staticmethod
+    def storage_bits(shape: tuple[int, int], code: TrellisCode) -> int:
+        """Exact size in bits."""
+        num_tiles = -(-shape[0] // TILE) * -(-shape[1] // TILE)
+        return 8 * num_tiles * code.num_bytes(TILE * TILE) + 16
+
+
+def to_tiles(vectors: Float[Tensor, "out v 16"]) -> Float[Tensor, "tiles v 256"]:
+    """Runs of 16 rows of the vectors, the last one filled up with zeros."""
+    padded = torch.nn.functional.pad(vectors, (0, 0, 0, 0, 0, -len(vectors) % TILE))
+    return padded.unflatten(0, (-1, TILE)).transpose(1, 2).flatten(2)
+
+
+def from_tiles(tiles: Float[Tensor, "tiles v 256"]) -> Float[Tensor, "rows columns"]:
+    """The inverse, as a matrix with its padding."""
+    return tiles.unflatten(2, (TILE, TILE)).transpose(1, 2).flatten(0, 1).flatten(1)

@@ -1,0 +1,180 @@
+"""Rounding in the order of the data, every layer on the inputs that the layers quantised before it give."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mgvq.model.blocks import Block, by_block, install, restored
+from mgvq.model.sites import linear, site_weights
+from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
+from mgvq.progress import progress
+from mgvq.protocols import Lacking, Prefix
+from mgvq.quantization.blockwise import Samples
+from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.rounding import LayerRounder, Rounded
+from mgvq.types import LayerProblem, Metric, Rate, Site
+
+
+def sequential_rounding(
+    model: PreTrainedModel,
+    sites: Sequence[Site],
+    prefix: Prefix,
+    samples: Samples,
+    cache: CodebookCache,
+    rates: Sequence[Rate],
+    rounder: LayerRounder,
+    flags: list[str],
+) -> Rounded:
+    """Block by block, and in a block the layers that read the same activations together, in the order of the data.
+
+    The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
+    output factor stays. `prefix` says how its target is moved before it is rounded. `model` has its own weights again in the end.
+    """
+    originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
+    walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
+    rounded = Rounded()
+    with restored(model, originals):
+        for block in progress(list(by_block(sites)), "blocks"):
+            streams = [_Streams(walk, block, originals) for walk in walks]
+            for together in _by_input(block):
+                moments = [stream.moments(together) for stream in streams]
+                problems = {}
+                for site in together:
+                    problem = cache.problems[site]
+                    problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
+                rounded |= rounder.round(cache.with_problems(problems), rates, together, flags)
+                install(model, {site: rounded.decoded[site] for site in together})
+            for walk in walks:
+                walk.settle(block)
+    return rounded
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Means over the tokens of one layer."""
+
+    num_tokens: int
+    gram: Float[Tensor, "in in"]  # E[x~ x~^T]
+    of: Lacking  # what r brings back
+    lacking: Float[Tensor, "out in"]  # E[r x~^T]
+
+
+def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> LayerProblem:
+    """The layer's problem behind the quantised prefix, in the basis that it has."""
+    held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
+    move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target
+    if move is not None:
+        moved = (weight.double() + move.to(weight.device)).float()
+        coded = moved if problem.outliers is None else moved - problem.outliers.dense()
+        target = problem.transform.weight(coded) if problem.transform else coded
+    gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
+    h_out = problem.metric.h_out if problem.metric else None
+    return replace(problem, target=target, metric=Metric((gram.float(),), h_out))
+
+
+def _by_input(block: Block) -> Iterator[list[Site]]:
+    """The layers of a block that read the same activations, in the order of their first ones."""
+    together: dict[str, list[Site]] = {}
+    for site in block:
+        together.setdefault(site.reads, []).append(site)
+    yield from together.values()
+
+
+class _Streams:
+    """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix."""
+
+    def __init__(self, walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> None:
+        self._walk, self._originals = walk, originals
+        self._visit = walk.visit(block, {site: originals[site] for site in block})
+        self._names = {site: site.name.removeprefix(self._visit.name).removeprefix(".") for site in block}
+        self._places = _stream_places(self._visit, self._names)
+        firsts = [together[0] for together in _by_input(block)]
+        self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
+        self._behind: dict[Site, list[Tensor]] = {site: [] for site in self._places}
+        watched = {self._names[site] for site in firsts} | {after for _, after in self._places.values()}
+        for one in self._visit.run("full_precision", sorted(watched - _ENDS)):
+            for site in firsts:
+                self._inputs[site.reads].append(self._tokens(site, one, self._names[site]))
+            for site, (_, after) in self._places.items():
+                self._behind[site].append(self._tokens(site, one, after))
+
+    def moments(self, together: Sequence[Site]) -> dict[Site, _Moments]:
+        """The moments of layers that read the same activations; zeros where no sample reaches them.
+
+        An output lacks `W (x - x~)`, and the stream what it was less what it is before the layer and less `W x~`: the products
+        with W are taken of the moments, not token by token.
+        """
+        first, num_tokens = together[0], 0
+        into_stream = [site for site in together if site in self._places]
+        gram, drift = (torch.zeros(first.in_features, first.in_features, dtype=torch.float64) for _ in range(2))
+        streams = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in into_stream}
+        befores = {self._places[site][0] for site in into_stream}
+        for number, one in enumerate(self._visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
+            x = self._tokens(first, one, self._names[first])
+            num_tokens += len(x)
+            gram += (x.T @ x).double().cpu()
+            drift += ((self._inputs[first.reads][number] - x).T @ x).double().cpu()
+            for site in into_stream:
+                lack = self._behind[site][number] - self._tokens(site, one, self._places[site][0])
+                if (bias := linear(self._walk.model, site).bias) is not None:
+                    lack = lack - bias.float()
+                streams[site] += (lack.T @ x).double().cpu()
+        count = max(1, num_tokens)
+        found = {}
+        for site in together:
+            weight = self._originals[site].double().cpu()
+            lacking = streams[site] - weight @ gram if site in streams else weight @ drift
+            found[site] = _Moments(num_tokens, (gram / count).float(), "stream" if site in streams else "output", lacking / count)
+        return found
+
+    def _tokens(self, site: Site, one: BlockPass, place: str) -> Float[Tensor, "tokens c"]:
+        """The rows of real tokens of what is at a place: the input of a module, or one of the ends of the block."""
+        values = one.call.hidden if place == _ENTRY else one.output if place == _EXIT else one.inputs[place]
+        if site.tower != "language":  # towers without padding
+            return values.flatten(0, -2).float()
+        return values[self._walk.batches[one.call.number].valid_mask].float()
+
+
+_ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, and those that come out
+_ENDS = {_ENTRY, _EXIT}
+
+
+def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]]:
+    """For each layer whose output is added to the residual stream: where the stream is before that, and where behind.
+
+    Found in one pass, not guessed from names: the places are the ends of the block and the inputs of its modules, and the sum of
+    one of them and the layer's output is another. A layer behind which a norm or a scale stands has none.
+    """
+    calls = visit.calls["full_precision"][:1]
+    hidden = calls[0].hidden if calls else None
+    if hidden is None:
+        return {}
+    modules = [name for name, module in visit.module.named_modules() if name and not list(module.children())]
+    one = next(visit.first("full_precision", [name for name in modules if name not in names.values()]), None)
+    assert one is not None
+    values = {_ENTRY: hidden, **one.inputs, _EXIT: one.output}
+    values = {place: _few(value) for place, value in values.items() if value.shape == hidden.shape}
+    outputs = visit.outputs("full_precision", list(names.values()))
+    places = {}
+    for site, name in names.items():
+        if name not in outputs or outputs[name].shape != hidden.shape:
+            continue
+        added = _few(outputs[name])
+        pairs = ((a, b) for a, before in values.items() for b, after in values.items() if _adds_up(before, added, after))
+        if found := next(pairs, None):
+            places[site] = found
+    return places
+
+
+def _few(values: Float[Tensor, "*tokens c"]) -> Float[Tensor, "few c"]:
+    """Some tokens from all over: enough to tell one sum from another."""
+    rows = values.flatten(0, -2)
+    return rows[:: -(-len(rows) // 16)].float()
+
+
+def _adds_up(before: Tensor, output: Tensor, after: Tensor) -> bool:
+    return torch.allclose(before + output, after, rtol=1e-4, atol=1e-5 * float(after.abs().max()))
