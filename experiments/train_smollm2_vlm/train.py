@@ -228,11 +228,12 @@ def main() -> None:
         for name, value in trainer.train_step().items():
             sums.setdefault(name, []).append(value)
         last = trainer.step == recipe.steps
+        if trainer.step % 5 == 0 or last:
+            trainer.save()
         if trainer.step % 20 == 0 or last:
             row: dict[str, object] = {"step": trainer.step, **{k: round(float(np.mean(v)), 4) for k, v in sums.items()}}
             row |= {"cpu_s": round(time.process_time() - spent), "wall_s": round(time.time() - started)}
             sums = {}
-            trainer.save()
             if trainer.step % 100 == 0 or last:
                 row["validation"] = {k: round(v, 3) for k, v in trainer.validate(1000 if last else 208).items()}
             trainer.note(row)
