@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -14,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from mgvq.errors import UserError
 from mgvq.runs.compose import composer
 from mgvq.runs.files import check_reachable
+from mgvq.runs.overrides import parsed
 from mgvq.runs.places import conf_folder
 
 _PRESETS = ("method", "experiment")
@@ -28,7 +28,7 @@ def check_words(arguments: Sequence[str]) -> None:
     the spelling is checked: what they hold is Hydra's to say.
     """
     options, _ = get_args_parser().parse_known_args(list(arguments))
-    overrides = [_parsed(word) for word in options.overrides]
+    overrides = [parsed(word) for word in options.overrides]
     if any(getattr(options, name) for name in _OTHER_CONFIG) or any("searchpath" in word for word in options.overrides):
         return
     for override in overrides:
@@ -36,20 +36,6 @@ def check_words(arguments: Sequence[str]) -> None:
     cfg = _check_composition(overrides)
     if options.multirun:  # Hydra makes a folder there before the first job
         check_reachable(Path(cfg.paths.results))
-
-
-def _parsed(word: str) -> Override:
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"{word} is no setting: give KEY=VALUE, see mgvq-run --help.") from error
-        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
-        raise UserError(
-            f"{word} cannot be read: a value with brackets, commas, spaces, quotes, = or letters beyond a to z stands in quotes, "
-            f"and these in the shell's: '{key}=\"{quoted}\"'"
-        ) from error
 
 
 def _groups() -> dict[str, list[str]]:

@@ -10,14 +10,17 @@ from typing import Any
 
 import torch
 
+import mgvq
 from mgvq.runs.places import checkout
 
 _PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "hydra-core", "numpy", "scikit-learn", "safetensors")
 
 
 def provenance() -> dict[str, Any]:
-    """The commit, a digest of what differs from it (None outside a checkout), versions and hardware; no part of the identity."""
+    """The version of mgvq, the commit and a digest of what differs from it (None outside of a git checkout), versions of packages
+    and hardware; no part of the identity."""
     return {
+        "version": mgvq.__version__,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _digest(_git("diff", "HEAD")),
         "python": sys.version.split()[0],
@@ -27,7 +30,8 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    if (root := checkout()) is None:
+    root = checkout()
+    if root is None or not (root / ".git").exists():  # an unpacked archive may lie in a repository that is another one
         return None
     try:
         command = ["git", "-C", str(root), *arguments]

@@ -14,6 +14,7 @@ from mgvq.runs.build import build, check
 from mgvq.runs.compose import composer
 from mgvq.runs.early import check_values
 from mgvq.runs.identity import run_id
+from mgvq.runs.overrides import parsed, quoted
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import Kind, kind_of_config
 from mgvq.studies.spec import Study
@@ -84,6 +85,8 @@ def _plan(
     overrides = [*more, *study.overrides(arm, point)]
     planned = []
     try:
+        for word in overrides:
+            parsed(word)
         cfg = compose(*overrides)
         check(cfg)
         for seed in study.seeds_at(point):
@@ -91,17 +94,12 @@ def _plan(
             own.seed = seed
             if "group" in (own.tracker or ()):  # it shows runs by study, arm and seed
                 own.tracker.group, own.tracker.name = study.name, f"{arm}, seed {seed}"
-                words += [f"tracker.group={_quoted(study.name)}", f"tracker.name={_quoted(own.tracker.name)}"]
+                words += [f"tracker.group={quoted(study.name)}", f"tracker.name={quoted(own.tracker.name)}"]
             folder = RunFolder(Path(own.paths.results) / "runs" / run_id(own))
             planned.append(PlannedRun(arm, point, seed, tuple(words), folder, own))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
     return planned
-
-
-def _quoted(text: str) -> str:
-    """The text in the quotes in which Hydra's override grammar takes any text."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:

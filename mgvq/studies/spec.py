@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgvq.errors import UserError
+from mgvq.runs.overrides import override
 from mgvq.studies.yaml_file import read_settings
 
 METRICS = ("accuracy", "loss", "perplexity")
@@ -33,7 +34,8 @@ class Study:
     common: list[str] = field(default_factory=list)
     """Overrides of every run."""
     grid: dict[str, list[Any]] = field(default_factory=dict)
-    """Values by the setting; every combination, a point, is a section of the table and has all arms."""
+    """Values by the setting, which reach the run as YAML has them, without quotes for Hydra; every combination, a point, is a
+    section of the table and has all arms."""
     baseline: str | list[str] | None = None
     """The arm that the others are compared with, if there is one; of several, each makes a table."""
     primary: dict[str, str] | None = None
@@ -180,7 +182,7 @@ class Study:
     def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
         """The overrides of one arm at one combination of the grid's values."""
         own = {word.partition("=")[0].lstrip("+~") for word in self.arms[arm]}
-        values = [f"{key}={'null' if value is None else value}" for key, value in point.items() if key not in own]
+        values = [override(key, value) for key, value in point.items() if key not in own]
         return [*self.common, *values, *self.arms[arm]]
 
     def points(self) -> list[dict[str, Any]]:

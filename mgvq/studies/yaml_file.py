@@ -18,7 +18,7 @@ def read_settings(path: Path, *, known: Sequence[str], required: Sequence[str]) 
     where a value has another shape than it should: YAML takes `1:` for a number and `on:` for a truth, where a name was meant.
     """
     if not path.is_file():
-        raise UserError(f"{path} is no study file; the studies lie in experiments/*/study.yaml.")
+        raise UserError(f"{path} is no study file; the studies lie in experiments/*/study.yaml of the repository.")
     try:
         text = path.read_bytes().decode("utf-8-sig")
         node = yaml.compose(text, yaml.SafeLoader)

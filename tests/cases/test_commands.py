@@ -15,7 +15,7 @@ from mgvq.errors import SharedFault, UserError
 
 # A word that is no setting, and what has to be said of it.
 TYPOS = {
-    "model=typo": "model=typo: there is no such variant. There are hub,",
+    "model=typo": "model=typo: there is no such variant. There are gemma3_270m,",
     "model=tiny_intern_vl": "is tiny_internvl meant?",
     "method=kmean": "is kmeans meant?",
     "codebook=k_means": "is kmeans meant?",
@@ -29,6 +29,7 @@ TYPOS = {
     "foo": "foo is no setting: give KEY=VALUE",
     "model.path=/a/b=c": "'model.path=\"/a/b=c\"'",
     "model.path=a(b": "'model.path=\"a(b\"'",
+    "model.path=C:\\a b\\(c)\\": "'model.path=\"C:\\a b\\(c)\\\\\"'",
     "evaluation.num_questions=[": "'evaluation.num_questions=\"[\"'",
     "model=tiny_internvl,tiny_intern": "model=tiny_intern: there is no such variant",
     "evaluation=null": "evaluation=null: no run is without this group; evaluation=none",
@@ -99,6 +100,22 @@ def test_bad_values_end_a_run_in_one_paragraph(
     assert told.startswith("mgvq-run: ")
     assert said in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["seed=1"]], ids=["alone", "with a word"])
+def test_mgvq_run_alone_says_what_will_run_and_how_long_it_takes(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*_: object) -> None:
+        raise UserError("not here")
+
+    monkeypatch.setenv("MGVQ_RESULTS", str(tmp_path))
+    monkeypatch.setattr("mgvq.runs.execute.execute", refused)
+    assert ended(monkeypatch, *words) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "mgvq-run: not here"
+    said = "quantised with codebook=kmeans to 2 bits and evaluated with tiny_vqa (1000 questions): about half a minute."
+    assert [said in line for line in told[:-1]] == ([] if words else [True])
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from made import copy
 from made_up_study import plan, with_names
 
 from mgvq.analysis.html import write_html
@@ -16,7 +18,9 @@ from mgvq.analysis.records.records import read_record, write_record
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.cli import report
 from mgvq.errors import UserError
-from mgvq.studies.spec import read_study
+from mgvq.runs.overrides import parsed
+from mgvq.studies.plan import expand
+from mgvq.studies.spec import Study, read_study
 
 GOOD = """\
 name: quick
@@ -116,6 +120,43 @@ def test_a_study_file_may_have_a_byte_order_mark_and_windows_lines(tmp_path: Pat
     path = tmp_path / "study.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").replace("run?", "gr\u00fcn?").encode())
     assert read_study(path).question == "does it gr\u00fcn?"
+
+
+# Values of a grid that mean something to Hydra's grammar. A new input is a line.
+VALUES = (
+    "/a/b=c", "[a]", "a, b", "{a: b}", "a(b)", "glob(*)", "~a", "a:b", "", " a ", "it's", '"', "\\", "a\\", 'a\\"b', "C:\\a b\\",
+    "\u00fc\u4e2d", "a\tb", "a#b", "50 %", "$x", "*", "a\u2028b", "a|b",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", [*VALUES, list(VALUES), 3, 0.5, 1e-30, True, None, [], [-1, 0.5, None], [["a=b"]], {"a": "b=c"}]
+)
+def test_a_value_of_a_grid_reaches_the_run_as_it_is(value: object) -> None:
+    study = Study(name="s", question="?", arms={"a": []}, seeds=[0], grid={"key": [value]})
+    (word,) = study.overrides("a", {"key": value})
+    read = parsed(word)
+    assert not read.is_sweep_override()
+    assert (read.key_or_group, read.value()) == ("key", value)
+    assert type(read.value()) is type(value)
+
+
+def test_a_number_that_yaml_takes_for_text_is_a_number() -> None:
+    study = Study(name="s", question="?", arms={"a": []}, seeds=[0], grid={"key": [yaml.safe_load("1e-3")]})
+    assert parsed(study.overrides("a", study.points()[0])[0]).value() == 0.001
+
+
+def test_a_path_of_a_grid_is_that_of_the_run(tmp_path: Path) -> None:
+    path, file = str(tmp_path / "a=b, [c] (d)"), tmp_path / "study.yaml"
+    text = {"name": "s", "question": "?", "common": ["model=local"], "arms": {"a": ["method=rtn"]}, "seeds": [0]}
+    copy(Path(path))
+    file.write_text(yaml.safe_dump({**text, "grid": {"model.path": [path]}}))
+    (planned,) = expand(read_study(file))
+    assert planned.cfg.model.path == path
+    file.write_text(yaml.safe_dump({**text, "common": ["model=local", f"model.path={path}"]}))
+    with pytest.raises(UserError, match=r"study s, arm a .* cannot be read: .* stands in quotes") as caught:
+        expand(read_study(file))
+    assert f"'model.path=\"{path}\"'" in str(caught.value)
 
 
 def test_the_command_refuses_in_one_paragraph(

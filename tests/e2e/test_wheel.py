@@ -1,4 +1,4 @@
-"""The wheel carries configuration and models, and runs from anywhere."""
+"""The wheel carries configuration and models, runs from anywhere, and its runs say which version they are of."""
 
 import os
 import subprocess
@@ -7,6 +7,12 @@ import zipfile
 from pathlib import Path
 
 from conftest import FAMILIES, ROOT
+
+import mgvq
+
+STUDY = (
+    "{name: mine, question: does it run?, arms: {rtn: [method=rtn]}, seeds: [0], grid: {model: [tiny_internvl, tiny_smolvlm]}}"
+)
 
 
 def test_an_installed_wheel_finds_its_configuration_and_models(tmp_path: Path) -> None:
@@ -20,12 +26,17 @@ def test_an_installed_wheel_finds_its_configuration_and_models(tmp_path: Path) -
     for family in FAMILIES:
         assert (site / "mgvq/model/tiny" / family / "model.safetensors").is_file()
     code = (
-        "import mgvq, sys; from mgvq.runs.places import conf_folder, results_folder;"
-        "print(mgvq.__file__, conf_folder(), results_folder(), sep='\\n')"
+        "import mgvq, sys; from mgvq.runs.places import conf_folder, results_folder; from mgvq.runs.provenance import provenance;"
+        "print(mgvq.__file__, conf_folder(), results_folder(), *(provenance()[k] for k in ('version', 'commit', 'dirty')), sep='\\n')"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MGVQ_RESULTS"} | {"PYTHONPATH": str(site)}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}
     places = subprocess.run([sys.executable, "-c", code], **run)
-    assert places.stdout.split() == [str(site / "mgvq/__init__.py"), str(site / "mgvq/conf"), str(tmp_path / "results")]
+    found = [str(site / "mgvq/__init__.py"), str(site / "mgvq/conf"), str(tmp_path / "results")]
+    assert places.stdout.split() == [*found, mgvq.__version__, "None", "None"]
     shown = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "method=kmeans", "--cfg", "job", "--resolve"], **run)
     assert f"path: {site}/mgvq/model/tiny/tiny_internvl" in shown.stdout
+    (tmp_path / "study.yaml").write_text(STUDY)
+    planned = subprocess.run([sys.executable, "-m", "mgvq", "study", "study.yaml", "--dry"], **run)
+    assert "2 runs, 0 done, 2 to run" in planned.stdout
+    assert planned.stdout.count(f"missing {tmp_path}/results/runs/") == 2

@@ -206,6 +206,28 @@ def test_a_dry_run_that_lacks_nothing_says_so(capsys: pytest.CaptureFixture[str]
     assert "stress 0.7" in said
 
 
+@pytest.mark.parametrize(
+    ("model", "counted"),
+    [
+        ("model=smollm2", ["weights     134.5 M, 269.0 MB on disk", "language 210 layers, 106.2 M weights"]),
+        ("model=gemma3_270m", ["weights     268.1 M, 536.2 MB on disk", "language 126 layers"]),
+        ("model=local model.path={folder}", ["weights     ", "language 14 layers, 22.5 k weights"]),
+    ],
+)
+def test_a_dry_run_counts_a_text_model(
+    model: str, counted: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100).save_pretrained(
+        tmp_path
+    )
+    with composer() as compose:
+        cfg = compose(*model.format(folder=tmp_path).split(), "method=kmeans", "evaluation=perplexity")
+    report(cfg)
+    said = capsys.readouterr().out
+    for words in counted:
+        assert words in said
+
+
 def test_stress_flags_and_identity() -> None:
     stressed = replace(LOCAL, stress=Stress(sigma=0.7, seed=3))
     assert LOCAL.choices() == {}
