@@ -99,7 +99,7 @@ class Trainer:
         )
 
     def note(self, row: dict[str, object]) -> None:
-        with (self.out / "log.jsonl").open("a") as log:
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
 
     def embedded(self, packed: Packed, images: list[DrawnImage]) -> Tensor:

@@ -101,7 +101,8 @@ def assemble(language: Path, tower: Path, adapters: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config(language, tower).save_pretrained(folder)
     settings = {"eos_token_id": read_json(language / "config.json")["eos_token_id"], "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps({**settings, "pad_token_id": settings["eos_token_id"]}))
+    generation = json.dumps({**settings, "pad_token_id": settings["eos_token_id"]})
+    (folder / "generation_config.json").write_text(generation, encoding="utf-8")
     processor(language, tower).save_pretrained(folder)
 
 
