@@ -27,7 +27,8 @@ def test_an_installed_wheel_finds_its_configuration_and_models(tmp_path: Path) -
         assert (site / "mgvq/model/tiny" / family / "model.safetensors").is_file()
     code = (
         "import mgvq, sys; from mgvq.runs.places import conf_folder, results_folder; from mgvq.runs.provenance import provenance;"
-        "print(mgvq.__file__, conf_folder(), results_folder(), *(provenance()[k] for k in ('version', 'commit', 'dirty')), sep='\\n')"
+        "print(mgvq.__file__, conf_folder(), results_folder(), sep='\\n');"
+        "print(*(provenance()[key] for key in ('version', 'commit', 'dirty')))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "MGVQ_RESULTS"} | {"PYTHONPATH": str(site)}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": True}

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, GotOcr2ImageProcessor, PretrainedConfig, Qwen2VLImageProcessor
+from transformers import GenerationConfig, GotOcr2ImageProcessor, LlamaConfig, PretrainedConfig, Qwen2VLImageProcessor
 
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import save
