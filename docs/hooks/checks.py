@@ -20,9 +20,9 @@ MOMENTS = {
         "allocation.budget.check_positive", "codebook.sharing", "compensation.damping", "sensitivity.channels",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
-    "study files and launchers, before the first run": ("studies",),
+    "study files and launchers, before the first run": ("studies", "runs.overrides"),
     "the results folder and the device, before a run starts": ("runs.files", "runs.execute"),
-    "calibration data and questions, before the model is loaded": ("calibration", "evaluation"),
+    "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (
         "model.files", "model.processor", "model.chat", "model.encode", "model.text", "model.fit", "model.family", "model.gguf",
         "model.internvl2", "runs.method.check_images",
