@@ -124,7 +124,7 @@ def test_without_a_revision_the_digest_is_told(tmp_path: Path, caplog: pytest.Lo
         ("x.gguf", b"PK\x03\x04and so on", r"is no GGUF file: it begins with b'PK"),
         ("x.gguf", b"", r"is no GGUF file: it begins with b''"),
         ("x.gguf", b"GGUF\x00\x00\x00\x03", "of version 50331648, read as little-endian"),
-        ("x.gguf", b"GGUF\x01\x00\x00\x00", "of version 1 "),
+        ("x.gguf", b"GGUF\x01\x00\x00\x00", "of version 1,"),
         ("x-00001-of-00002.gguf", CONTENT, "is one part of a split GGUF file"),
     ],
 )

@@ -83,4 +83,4 @@ def test_an_arm_of_one_run_is_refused() -> None:
 
 def test_the_whole_must_be_an_arm() -> None:
     with pytest.raises(UserError, match="spread must be one of the arms a, b; got 'c'"):
-        Study(name="s", question="?", arms={"a": ["seed=0"], "b": ["seed=0"]}, seeds=[0, 1], spread="c")
+        Study(name="s", question="?", arms={"a": ["method=rtn"], "b": ["method=kmeans"]}, seeds=[0, 1], spread="c")
