@@ -16,7 +16,7 @@ MAKERS = {"error", "_not_here", "_unclear"}  # functions that put a place, or an
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
     "words and values, before torch is imported": (
-        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "quantization.method",
+        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "runs.overrides", "quantization.method",
         "allocation.budget.check_positive", "codebook.sharing", "compensation.damping", "sensitivity.channels",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
