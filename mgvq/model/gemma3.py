@@ -46,7 +46,7 @@ def main() -> None:
         file = join()
     except UserError as error:
         sys.exit(str(error))
-    print(terms((file.parent / "GEMMA_TERMS.html").read_text()))
+    print(terms((file.parent / "GEMMA_TERMS.html").read_text(encoding="utf-8")))
     print(
         "\nGemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms, of which the text "
         f"above is a copy that came with the package. Whoever goes on uses it under these terms.\n{file}"

@@ -24,6 +24,7 @@ from mgvq.runs.fields import wrong_type
 
 log = logging.getLogger(__name__)
 _SHARED = ("mgvq.errors",)  # what is raised here is caught outside
+_LIGHT = ("platformdirs",)  # imported as they are: of no weight, and asked for folders while modules are executed
 
 
 def check_values(cfg: DictConfig) -> None:
@@ -165,7 +166,7 @@ class _Modules:
         if name == "hydra.utils":
             return SimpleNamespace(instantiate=self.instantiate, get_object=self.get_object)
         if top not in self._packages:
-            known = top in sys.stdlib_module_names or name in sys.modules
+            known = top in sys.stdlib_module_names or top in _LIGHT or name in sys.modules
             return builtins.__import__(name, scope, None, names or (), 0) if known else Blank()
         module = self.load(name)
         for item in names or ():

@@ -164,8 +164,14 @@ def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
 
 
 def _texts(*parts: Any) -> dict[str, str]:
-    """The SHA-256 of the texts that come with the Python installation, by the group that reads them."""
-    return {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
+    """The SHA-256 of the texts that are read, by the group that reads them. Raises UserError where two read the same."""
+    texts = {name: digest for part in parts for name, digest in getattr(part, "texts", {}).items()}
+    if len(set(texts.values())) < len(texts):
+        raise UserError(
+            "calibration and evaluation read the same text: a perplexity of it would say how well it is remembered. Give "
+            "calibration.path another one than evaluation.path."
+        )
+    return texts
 
 
 def _unexplained(broken: Sequence[str], flags: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ STAGES = (
 # Each may import itself and what stands below it.
 LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
-          ["data", "formats", "linalg", "rng", "progress", "checks", "digest"],
+          ["data", "formats", "linalg", "rng", "progress"], ["checks", "digest"],
           ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HYDRA_ALLOWED = ("cli", "studies", "runs")

@@ -6,6 +6,7 @@ A random Llama of two blocks; its tokenizer is trained on the calibration text.
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -109,6 +110,26 @@ def test_the_gradient_may_be_taken_for_several_blocks_together(folder: Path) -> 
 def test_pictures_are_refused(folder: Path, tmp_path: Path, overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named):
         execute(composed(folder, *overrides), RunFolder(tmp_path / "run"))
+
+
+def test_a_text_of_ones_own_is_read_in_windows(folder: Path, tmp_path: Path) -> None:
+    """What calibrates and what is predicted are both in the provenance, and are not the same."""
+    for name, corpus in (("train", docstrings()), ("test", language_reference())):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(list(corpus.passages.values())[:12]))
+    texts = {group: f"{group}.path={tmp_path}/{name}.txt" for group, name in (("calibration", "train"), ("evaluation", "test"))}
+    cut = [f"{group}.window=128" for group in texts]
+    words = ["method=gptq", "calibration=text", *cut, "calibration.num_samples=6", "calibration.heldout_samples=2"]
+    words += ["evaluation=perplexity", "evaluation.num_passages=null", "evaluation.stride=64", f"budget.bits_per_weight={BUDGET}"]
+    done = RunFolder(tmp_path / "run")
+    execute(composed(folder, *words, *texts.values()), done)
+    samples = pd.read_parquet(done.path / "samples.parquet")
+    told = json.loads((done.path / "provenance.json").read_text())["texts"]
+    assert set(samples.num_tokens) == {127, 64}
+    assert done.metrics()["loss/answer"] == pytest.approx(samples.loss.sum() / samples.num_tokens.sum())
+    assert told["calibration"] != told["evaluation"]
+    same = composed(folder, *words, texts["evaluation"], f"calibration.path={tmp_path}/test.txt")
+    with pytest.raises(UserError, match="calibration and evaluation read the same text"):
+        execute(same, RunFolder(tmp_path / "same"))
 
 
 def test_a_checkpoint_is_a_model_again(folder: Path) -> None:

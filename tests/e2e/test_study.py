@@ -50,7 +50,9 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     assert again.stdout.count(" (planned) ") == 1
     run_command("mgvq.cli.report", str(study), results=results)
     written = {file.name: file.read_bytes() for file in (results / "tables").iterdir()}
-    assert set(written) == {"quick.md", "quick.csv", "quick.tex", "quick_verdict.md"}
+    assert set(written) == {f"{name}.{kind}" for name in ("quick", "quick_limits") for kind in ("md", "csv", "tex")} | {
+        "quick_verdict.md"
+    }
     run_command("mgvq.cli.report", str(study), "--from-records", results=results)
     assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written
     assert "spread of quick" in run_command("mgvq.cli.study", str(study), "--dry", results=results).stdout
@@ -77,12 +79,17 @@ def test_a_frozen_study_is_not_run(tmp_path: Path) -> None:
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path: Path) -> None:
-    """A budget below the smallest rate shows only when the layers are known: at run time. The others get their table."""
+    """A budget between two rates shows only when the layers are known: at run time. The others get their table."""
     study = tmp_path / "study.yaml"
-    study.write_text(QUICK.replace("three bits: [method=kmeans, budget.bits_per_weight=3]", "tiny: [budget.bits_per_weight=0.1]"))
+    study.write_text(
+        QUICK.replace(
+            "three bits: [method=kmeans, budget.bits_per_weight=3]",
+            "tiny: [budget.bits_per_weight=1.4]",
+        )
+    )
     done = run_command("mgvq.cli.study", str(study), "--jobs", "2", results=tmp_path / "results", check=False)
     assert done.returncode == 1
-    assert "smallest rate" in done.stderr
+    assert "falls between two rates" in done.stderr
     assert "2 runs failed" in done.stderr
     assert "arm tiny, seed 1" in done.stderr
     assert "**PARTIAL: 2 of 4 runs are missing" in done.stdout

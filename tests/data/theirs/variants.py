@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -17,8 +17,8 @@ from mgvq.compensation.none import NoCompensation
 from mgvq.evaluation.documents import documents
 from mgvq.evaluation.forced import score
 from mgvq.model.encode import Example, batches
-from mgvq.protocols import CodedSlice, FittedSlice
-from mgvq.types import ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, StatsBank
+from mgvq.protocols import CodedSlice, FittedSlice, Lacking, QuantizedWeight
+from mgvq.types import ChannelSlice, EvalResult, Metric, Needs, Rate, RateTable, Site, SiteStats, StatsBank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +130,44 @@ class Shrunk:
     def __call__(self, slices: Sequence[CodedSlice]) -> Sequence[FittedTables]:
         fitted = [s.fitted.codebook for s in slices]
         return [replace(f, table=f.table * self.share) for f in fitted if isinstance(f, FittedTables)]
+
+
+class AsItIs:
+    """A layer that is not transformed at all."""
+
+    def weight(self, weight: Tensor) -> Tensor:
+        return weight
+
+    weight_back = input_factor = weight
+
+    def statistics(self, stats: SiteStats) -> SiteStats:
+        return stats
+
+    def stored(self) -> Sequence[Tensor]:
+        return ()
+
+    def wrap(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class Still:
+    """Nothing happens to any layer."""
+
+    within: Literal["layer", "group"]
+
+    def __call__(self, sites: Sequence[Site], groups: Mapping[Site, Tensor] | None) -> Mapping[Site, AsItIs]:
+        return {site: AsItIs() for site in sites}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gentle:
+    """A small share of what a layer's output lacks; the stream is left alone."""
+
+    share: float
+
+    def correction(self, of: Lacking, lacking: Tensor, gram: Tensor, heldout: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        return None if of == "stream" else self.share * lacking / gram.diagonal().mean()
 
 
 @dataclass(frozen=True, kw_only=True)
