@@ -21,7 +21,7 @@ MOMENTS = {
         "sensitivity.channels", "data.texts.TextSettings.check_settings",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
-    "study files and launchers, before the first run": ("studies", "runs.overrides"),
+    "study files and launchers, before the first run": ("studies",),
     "the results folder and the device, before a run starts": ("runs.files", "runs.execute"),
     "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (
