@@ -16,11 +16,12 @@ MAKERS = {"error", "_not_here", "_unclear"}  # functions that put a place, or an
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
     "words and values, before torch is imported": (
-        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "quantization.method",
-        "allocation.budget.check_positive", "codebook.sharing", "compensation.damping", "sensitivity.channels",
+        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "runs.overrides",
+        "quantization.method", "allocation.budget.check_positive", "codebook.sharing", "compensation.damping",
+        "sensitivity.channels", "data.texts.TextSettings.check_settings",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
-    "study files and launchers, before the first run": ("studies", "runs.overrides"),
+    "study files and launchers, before the first run": ("studies",),
     "the results folder and the device, before a run starts": ("runs.files", "runs.execute"),
     "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (

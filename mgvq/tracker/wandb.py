@@ -7,7 +7,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,18 @@ class Wandb:
         quiet = wandb.Settings(
             silent=True, console="off", disable_git=True, save_code=False, x_disable_meta=True, x_disable_stats=True
         )
-        with wandb.init(
-            mode="offline",
-            dir=self.path,
-            project=self.project,
-            group=self.group,
-            id=name,
-            name=self.name or f"{' '.join(variants(identity))}, seed {config['seed']}",
-            tags=tags(config, identity),
-            config={**config, "run": run.name, "provenance": provenance},
-            settings=quiet,
-        ) as mirror:
+        with _service():
+            mirror = wandb.init(
+                mode="offline",
+                dir=self.path,
+                project=self.project,
+                group=self.group,
+                id=name,
+                name=self.name or f"{' '.join(variants(identity))}, seed {config['seed']}",
+                tags=tags(config, identity),
+                config={**config, "run": run.name, "provenance": provenance},
+                settings=quiet,
+            )
             if (blocks := tables.get("blocks")) is not None:
                 curves = blocks.loc[blocks.chosen, ["heldout_loss", "first_order", "gradient_norm", "step"]].add_prefix("blocks/")
                 for number in range(len(curves)):
@@ -100,7 +102,7 @@ class Wandb:
             mirror.log({f"table/{key}": wandb.Table(dataframe=table, allow_mixed_types=True) for key, table in tables.items()})
             mirror.log_artifact(wandb.Artifact(f"ledger-{name}", "checkpoint-ledger", metadata=_figures(ledger, metrics)))
             mirror.summary.update(metrics)
-        wandb.teardown()  # the file is closed in a process of W&B's, after the run has been left: waits for that
+            mirror.finish()
         return Path(mirror.settings.sync_dir)
 
     def _obstacle(self) -> str | None:
@@ -129,6 +131,23 @@ class Wandb:
         except subprocess.TimeoutExpired:
             return f"it took more than tracker.timeout_s={self.timeout_s:g}"
         return (done.stderr or done.stdout).strip().rpartition("\n")[2] if done.returncode else None
+
+
+@contextmanager
+def _service() -> Iterator[None]:
+    """Ends W&B's own process, which closes the run's file, and waits for it; also where that process was killed.
+
+    A run that is used as a context manager, and a connection that is left to the exit of Python, print a traceback each then.
+    """
+    import wandb
+
+    try:
+        yield
+    except Exception:
+        with suppress(Exception):
+            wandb.teardown()
+        raise
+    wandb.teardown()
 
 
 def variants(identity: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,8 @@
 """Trackers: what they hold is what the run folder holds, and nothing that happens to them touches a run."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -172,6 +174,47 @@ def test_a_broken_tracker_is_a_warning_and_tried_again(run: RunFolder, tmp_path:
     assert "The run is complete" in caplog.text
     assert not (run.path / MARK).exists()
     assert run.is_done()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import psutil
+from mgvq.runs.store import RunFolder
+from mgvq.runs.tracking import track
+from mgvq.tracker import wandb
+
+figures = wandb._figures
+
+def kill(*given):
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+    return figures(*given)
+
+run, path = sys.argv[1:]
+tracker = wandb.Wandb(path=path, project="p", mode="offline", timeout_s=5.0, group=None, name="n")
+wandb._figures = kill
+track(tracker, RunFolder(Path(run)))
+wandb._figures = figures
+if (Path(run) / "TRACKED").exists():
+    sys.exit("the run counts as told")
+track(tracker, RunFolder(Path(run)))
+"""
+
+
+def test_a_killed_process_of_wandb_costs_a_line_and_is_told_again(run: RunFolder, tmp_path: Path) -> None:
+    """In the middle of telling; and nothing of W&B's is left over that would fail when Python ends."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(run.path), str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stderr.splitlines()
+    assert first.startswith("tracker Wandb has not got")
+    assert first.endswith("The run is complete; the same command tells it again.")
+    assert "is not sent: tracker.mode=offline" in second
+    assert run.is_done()
+    run.verify()
+    assert (run.path / MARK).is_file()
+    (folder,) = offline_folders(tmp_path)
+    assert read_back(folder)["exit"] == 0
 
 
 class Busy(BaseHTTPRequestHandler):
