@@ -11,7 +11,7 @@ from conftest import FAMILIES, ROOT
 import mgvq
 
 STUDY = (
-    "{name: mine, question: does it run?, arms: {rtn: [method=rtn]}, seeds: [0], grid: {model: [tiny_internvl, tiny_smolvlm]}}"
+    "{name: mine, question: 'does it run?', arms: {rtn: [method=rtn]}, seeds: [0], grid: {model: [tiny_internvl, tiny_smolvlm]}}"
 )
 
 

@@ -211,7 +211,7 @@ def test_a_dry_run_that_lacks_nothing_says_so(capsys: pytest.CaptureFixture[str]
     [
         ("model=smollm2", ["weights     134.5 M, 269.0 MB on disk", "language 210 layers, 106.2 M weights"]),
         ("model=gemma3_270m", ["weights     268.1 M, 536.2 MB on disk", "language 126 layers"]),
-        ("model=local model.path={folder}", ["weights     ", "language 14 layers, 22.5 k weights"]),
+        ("model=local model.path={folder}", ["weights     27.0 k, 108.2 kB on disk", "language 14 layers, 20.5 k weights"]),
     ],
 )
 def test_a_dry_run_counts_a_text_model(
