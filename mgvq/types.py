@@ -214,6 +214,11 @@ class LayerProblem:
         outliers = self.outliers.dense()
         return self.weight.float() + (self.transform.weight(outliers) if self.transform else outliers)
 
+    def of_model(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What a weight in the model is in the problem: less the outliers, in float32, turned. The inverse of `in_own_basis`."""
+        rest = weight.float() if self.outliers is None else weight.float() - self.outliers.dense()
+        return self.transform.weight(rest) if self.transform else rest
+
     def in_own_basis(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """What a weight of the problem, or what its codes stand for, is in the model: turned back, with the outliers."""
         back = self.transform.weight_back(weight) if self.transform else weight

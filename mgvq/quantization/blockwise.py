@@ -173,9 +173,10 @@ class _Loop:
     def _target(self, site: Site, gradient: Tensor, present: Tensor, step: float) -> Tensor:
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
-        target, turn = problem.target, problem.transform.weight if problem.transform else lambda own: own
-        gradient = turn(gradient.to(target.device))
+        target, gradient = problem.target, gradient.to(problem.target.device)
+        if problem.transform:
+            gradient = problem.transform.weight(gradient)
         if site in self.targets:  # an earlier sweep has rounded it, with an error that the gradient knows
             target = self.targets[site]
-            gradient = without_own_error(gradient, problem.metric, turn(present) - target)
+            gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
         return self.shift.target(target, problem.metric, gradient, step)

@@ -68,9 +68,7 @@ def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: 
     held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
     move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target
     if move is not None:
-        moved = (weight.double() + move.to(weight.device)).float()
-        coded = moved if problem.outliers is None else moved - problem.outliers.dense()
-        target = problem.transform.weight(coded) if problem.transform else coded
+        target = problem.of_model((weight.double() + move.to(weight.device)).float())
     gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
     h_out = problem.metric.h_out if problem.metric else None
     return replace(problem, target=target, metric=Metric((gram.float(),), h_out))

@@ -97,6 +97,7 @@ def test_they_come_back_and_are_counted(name, compensation, transform):
             weight.outliers.dense() + problems[site].in_own_basis(problems[site].weight) * ~taken, full, atol=1e-2
         )
         assert torch.allclose(problems[site].in_own_basis(problems[site].weight), full, atol=1e-5)
+        assert torch.allclose(problems[site].of_model(full), problems[site].weight, atol=1e-5)
         back = FORMATS[weight.format].load(weight.tensors(), **weight.settings())
         assert torch.equal(back.decode(), weight.decode())
         assert back.shape == tuple(full.shape)

@@ -1,6 +1,7 @@
 """The block loop on layers whose loss is exactly the quadratic that it assumes, and on losses that are no numbers."""
 
 import math
+from dataclasses import replace
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from mgvq.errors import UserError
 from mgvq.quantization import blockwise
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.outliers import find_outliers
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.teacher import Teacher
@@ -72,7 +74,14 @@ class Quadratic(Teacher):
     def unsettle(self): ...
 
 
-def swept(teacher, monkeypatch, sweeps=2, steps=STEPS):
+def without_outliers(problem, number):
+    """The problem less that many weights that are stored exactly."""
+    outliers = find_outliers(problem.weight, problem.metric, number)
+    rest = problem.weight - outliers.dense()
+    return replace(problem, weight=rest, target=rest, outliers=outliers)
+
+
+def swept(teacher, monkeypatch, sweeps=2, steps=STEPS, outliers=0):
     """The trials of the block loop."""
     monkeypatch.setattr(blockwise, "Teacher", lambda *_: teacher)
     shift = GradientHessian(
@@ -81,6 +90,8 @@ def swept(teacher, monkeypatch, sweeps=2, steps=STEPS):
     codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=5, sample=None, seed=0)
     scores = {s: teacher.metrics[s].h_in[0].diagonal().clone() for s in teacher.sites}
     problems = layer_problems(teacher.sites, weights=teacher.weights, metrics=teacher.metrics, scores=scores)
+    if outliers:
+        problems = {site: without_outliers(problem, outliers) for site, problem in problems.items()}
     table_groups = cut_table_groups(problems, codebook)
     rates = [next(r for r in codebook.rates() if r.index_bits == 2.0)] * len(table_groups)
     rounder, cache = LayerRounder(shift, None, {}), CodebookCache(table_groups, codebook, problems)
@@ -88,10 +99,15 @@ def swept(teacher, monkeypatch, sweeps=2, steps=STEPS):
 
 
 @pytest.mark.parametrize("unit", [1.0, 100.0])
-def test_a_gradient_of_a_layers_own_error_moves_nothing(unit, monkeypatch) -> None:
+@pytest.mark.parametrize("outliers", [0, 3])
+def test_a_gradient_of_a_layers_own_error_moves_nothing(unit, outliers, monkeypatch) -> None:
     """That error is what rounding leaves at the best target there is: a step along its gradient can only lose."""
     for seed in (0, 100):
-        _, trials = swept(Quadratic(slope=1e-6, unit=unit, seed=seed), monkeypatch)
+        teacher = Quadratic(slope=1e-6, unit=unit, seed=seed)
+        for site in teacher.sites:  # of which outliers=3 stores one exactly
+            teacher.weights[site][3, 5] = 30.0
+            teacher.model.layers[site.block].weight.data.copy_(teacher.weights[site])
+        _, trials = swept(teacher, monkeypatch, outliers=outliers)
         later = trials[trials.sweep == 1]
         assert len(later) >= 2
         assert (later.gradient_norm > 0).all()
