@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mgvq.checks import told_as
 from mgvq.digest import file_digest
@@ -28,6 +28,8 @@ class Gguf(Source):
     """A source whose `path` is a GGUF file, and whose `revision` is the SHA-256 of that, or None: of the file that is there."""
 
     cache: str  # the folder in which model and tokenizer are unpacked
+
+    is_made: ClassVar[bool] = True
 
     @property
     def on_hub(self) -> bool:

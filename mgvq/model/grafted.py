@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mgvq.digest import file_digest
 from mgvq.errors import UserError
@@ -52,6 +52,8 @@ class Grafted(Source):
     language: Gguf  # the language model
     tower: str  # the shipped model whose vision tower it is
     cache: str  # the folder in which the model is put together
+
+    is_made: ClassVar[bool] = True
 
     @property
     def on_hub(self) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mgvq.checks import whole_number
 from mgvq.digest import file_digest
@@ -57,6 +57,9 @@ class Source:
     stress: Stress = Stress(sigma=None, seed=0)
     shape: Mapping[str, Any] | None = None  # what the published config.json says of sizes, for counting what is not here
     setup: str = ""  # how to get the model, where downloading is not enough
+
+    is_made: ClassVar[bool] = False
+    """Whether the first who asks for `folder` makes it, from files of another kind; a dry run does not ask."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -34,7 +34,7 @@ def report(cfg: DictConfig) -> list[str]:
     source: Source = build(cfg, "model")
     lines = [f"model       {source.name}: {source.path}" + (f" at {source.revision}" if source.on_hub else "")]
     lines += [f"            {flag}" for flag in source.flags()]
-    if _attempt(missing, source.identity) is not None:
+    if _attempt(missing, source.identity) is not None and not source.is_made:
         _attempt(missing, lambda: check_code(source))
     lines += _counted(cfg, source)
     if tasks := cfg.evaluation.get("tasks"):

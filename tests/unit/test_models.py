@@ -221,8 +221,10 @@ def test_a_dry_run_counts_a_text_model(
         tmp_path
     )
     with composer() as compose:
-        cfg = compose(*model.format(folder=tmp_path).split(), "method=kmeans", "evaluation=perplexity")
+        words = model.format(folder=tmp_path).split()
+        cfg = compose(*words, "method=kmeans", "evaluation=perplexity", f"paths.results={tmp_path / 'results'}")
     report(cfg)
+    assert not (tmp_path / "results").exists(), "nothing is unpacked for it"
     said = capsys.readouterr().out
     for words in counted:
         assert words in said
