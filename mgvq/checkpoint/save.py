@@ -15,7 +15,7 @@ from mgvq.checkpoint.ledger import Entry, Ledger, Part
 from mgvq.model.load import Loaded
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
-from mgvq.types import Site, Tower
+from mgvq.types import Site
 
 VERSION = 3  # provisional: 2 had no digests; the tensors are as they were
 TENSORS_VERSION = 2
@@ -43,9 +43,8 @@ def save(
     named: dict[int, tuple[Tensor, str]] = {}  # by id: a tensor, kept alive so that no other takes its id, and its name
     stored_as: list[tuple[str, bool, QuantizedWeight]] = [(site.name, True, weight) for site, weight in weights.items()]
     stored_as += [(name, False, weight) for name, weight in (embeddings or {}).items()]
-    tower_of: dict[str, Tower] = {site.name: site.tower for site in weights}
     for module, quantized, weight in stored_as:
-        part: Part = tower_of.get(module) or towers.of(module) or "other"
+        part: Part = towers.of(module) or "other"
         roles = {}
         num_weights = weight.num_weights()
         for role, tensor in weight.tensors().items():
