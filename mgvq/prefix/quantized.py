@@ -18,7 +18,7 @@ from mgvq.protocols import Lacking
 @dataclass(frozen=True, kw_only=True)
 class QuantizedPrefix:
     """Statistics of the quantised prefix, with or without moved targets. Raises UserError for a ridge that is no list of numbers
-    > 0, or that nothing would use."""
+    > 0."""
 
     residual: bool
     """Whether layers whose output is added to the residual stream (`o_proj`, `down_proj`) bring the stream back: r is the
