@@ -1,8 +1,8 @@
 """Training rows: an image's prefix and as many questions about it as fit, each of which sees the prefix and itself.
 
 Row = [<|im_start|> user, newline, mark, image, mark] [question <|im_end|> .. assistant, newline, answer <|im_end|>] [question ..]
-.. with positions that start again behind the prefix. That equals one sequence a question at half of the tokens (a test of the
-assembled model holds it: tests/e2e/test_smollm2_vlm.py).
+.. with positions that start again behind the prefix. That equals one sequence a question at half of the tokens
+(tests/unit/test_grafted.py holds it on a small model).
 """
 
 from collections.abc import Sequence
