@@ -15,19 +15,6 @@ from torch import Tensor
 _NEGATIVE = 1e-6  # of the largest eigenvalue: further below 0 than rounding goes
 
 
-def layer_limit(
-    weight: Float[Tensor, "out in"], h_in: Float[Tensor, "in in"], bits: float, h_out: Float[Tensor, "out out"] | None = None
-) -> float:
-    """The least `tr(h_out D h_in D^T)` of an error D at `bits` a weight, if the weights were Gaussian of mean square |W|^2 / N.
-
-    Twice what `Metric.loss` says of D. `h_out` None is the identity. Factors are used as they are: damp them before. Raises
-    ValueError for bits < 0 and for factors that are not finite or not positive semidefinite.
-    """
-    variance = float(weight.double().square().mean())
-    outputs = torch.ones(len(weight), dtype=torch.float64) if h_out is None else eigenvalues(h_out)
-    return variance * least_damage(eigenvalues(h_in), outputs, bits)
-
-
 def eigenvalues(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
     """Ascending, float64 on the CPU, those below 0 by rounding set to 0.
 

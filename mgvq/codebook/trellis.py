@@ -75,6 +75,8 @@ class Trellis:
             raise UserError(f"codebook.state_bits must be a whole number of 5 to {MAX_STATE_BITS}, got {self.state_bits!r}")
         if self.values not in ("computed", "hybrid"):
             raise UserError(f"codebook.values must be computed or hybrid, got {self.values!r}")
+        for rate in self.rates():
+            self._measured(rate)
 
     def rates(self) -> Sequence[Rate]:
         return [Rate(f"L{self.state_bits}x{bits:g}", bits) for bits in STEPS]

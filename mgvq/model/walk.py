@@ -120,7 +120,7 @@ class BlockWalk:
     def visit(self, block: Block, full_precision: Mapping[Site, Tensor]) -> "Visit":
         """The block as it is called after the blocks before it, at full precision and as they are now.
 
-        Every block is visited once, in order, until `unsettle`, and run at full precision (`Visit.run`, `Visit.settle`) before
+        Every block is visited once, in order, until `unsettle`, and run at full precision (`Visit.run`) before
         the next one is; `full_precision` holds the weights of its own layers.
         """
         if left := [name for name in self._visited if name not in self._kept["full_precision"].settled]:
@@ -161,19 +161,14 @@ class Visit:
         }
         self._full_precision = full_precision
 
-    def settle(self) -> None:
-        """Keeps what the block puts out at full precision, from where the walk goes on; the first such `run` has done so."""
-        if self.name not in self._walk._kept["full_precision"].settled:
-            for _ in self.run("full_precision"):
-                pass
-
     def run(
         self, prefix: PrefixName, watch: Sequence[str] = (), *, graph: bool = False, whole: bool = True
     ) -> Iterator[BlockPass]:
         """The block's passes, call by call: at full precision with its own weights, else with those that the model has now.
 
         `watch` names modules inside the block whose inputs are wanted; `graph` keeps the graph, for a backward pass from an
-        output. Without `whole` a pass ends where it has come to all of `watch`, and has no output.
+        output. Without `whole` a pass ends where it has come to all of `watch`, and has no output. The first whole run at full
+        precision keeps what the block puts out, from where the walk goes on.
         """
         passes = self._run(prefix, self.calls[prefix], watch, graph, whole)
         kept, row = self._walk._kept[prefix], self._walk._row[self.name]

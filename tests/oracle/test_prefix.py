@@ -117,7 +117,7 @@ def test_moments_are_those_of_plain_passes_of_both_models(loaded) -> None:
     walk = BlockWalk(model, sites, [batch])
     with disturbed(model, first) as originals:
         present = plain()
-        walk.visit(first, {s: originals[s] for s in first}).settle()
+        list(walk.visit(first, {s: originals[s] for s in first}).run("full_precision"))
         walk.settle(first)
         found = {**(streams := _Streams(walk, second, originals)).moments([gate]), **streams.moments([down])}
     x, number = present["gate_proj"][0], int(batch.valid_mask.sum())

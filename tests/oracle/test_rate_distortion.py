@@ -7,11 +7,17 @@ import pytest
 import torch
 
 from mgvq.distortion import measured
-from mgvq.rate_distortion import eigenvalues, layer_limit, least_damage
+from mgvq.rate_distortion import eigenvalues, least_damage
 from mgvq.trellis.code import trellis_code
 from mgvq.trellis.coding import decode, encode
 
 RATES = [0.0, 0.01, 0.5, 1.0, 2.0, 3.7, 8.0]
+
+
+def layer_limit(weight, h_in, bits, h_out=None):
+    """The least `tr(h_out D h_in D^T)` of an error D, if the weights were Gaussian of the layer's mean square."""
+    outputs = torch.ones(len(weight), dtype=torch.float64) if h_out is None else eigenvalues(h_out)
+    return float(weight.double().square().mean()) * least_damage(eigenvalues(h_in), outputs, bits)
 
 
 def stream(seed=0):

@@ -9,6 +9,7 @@ from mgvq.codebook.lloyd import Clusters
 from mgvq.codebook.product import Product
 from mgvq.codebook.residual import Residual
 from mgvq.codebook.scalar import Scalar
+from mgvq.codebook.trellis import Trellis
 from mgvq.errors import UserError
 from mgvq.formats.vector import to_vectors
 from mgvq.types import ChannelSlice, Site
@@ -345,6 +346,7 @@ def test_a_layer_that_saw_no_activation_is_not_destroyed():
 
 
 MIN_MAX = Scalar(group_size=64, clip="min_max")
+TRELLIS = Trellis(state_bits=8, values="hybrid")
 
 
 @pytest.mark.parametrize(
@@ -359,6 +361,7 @@ MIN_MAX = Scalar(group_size=64, clip="min_max")
         (residual(), "vector_length", 0),
         (MIN_MAX, "group_size", 0), (MIN_MAX, "group_size", -64), (MIN_MAX, "group_size", 0.5), (MIN_MAX, "group_size", "row"),
         (MIN_MAX, "clip", "max"),
+        (TRELLIS, "state_bits", 4), (TRELLIS, "state_bits", 9), (TRELLIS, "state_bits", 12.0), (TRELLIS, "values", "table"),
     ],
 )  # fmt: skip
 def test_a_bad_setting_is_named_with_its_value(good, name, value):
