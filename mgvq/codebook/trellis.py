@@ -107,8 +107,8 @@ class Trellis:
             return measured(f"trellis_{self.values}_{self.state_bits}", rate.index_bits)
         except KeyError:
             raise UserError(
-                f"codebook.state_bits must be 8, 10, 12 or 14, got {self.state_bits}: what others leave of a Gaussian has not been "
-                f"measured with values={self.values}; experiments/distortion/measure.py adds one."
+                f"codebook.state_bits must be 8, 10, 12 or 14, got {self.state_bits}: what others leave of a Gaussian has not "
+                f"been measured with values={self.values}; experiments/distortion/measure.py adds one."
             ) from None
 
     def _code(self, rate: Rate) -> TrellisCode:
