@@ -63,7 +63,7 @@ class LayerRounder:
 
         The proxy error of a layer is its metric's loss of the error over that of the weight, both against full precision. It is
         noted after `nearest` (no compensation), after `step` (the compensation's codes) and after `refit`; a layer without a
-        metric has none.
+        metric has none, and a codebook that codes rows together no `nearest`, which would take as long as all the rest.
         """
         rounded = Rounded()
         for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
@@ -84,8 +84,10 @@ class LayerRounder:
         problems = {site: cache.problems[site] for site in sites}
         fitted = _fitted(cache, rates, sites, flags)
         errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
-        nearest = replace(self, compensation=NoCompensation())
-        _note(errors, "nearest", problems, {site: nearest._compensated(problems[site], own, []) for site, own in fitted.items()})
+        if not cache.codebook.spans_rows:
+            plain = replace(self, compensation=NoCompensation())
+            nearest = {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
+            _note(errors, "nearest", problems, nearest)
         coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
         _note(errors, step, problems, coded)
         if self.refit is not None:
