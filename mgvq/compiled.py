@@ -1,4 +1,4 @@
-"""numba with its cache of compiled loops in the user's own folder: never in site-packages, never in the repository.
+"""numba with its cache of compiled loops in the user's own folder, and with threads that leave torch's alone.
 
 Modules take `njit` from here, so that the folder is chosen before numba is imported.
 """
@@ -28,10 +28,13 @@ def writable(folder: Path) -> bool:
 FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq", appauthor=False) / "numba")))
 CACHED = writable(FOLDER)
 
-import numba  # noqa: E402  (reads NUMBA_CACHE_DIR when it is imported)
+# Threads of numba's own: those of OpenMP are torch's too, and numba would set their number for both, to that of the cores.
+LAYER = os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+
+import numba  # noqa: E402  (reads both when it is imported)
 from numba.core import config  # noqa: E402
 
-config.CACHE_DIR = str(FOLDER)  # type: ignore[attr-defined]  (had another package imported numba before)
+config.CACHE_DIR, config.THREADING_LAYER = str(FOLDER), LAYER  # type: ignore[attr-defined]  (had another package imported numba)
 prange, get_num_threads = numba.prange, numba.get_num_threads
 
 
