@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, sampled
 from PIL import Image
 
 import mgvq
@@ -40,7 +40,7 @@ def test_equal_settings_give_equal_bytes_and_another_seed_does_not(tmp_path: Pat
     assert runs[0].name == runs[1].name != runs[2].name
 
 
-@pytest.mark.parametrize("waiting_for", ["identity.json", "checkpoint", "ledger.parquet"])
+@pytest.mark.parametrize("waiting_for", sampled(["identity.json", "checkpoint", "ledger.parquet"], 1))
 def test_a_killed_run_is_no_result_and_its_rerun_completes(waiting_for: str, tmp_path: Path) -> None:
     """`kill -9` as soon as a file appears: before the model loads, while the checkpoint is written, before the evaluation."""
     environment = {**os.environ, "MGVQ_RESULTS": str(tmp_path)}
@@ -240,6 +240,7 @@ def test_a_rotated_lattice_with_outliers_and_rounded_embeddings(tmp_path: Path) 
     assert torch.equal(packed.get_submodule(site).weight, decoded.get_parameter(f"{site}.weight"))
 
 
+@pytest.mark.trust
 def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_path: Path) -> None:
     """One override apart: without a step the same bytes, and flagged; with steps a choice on held-out samples in every block."""
     few = ("method=kmeans_ldlq", "scope=language", "calibration.num_images=2", "calibration.heldout_images=2",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, run_command, sampled
 from PIL import Image
 from scipy.stats import kendalltau, spearmanr
 
@@ -87,7 +87,7 @@ def test_equal_scores_are_equal_tables(tmp_path: Path) -> None:
     assert "nan" not in "".join(p.read_text() for p in written[0])
 
 
-@pytest.mark.parametrize("family", ["tiny_internvl", "tiny_qwen2_vl"])
+@pytest.mark.parametrize("family", sampled(["tiny_internvl", "tiny_qwen2_vl"], 1))
 def test_the_command_writes_two_tables_and_two_figures(family: str, tmp_path: Path) -> None:
     done = run_command("mgvq.cli.sensitivity", family, *SMALL, results=tmp_path)
     files = [Path(line) for line in done.stdout.splitlines()[-4:]]

@@ -73,6 +73,7 @@ def loss_of(model: Loaded, sites: Sequence[Site], *overrides: str) -> float:
             linear(model.model, site).weight.data.copy_(weight)
 
 
+@pytest.mark.trust
 def test_second_order_rounding_of_two_blocks_beats_plain_k_means(smollm2: Loaded) -> None:
     sites = [site for site in list_sites(smollm2.model, "all") if site.block in (8, 9)]
     full = loss(smollm2)
@@ -84,6 +85,7 @@ def test_second_order_rounding_of_two_blocks_beats_plain_k_means(smollm2: Loaded
     assert full < second_order < plain < full + 1
 
 
+@pytest.mark.trust
 def test_mixed_bits_save_the_layer_that_makes_the_massive_activation(smollm2: Loaded) -> None:
     """Block 11 writes an activation of some thousands at a passage's first token (Sun et al. 2024), from one channel of its
     down_proj. At two bits everywhere that layer alone ruins the model; bits by sensitivity keep it."""
