@@ -23,7 +23,7 @@ from mgvq.analysis.report import write_tables
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import read_study
 
-WHOLE, SAMPLE = 20, 1
+WHOLE, SAMPLE = 12, 1
 SEED = 0
 STUDY = """
 name: resume
