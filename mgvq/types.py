@@ -125,9 +125,9 @@ class SiteStats:
     """Statistics of one layer over the calibration tokens. What was not asked for (`Needs`) is empty or None.
 
     They are sums, not means, but for `saliency` and `gradient`: `num_tokens` divides the Grams, and `num_answers` what is made of
-    gradients. The plain Gram may have seen more samples than the gradients (`calibration.gram_samples`). x is the layer's input at
-    a token, y its output, and g the gradient of the *summed* cross-entropy with respect to y: of labels that are *sampled from the
-    model* in `fisher`, `sequence` and `token`, of the right answers in the others.
+    gradients. The plain Gram may have seen more samples (`calibration.gram_samples`). x is the layer's input at a token, y its
+    output, and g the gradient of the *summed* cross-entropy with respect to y: of labels that are *sampled from the model*
+    in `fisher`, `sequence` and `token`, of the right answers in the others.
     """
 
     num_tokens: Mapping[Modality, int]

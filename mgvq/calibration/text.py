@@ -64,7 +64,8 @@ class WindowSet:
         return window_batches(self._drawn(processor)[self.num_samples : self._first], 1)
 
     def gram_batches(self, processor: Any) -> Iterator[Batch]:
-        return window_batches(self._drawn(processor)[self._first :], 1)
+        further = self._drawn(processor)[self._first :] if self.windows.least > self._first else []
+        return window_batches(further, 1)
 
     @property
     def _first(self) -> int:
