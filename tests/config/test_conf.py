@@ -165,7 +165,7 @@ def test_settings_outside_of_the_groups_that_came_later_count_off_their_neutral_
     assert identity("method=full_precision", "embedding_bits=4") != identity("method=full_precision")
 
 
-@pytest.mark.parametrize("words", ["curvature.clip=4", "calibration.gram_samples=200"])
+@pytest.mark.parametrize("words", ["curvature.clip=4.0", "calibration.gram_samples=200"])
 @pytest.mark.parametrize("method", ["kmeans_ldlq", "mgvq"])
 def test_clipping_and_further_samples_count_off_null(method: str, words: str) -> None:
     settings = scientific_settings(composed(f"method={method}"))
@@ -346,7 +346,7 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["method=mgvq", "sensitivity.modality=image", "calibration=text"], "sensitivity as set here"),
         (["method=mgvq", "grouping=modality", "calibration=text"], "grouping as set here"),
         (["method=vlmq", "calibration.gram_samples=200"], "gram_samples=200 has no effect: curvature as set here reads no plain"),
-        (["method=kmeans_ldlq", "prefix=quantized", "curvature.clip=4"], "curvature.clip=4 would not reach what"),
+        (["method=kmeans_ldlq", "prefix=quantized", "curvature.clip=4.0"], "curvature.clip=4 would not reach what"),
     ],
 )
 def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named: str) -> None:

@@ -1,6 +1,7 @@
 """Every curvature hands out sound metrics from what it asks for, also where a modality, or the gradient, is missing."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mgvq.errors import UserError
 from mgvq.model.passes import Rows
 from mgvq.protocols import Curvature
 from mgvq.rng import generator
-from mgvq.types import MODALITIES, Batch, Kronecker, Needs, Site, SiteStats
+from mgvq.types import Batch, Kronecker, Needs, Site, SiteStats
 
 CURVATURES = everyone("curvature")
 each_curvature = pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES.keys())
@@ -107,7 +108,7 @@ def test_mbq_ratio_is_of_mean_gradients_and_at_least_the_median() -> None:
 
 
 def test_mbq_ratios_are_of_layers_whose_gradients_have_seen_both_modalities() -> None:
-    """The Gram may have seen images where the gradients have not: those layers take the median of the others, or weigh all alike."""
+    """Where the Gram alone has seen images, a layer takes the median of the others; tokens weigh alike where there is none."""
     both = SiteStats({"image": 10, "text": 5}, {}, saliency={"image": 0.3, "text": 0.1})
     unseen = SiteStats({"image": 10, "text": 5}, {}, saliency={"text": 0.1})
     sites = [replace(LANGUAGE, name=name) for name in "ab"]
@@ -148,7 +149,7 @@ def kronecker(**settings):
         (lambda: kronecker(granularity="sequence"), "curvature.fusion=kron has no effect with curvature.granularity=sequence"),
         (lambda: kronecker(fusion="none", rounds=2), "curvature.rounds=2 has no effect with curvature.fusion=none"),
         (lambda: kronecker(granularity="sequence", fusion="none", rounds=2), "curvature.rounds=2 has no effect"),
-        (lambda: Input(fusion="none", clip=0), "curvature.clip must be a number > 0, .* or null; got 0"),
+        (lambda: Input(fusion="none", clip=0.0), "curvature.clip must be a number > 0, .* or null; got 0.0"),
         (lambda: Input(fusion="none", clip=float("inf")), "curvature.clip must be a number > 0"),
         (lambda: kronecker(clip=-1.0), "curvature.clip must be a number > 0"),
         (lambda: kronecker(fusion="token", clip=2.0), "curvature.clip=2.0 has no effect with curvature.fusion=token"),
