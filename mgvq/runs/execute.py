@@ -94,7 +94,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-            samples = _samples(loaded, drawn, method) if drawn and method.is_blockwise else None
+            for_grams = method.prefix is not None
+            samples = _samples(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
@@ -155,17 +156,17 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def _samples(loaded: Loaded, drawn: CalibrationSet, method: Method) -> Samples:
+def _samples(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
     """The samples as batches, packed where the model allows it, which leaves a third of the tokens.
 
-    Behind a quantised prefix they make Grams and no gradients, so that the further samples of the Gram are among them.
+    The further samples that Grams see are among them where they are `for_grams`, as behind a quantised prefix.
     """
-    processor, for_gram = loaded.processor, method.prefix is not None
+    processor = loaded.processor
     if drawn.packable and can_pack(loaded.model):
-        examples = [*drawn.examples, *(further_examples(drawn) if for_gram else ())]
+        examples = [*drawn.examples, *(further_examples(drawn) if for_grams else ())]
         parts = (packed_batches(processor, e, IMAGES) for e in (examples, drawn.heldout_examples))
     else:
-        batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_gram else ())
+        batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
         parts = (batches, drawn.heldout(processor))
     return Samples(*map(list, parts))
 

@@ -345,7 +345,10 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["method=mbq", "calibration.shown=text"], "calibration=tiny_vqa shows no image"),
         (["method=mgvq", "sensitivity.modality=image", "calibration=text"], "sensitivity as set here"),
         (["method=mgvq", "grouping=modality", "calibration=text"], "grouping as set here"),
-        (["method=vlmq", "calibration.gram_samples=200"], "gram_samples=200 has no effect: curvature as set here reads no plain"),
+        (
+            ["method=guidedquant", "calibration.gram_samples=200"],
+            "gram_samples=200 has no effect: curvature as set here reads no plain",
+        ),
         (["method=kmeans_ldlq", "prefix=quantized", "curvature.clip=4.0"], "curvature.clip=4 would not reach what"),
     ],
 )
@@ -360,8 +363,8 @@ def test_further_samples_are_taken_where_a_gram_is_read_or_made() -> None:
     """By another stage than the curvature too, and behind a quantised prefix, which makes its own."""
     for settings in (
         ["method=gptq"],
-        ["method=vlmq", "sensitivity=wanda", "grouping=score"],
-        ["method=vlmq", "prefix=quantized"],
+        ["method=guidedquant", "sensitivity=gram_diag"],
+        ["method=guidedquant", "prefix=quantized"],
     ):
         assert build_method(composed(*settings, "calibration.gram_samples=200"))
 
