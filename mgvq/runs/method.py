@@ -52,7 +52,7 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
             "curvature, or a sensitivity or grouping that looks at data."
         )
     further = cfg.calibration.get("gram_samples")
-    if further is not None and not (method.needs.gram or method.prefix):
+    if further is not None and not method.needs.gram and method.prefix is None:
         raise UserError(
             f"calibration.gram_samples={further} has no effect: {' and '.join(readers)} as set here reads no plain Gram (all its "
             "statistics take gradients), and the Gram alone sees these samples. Set it to null, or raise the number of samples."
