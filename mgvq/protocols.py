@@ -390,6 +390,15 @@ class CalibrationSet(Protocol):
 
 
 @runtime_checkable
+class HasGramSamples(CalibrationSet, Protocol):
+    """A calibration set that may have further samples, which the Gram alone sees; they are disjoint from the held-out ones."""
+
+    @property
+    def gram_examples(self) -> Sequence[Any]: ...
+    def gram_batches(self, processor: Any) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
 class Calibration(Protocol):
     """Draws the samples."""
 

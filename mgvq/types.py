@@ -82,6 +82,9 @@ class Needs:
 
     gram: bool = False
     """The Gram of the inputs by modality (forward passes only)."""
+    clip: float | None = None
+    """How many times the median energy a token may weigh in the Gram; None: every token weighs 1. It is the same Gram that all
+    variants of a run read."""
     gradients: bool = False
     """The output Fisher, the gradient and the saliency."""
     channel_groups: int = 0
@@ -92,9 +95,9 @@ class Needs:
     """Rounds of the power iteration over tokens (YAQA's sketch A), each of which takes two more passes over the data."""
 
     def __or__(self, other: "Needs") -> "Needs":
-        """Raises ValueError for two different numbers of channel groups or rounds: one pass collects one of each."""
+        """Raises ValueError for two different clips, or numbers of channel groups or rounds: one pass collects one of each."""
         merged: dict[str, Any] = {}
-        for name in ("channel_groups", "power_rounds"):
+        for name in ("clip", "channel_groups", "power_rounds"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine and theirs and mine != theirs:
                 raise ValueError(f"{name} of {mine} and of {theirs} cannot be collected together")
@@ -121,21 +124,22 @@ class Kronecker:
 class SiteStats:
     """Statistics of one layer over the calibration tokens. What was not asked for (`Needs`) is empty or None.
 
-    They are sums, not means: `num_tokens` and `num_answers` divide them. x is the layer's input at a token, y its output, and g
-    the gradient of the *summed* cross-entropy with respect to y: of labels that are *sampled from the model* in `fisher`,
-    `sequence` and `token`, of the right answers in the others.
+    They are sums, not means, but for `saliency` and `gradient`: `num_tokens` divides the Grams, and `num_answers` what is made of
+    gradients. The plain Gram may have seen more samples (`calibration.gram_samples`). x is the layer's input at a token, y its
+    output, and g the gradient of the *summed* cross-entropy with respect to y: of labels that are *sampled from the model*
+    in `fisher`, `sequence` and `token`, of the right answers in the others.
     """
 
     num_tokens: Mapping[Modality, int]
-    """The tokens that the layer has seen."""
+    """The tokens that the Gram has seen, whatever they weigh in it."""
     gram: Mapping[Modality, Float[Tensor, "in in"]]
-    """`sum x x^T` (docs/method.md, eq. (gram))."""
+    """`sum x x^T` (docs/method.md, eq. (gram)); where `Needs.clip` asks for it, tokens of much energy are weighed down."""
     num_answers: int = 0
     """The answer tokens of all samples."""
     fisher: Mapping[Modality, Float[Tensor, "out out"]] = field(default_factory=dict)
     """`sum g g^T` (docs/method.md, eq. (fisher))."""
     saliency: Mapping[Modality, float] = field(default_factory=dict)
-    """The sum over tokens of the mean |g| over output channels."""
+    """The mean |g| over output channels and tokens; no entry for a modality without tokens that gradients have seen."""
     gradient: Float[Tensor, "out in"] | None = None
     """The gradient of the *mean* answer loss: `sum g x^T / num_answers`."""
     channel_gram: Float[Tensor, "k in in"] | None = None

@@ -18,7 +18,7 @@ MOMENTS = {
     "words and values, before torch is imported": (
         "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "runs.overrides",
         "quantization.method", "allocation.budget.check_positive", "codebook.sharing", "compensation.damping",
-        "sensitivity.channels", "data.texts.TextSettings.check_settings",
+        "curvature.fusion.check_clip", "sensitivity.channels", "data.texts.TextSettings.check_settings",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
     "study files and launchers, before the first run": ("studies",),

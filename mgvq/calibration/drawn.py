@@ -4,12 +4,12 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import ClassVar
 
 import torch
 
-from mgvq.calibration.examples import ExampleSet
+from mgvq.calibration.examples import ExampleSet, check_gram_samples
 from mgvq.calibration.rows import Row
 from mgvq.checks import whole_number
 from mgvq.errors import UserError
@@ -19,7 +19,7 @@ from mgvq.rng import generator
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn(ABC):
-    """A calibration set of rows that are drawn without replacement; held-out rows share no image with the others.
+    """A calibration set of rows that are drawn without replacement; held-out rows share no image with any others.
 
     Rows without images must differ in their texts.
     """
@@ -30,11 +30,13 @@ class Drawn(ABC):
     batch_size: int  # samples that go through the model together, at most
     seed: int  # draws the rows
     label_seed: int  # draws the answers that are sampled from the model for its Fisher
+    gram_samples: int | None = None  # rows for the Gram, num_samples among them, the others drawn last; None: num_samples
     shows_images: ClassVar[bool] = True  # rows of text alone are allowed, which nobody knows before they are read
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 1), ("heldout_samples", 0), ("batch_size", 1), ("seed", 0), ("label_seed", 0)):
             whole_number(f"calibration.{name}", getattr(self, name), least=least)
+        check_gram_samples(self.gram_samples, "num_samples", self.num_samples)
 
     @abstractmethod
     def rows(self) -> Sequence[Row]:
@@ -47,23 +49,35 @@ class Drawn(ABC):
     def draw(self) -> ExampleSet:
         """Raises UserError for too few rows, and as `rows` and `turns` do."""
         rows = self.rows()
-        wanted = self.num_samples + self.heldout_samples
+        for_gram = self.gram_samples or self.num_samples
+        wanted = for_gram + self.heldout_samples
         if len(rows) < wanted:
+            first = "num_samples" if self.gram_samples is None else "gram_samples"
             raise UserError(
-                f"{self.path} has {len(rows)} rows, but calibration.num_samples + heldout_samples asks for {wanted}: "
+                f"{self.path} has {len(rows)} rows, but calibration.{first} + heldout_samples asks for {wanted}: "
                 "an empty or short set cannot calibrate. Lower the two numbers or add rows."
             )
-        order = iter(torch.randperm(len(rows), generator=generator(self.seed, "calibration")).tolist())
-        examples = [self._chat(rows[index]) for index in islice(order, self.num_samples)]
+        order = torch.randperm(len(rows), generator=generator(self.seed, "calibration")).tolist()
+        chats = (self._chat(rows[index]) for index in order)
+        examples = list(islice(chats, self.num_samples))
         seen = {mark for chat in examples for mark in _marks(chat)}
-        others = (chat for chat in (self._chat(rows[index]) for index in order) if seen.isdisjoint(_marks(chat)))
-        heldout = list(islice(others, self.heldout_samples))
+        heldout, passed = list[Chat](), list[Chat]()
+        while len(heldout) < self.heldout_samples and (chat := next(chats, None)):
+            (heldout if seen.isdisjoint(_marks(chat)) else passed).append(chat)
         if len(heldout) < self.heldout_samples:
             raise UserError(
                 f"{self.path}: only {len(heldout)} rows share no image with the {self.num_samples} that are drawn, but "
                 f"calibration.heldout_samples={self.heldout_samples}. Lower one of the two, or add rows about other images."
             )
-        return ExampleSet(examples, heldout, self.label_seed, self.batch_size)
+        seen = {mark for chat in heldout for mark in _marks(chat)}
+        rest = (chat for chat in chain(passed, chats) if seen.isdisjoint(_marks(chat)))
+        further = list(islice(rest, for_gram - self.num_samples))
+        if len(further) < for_gram - self.num_samples:
+            raise UserError(
+                f"{self.path}: only {self.num_samples + len(further)} rows share no image with the {len(heldout)} held-out ones, "
+                f"but calibration.gram_samples={self.gram_samples}. Lower it, or add rows about other images."
+            )
+        return ExampleSet(examples, heldout, self.label_seed, self.batch_size, further)
 
     def _chat(self, row: Row) -> Chat:
         return Chat(row.sample_id, self.turns(row))

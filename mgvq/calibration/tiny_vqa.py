@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from mgvq.calibration.examples import ExampleSet
+from mgvq.calibration.examples import ExampleSet, check_gram_samples
 from mgvq.checks import whole_number
 from mgvq.data.tiny_vqa.dataset import MOST_QUESTIONS, DrawnImage, draw_images
 from mgvq.errors import UserError
@@ -25,15 +25,18 @@ class TinyVQA:
     shown: str  # both | text: questions without their images, as in a corpus of text | image: images without questions
     seed: int  # draws images and questions
     label_seed: int  # draws the answers that are sampled from the model for its Fisher
+    gram_samples: int | None = None  # images for the Gram, num_images among them, the others drawn last; None: num_images
 
     def __post_init__(self) -> None:
         for name, least in (("num_images", 1), ("questions_per_image", 1), ("heldout_images", 0)):
             whole_number(f"calibration.{name}", getattr(self, name), least=least, most=MOST_QUESTIONS)
         for name in ("seed", "label_seed"):
             whole_number(f"calibration.{name}", getattr(self, name))
-        if (number := (self.num_images + self.heldout_images) * self.questions_per_image) > MOST_QUESTIONS:
+        check_gram_samples(self.gram_samples, "num_images", self.num_images)
+        if (number := self._num_drawn * self.questions_per_image) > MOST_QUESTIONS:
+            first = "num_images" if self.gram_samples is None else "gram_samples"
             raise UserError(
-                f"calibration asks {number:,} questions (num_images and heldout_images times questions_per_image); at most "
+                f"calibration asks {number:,} questions ({first} and heldout_images times questions_per_image); at most "
                 f"{MOST_QUESTIONS:,} fit into memory. Lower one of them."
             )
         if self.shown not in _SHOWN:
@@ -45,10 +48,15 @@ class TinyVQA:
 
     def draw(self) -> ExampleSet:
         seed = entropy(self.seed, "calibration")
-        images = draw_images("calibration", seed, self.num_images + self.heldout_images, self.questions_per_image)
-        parts = images[: self.num_images], images[self.num_images :]
-        examples, heldout = ([e for drawn in part for e in self._examples(drawn)] for part in parts)
-        return ExampleSet(examples, heldout, self.label_seed)
+        images = draw_images("calibration", seed, self._num_drawn, self.questions_per_image)
+        first = self.num_images + self.heldout_images
+        parts = images[: self.num_images], images[self.num_images : first], images[first:]
+        examples, heldout, further = ([e for drawn in part for e in self._examples(drawn)] for part in parts)
+        return ExampleSet(examples, heldout, self.label_seed, gram_examples=further)
+
+    @property
+    def _num_drawn(self) -> int:
+        return (self.gram_samples or self.num_images) + self.heldout_images
 
     def _examples(self, drawn: DrawnImage) -> list[Sample]:
         image = Image.fromarray(drawn.pixels)

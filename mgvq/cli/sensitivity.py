@@ -65,6 +65,11 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     if None in calibrations:
         raise UserError("calibration=none leaves nothing to compare: choose a calibration set such as calibration=tiny_vqa.")
     metrics = {n: _over_seeds(_composed(f"sensitivity={n}"), "sensitivity", arguments.seeds) for n in names}
+    further = cfg.calibration.get("gram_samples")
+    if further is not None and not any(variants[0].needs.gram for variants in metrics.values()):
+        raise UserError(
+            f"calibration.gram_samples={further} has no effect: none of {', '.join(names)} reads a Gram. Leave it out."
+        )
 
     import torch  # here, with what imports it: help and bad arguments need none of it
 

@@ -1,5 +1,6 @@
 """From the statistics of two modalities to one Gram or one Kronecker pair."""
 
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -7,10 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.errors import UserError
 from mgvq.linalg import second_moment
 from mgvq.types import MODALITIES, Kronecker, Modality, Site, SiteStats, StatsBank
 
 Weights = Mapping[Modality, float]
+
+
+def check_clip(clip: float | None) -> None:
+    """Raises UserError unless `curvature.clip` is None or a finite number > 0."""
+    if clip is not None and not (type(clip) in (int, float) and clip > 0 and math.isfinite(clip)):
+        raise UserError(
+            f"curvature.clip must be a number > 0, a multiple of the median energy of a batch's tokens, or null; got {clip!r}"
+        )
 
 
 def pooled(stats: SiteStats, weights: Weights) -> Float[Tensor, "in in"]:
@@ -38,8 +48,8 @@ def mbq_weights(bank: StatsBank) -> dict[Site, Weights]:
     that see only one of them.
     """
     both = {site: stats for site, stats in bank.items() if all(stats.num_tokens[m] for m in MODALITIES)}
-    means = {site: [stats.saliency[m] / stats.num_tokens[m] for m in MODALITIES] for site, stats in both.items()}
-    ratios = {site: image / text for site, (image, text) in means.items() if text}
+    means = {site: [stats.saliency.get(m) for m in MODALITIES] for site, stats in both.items()}
+    ratios = {site: image / text for site, (image, text) in means.items() if image is not None and text}
     floor = statistics.median(ratios.values()) if ratios else 1.0
     return {site: {"image": max(ratios.get(site, floor), floor) if site in both else 1.0, "text": 1.0} for site in bank}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mgvq.curvature.fusion import equal_weights, mbq_weights, pooled
+from mgvq.curvature.fusion import check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
 from mgvq.types import Metric, Needs, Site, StatsBank
 
@@ -13,20 +13,24 @@ from mgvq.types import Metric, Needs, Site, StatsBank
 class Input:
     """`h_in = E[x x^T]` over the tokens, without `h_out`: all output channels count the same (GPTQ, Frantar et al. 2023).
 
-    See docs/method.md, eq. (gram).
+    See docs/method.md, eq. (gram), and eq. (clip) for tokens that are weighed down.
     """
 
     fusion: str
     """`none`: every token counts the same; `mbq_ratio`: image tokens are weighted by their gradients (`fusion.mbq_weights`)."""
+    clip: float | None = None
+    """A token x counts `min(1, clip * m / |x|^2)` times in the Gram, m the median of |x|^2 over the tokens of its modality in its
+    batch; None: every token counts once. Sensitivities, groupings and outliers of the run read the same Gram."""
     has_output_factor: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_clip(self.clip)
         if self.fusion not in ("none", "mbq_ratio"):
             raise UserError(f"curvature.fusion must be none or mbq_ratio with curvature=input, got {self.fusion!r}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(gram=True, gradients=self.fusion == "mbq_ratio")
+        return Needs(gram=True, clip=self.clip, gradients=self.fusion == "mbq_ratio")
 
     @property
     def needs_images(self) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from mgvq.curvature.fusion import Weights, balanced, equal_weights, mbq_weights, pooled
+from mgvq.curvature.fusion import Weights, balanced, check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
 from mgvq.linalg import nearest_kronecker
 from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
@@ -35,6 +35,10 @@ class KroneckerFisher:
     rounds: int | None
     """Rounds of the power iteration of `kron` and `token` (there each takes two more passes over the data); None: 3, or none with
     the other fusions, which iterate nothing."""
+    clip: float | None = None
+    """A token x counts `min(1, clip * m / |x|^2)` times in the Gram, m the median of |x|^2 over the tokens of its modality in its
+    batch (docs/method.md, eq. (clip)); None: every token counts once. Sensitivities, groupings and outliers of the run read the
+    same Gram. Refused where no Gram is read: with sequences, and with `fusion=token`."""
     has_output_factor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -46,6 +50,13 @@ class KroneckerFisher:
             raise UserError(
                 f"curvature.fusion={self.fusion} has no effect with curvature.granularity=sequence, which takes a sample's "
                 "tokens of both modalities together: set curvature.fusion=none."
+            )
+        check_clip(self.clip)
+        if self.clip is not None and not self.needs.gram:
+            idle = "granularity=sequence" if self.granularity == "sequence" else "fusion=token"
+            raise UserError(
+                f"curvature.clip={self.clip} has no effect with curvature.{idle}, which weighs tokens by their gradients and has "
+                "no Gram: set it to null."
             )
         if self.rounds is None:
             return
@@ -63,7 +74,7 @@ class KroneckerFisher:
             return Needs(sequences=True)
         if self.fusion == "token":
             return Needs(power_rounds=self.rounds or _ROUNDS)
-        return Needs(gram=True, gradients=True)
+        return Needs(gram=True, clip=self.clip, gradients=True)
 
     @property
     def needs_images(self) -> bool:

@@ -1,12 +1,13 @@
 """The statistics of all layers in one streamed pass over the calibration data: one forward, up to two backwards a batch.
 
 Products are taken in float32 within a batch and added up in float64, so that the cut into batches and their order move the result
-by 1e-6 at most.
+by 1e-6 at most; but for a Gram that clips its tokens, each by those of its batch.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -19,8 +20,18 @@ from mgvq.progress import progress
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 
 
-def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], needs: Needs, seed: int) -> StatsBank:
+def collect(
+    model: torch.nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    needs: Needs,
+    seed: int,
+    further: Iterable[Batch] = (),
+) -> StatsBank:
     """Collect what `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
+
+    The plain Gram sees the `further` batches too, in forward passes alone; nothing else does, and where `needs` asks for no Gram
+    they are not looked at.
 
     Sites that read the same hold the very same Gram tensor. Sites that are never called have no tokens, and zeros.
 
@@ -42,6 +53,9 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
     sums = _Sums(needs)
     sampled = needs.gradients or needs.sequences or needs.power_rounds > 0
     answered = needs.gradients or needs.channel_groups > 0
+    further = further if needs.gram else ()
+    if not (sampled or answered):  # the Gram is all there is: its batches are all alike
+        batches, further = chain(batches, further), ()
     for batch, rows, run in _runs(model, sites, batches, sums.add_inputs, graph=sampled or answered):
         sums.num_answers += len(run.logs)
         if sampled:
@@ -56,6 +70,8 @@ def collect(model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Bat
             f"no calibration sample reaches the {' and the '.join(sorted(unseen))} layers: take samples with images, or "
             "scope=language."
         )
+    for _ in _runs(model, sites, further, sums.add_inputs, graph=False):
+        pass
     token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
 
@@ -70,7 +86,8 @@ class _Sums:
     def __init__(self, needs: Needs) -> None:
         self.needs = needs
         self.num_answers = 0
-        self._num_tokens: Counter[tuple[str, Modality]] = Counter()
+        self._num_tokens: Counter[tuple[str, Modality]] = Counter()  # of the inputs, by what reads them
+        self._num_answered: Counter[tuple[str, Modality]] = Counter()  # of the gradients of right answers, by layer
         self._tensors: dict[tuple[str, ...], Tensor] = {}
         self._grams: dict[str, dict[Modality, Tensor]] = {}
         self._zeros: dict[tuple[int, ...], Tensor] = {}
@@ -101,7 +118,9 @@ class _Sums:
         for modality, tokens in rows.by_modality(site, x).items():
             self._num_tokens[site.reads, modality] += len(tokens)
             if self.needs.gram and len(tokens):
-                self.add(("gram", site.reads, modality), tokens.T @ tokens)
+                clip = self.needs.clip
+                gram = tokens.T @ tokens if clip is None else _weighted_gram(tokens, clipped_weights(tokens, clip))
+                self.add(("gram", site.reads, modality), gram)
 
     def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
         if self.needs.gradients:
@@ -120,6 +139,7 @@ class _Sums:
         if self.needs.gradients:
             self.add(("gradient", site.name), g.flatten(0, -2).T @ x.flatten(0, -2))
             for modality, sizes in rows.by_modality(site, g.abs().mean(-1, keepdim=True)).items():
+                self._num_answered[site.name, modality] += len(sizes)
                 self.add(("saliency", site.name, modality), sizes.sum())
         if self.needs.channel_groups:
             inputs = rows.all(site, x)
@@ -135,7 +155,7 @@ class _Sums:
         gradient, channel_gram, sequence = None, None, None
         if needs.gradients:
             fisher = {m: self.take(("fisher", name, m), num_out, num_out) for m in MODALITIES}
-            saliency = {m: float(self.take(("saliency", name, m))) for m in MODALITIES}
+            saliency = {m: float(self.take(("saliency", name, m))) / n for m in MODALITIES if (n := self._num_answered[name, m])}
             gradient = self.take(("gradient", name), num_out, num_in) / max(1, self.num_answers)
         if needs.channel_groups:
             groups = len(torch.empty(num_out).chunk(needs.channel_groups))
@@ -155,6 +175,18 @@ def sketch(inputs: Float[Tensor, "in in"], outputs: Float[Tensor, "out out"], nu
     """
     trace = num_answers * outputs.double().trace()
     return balanced(inputs.double() / trace if trace > 0 else inputs, outputs)
+
+
+def clipped_weights(tokens: Float[Tensor, "tokens c"], clip: float) -> Float[Tensor, "tokens"]:
+    """Weights that bring the energy of tokens down to `clip` times the median: `min(1, clip * median / |x|^2)`.
+
+    See docs/method.md, eq. (clip). The median (of an even number the lower one) is that of the tokens at hand, those of one
+    modality in one batch, so that statistics can be streamed; calibration sets cut batches of a fixed size, so that nothing else
+    moves it. Where it is 0, most tokens being zeros, there is nothing to measure the others by, and all weigh 1.
+    """
+    energy = tokens.square().sum(-1)
+    most = clip * energy.median()
+    return torch.where((energy > most) & (most > 0), most / energy, 1.0)
 
 
 def _weighted_gram(rows: Float[Tensor, "tokens c"], weights: Float[Tensor, "tokens"]) -> Float[Tensor, "c c"]:

@@ -49,6 +49,11 @@ class Method:
                 "prefix=quantized and a compensation that moves its targets by a gradient both decide in which order layers are "
                 "rounded and towards what: choose prefix=none, or a compensation such as hessian."
             )
+        if self.prefix is not None and self.curvature is not None and (clip := self.curvature.needs.clip) is not None:
+            raise UserError(
+                f"prefix=quantized takes the input factors of all layers anew, of the quantised prefix and without clipping, so "
+                f"curvature.clip={clip:g} would not reach what layers are rounded by: set curvature.clip=null, or prefix=none."
+            )
         if self.refit is not None and not self.codebook.can_be_refitted:
             raise UserError(
                 "refit has no effect: this codebook has no tables that it could move, as kmeans, product and residual have; set "

@@ -7,6 +7,7 @@ from operator import or_
 import pandas as pd
 import torch
 
+from mgvq.calibration.examples import further_batches
 from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
 from mgvq.model.load import Loaded
@@ -30,8 +31,10 @@ def score(
     for seed, calibration in enumerate(calibrations):
         chosen = {name: variants[seed] for name, variants in metrics.items()}
         needs = reduce(or_, (variant.needs for variant in chosen.values()), Needs())
-        drawn = calibration.draw()
-        bank = collect(loaded.model, sites, drawn.batches(loaded.processor), needs, drawn.label_seed) if needs else {}
+        drawn, bank = calibration.draw(), {}
+        if needs:
+            batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
+            bank = collect(loaded.model, sites, batches, needs, drawn.label_seed, further)
         scores = {name: variant(weights, bank) for name, variant in chosen.items()}
         for site in sites:
             for name, by_site in scores.items():

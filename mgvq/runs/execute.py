@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.calibration.examples import further_batches, further_examples
 from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
@@ -76,7 +78,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         log.info("loading %s", source.path)
         described = describe(source)
         check_images(described.config, calibration=calibration, evaluation=task)
-        check_samples(described, [*drawn.examples, *drawn.heldout_examples] if drawn else [])
+        check_samples(described, [*drawn.examples, *drawn.heldout_examples, *further_examples(drawn)] if drawn else [])
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
         if method is not None and (empty := empty_model(source)) is not None:
             predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
@@ -92,7 +94,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-            samples = _samples(loaded, drawn) if drawn and method.is_blockwise else None
+            for_grams = method.prefix is not None
+            samples = _samples(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
@@ -153,14 +156,19 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def _samples(loaded: Loaded, drawn: CalibrationSet) -> Samples:
-    """The samples as batches, packed where the model allows it, which leaves a third of the tokens."""
+def _samples(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
+    """The samples as batches, packed where the model allows it, which leaves a third of the tokens.
+
+    The further samples that Grams see are among them where they are `for_grams`, as behind a quantised prefix.
+    """
+    processor = loaded.processor
     if drawn.packable and can_pack(loaded.model):
-        parts = (packed_batches(loaded.processor, e, IMAGES) for e in (drawn.examples, drawn.heldout_examples))
+        examples = [*drawn.examples, *(further_examples(drawn) if for_grams else ())]
+        parts = (packed_batches(processor, e, IMAGES) for e in (examples, drawn.heldout_examples))
     else:
-        parts = (drawn.batches(loaded.processor), drawn.heldout(loaded.processor))
-    batches, heldout = map(list, parts)
-    return Samples(batches, heldout)
+        batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
+        parts = (batches, drawn.heldout(processor))
+    return Samples(*map(list, parts))
 
 
 def _texts(*parts: Any) -> dict[str, str]:
@@ -201,8 +209,8 @@ def _statistics(
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
 
     def compute() -> Mapping[Site, SiteStats]:
-        batches = drawn.batches(loaded.processor)
-        return collect(loaded.model, sites, batches, method.needs, drawn.label_seed)
+        batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
+        return collect(loaded.model, sites, batches, method.needs, drawn.label_seed, further)
 
     return statistics(Path(cfg.paths.results) / "cache" / "statistics", key, compute, sites)
 

@@ -165,6 +165,15 @@ def test_settings_outside_of_the_groups_that_came_later_count_off_their_neutral_
     assert identity("method=full_precision", "embedding_bits=4") != identity("method=full_precision")
 
 
+@pytest.mark.parametrize("words", ["curvature.clip=4.0", "calibration.gram_samples=200"])
+@pytest.mark.parametrize("method", ["kmeans_ldlq", "mgvq"])
+def test_clipping_and_further_samples_count_off_null(method: str, words: str) -> None:
+    settings = scientific_settings(composed(f"method={method}"))
+    group, _, name = words.partition("=")[0].partition(".")
+    assert name not in settings[group]
+    assert scientific_settings(composed(f"method={method}", words))[group][name]
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -336,6 +345,11 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["method=mbq", "calibration.shown=text"], "calibration=tiny_vqa shows no image"),
         (["method=mgvq", "sensitivity.modality=image", "calibration=text"], "sensitivity as set here"),
         (["method=mgvq", "grouping=modality", "calibration=text"], "grouping as set here"),
+        (
+            ["method=guidedquant", "calibration.gram_samples=200"],
+            "gram_samples=200 has no effect: curvature as set here reads no plain",
+        ),
+        (["method=kmeans_ldlq", "prefix=quantized", "curvature.clip=4.0"], "curvature.clip=4 would not reach what"),
     ],
 )
 def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named: str) -> None:
@@ -343,6 +357,16 @@ def test_stages_that_do_not_fit_together_are_refused(overrides: list[str], named
     check(cfg)
     with pytest.raises(UserError, match=named):
         build_method(cfg)
+
+
+def test_further_samples_are_taken_where_a_gram_is_read_or_made() -> None:
+    """By another stage than the curvature too, and behind a quantised prefix, which makes its own."""
+    for settings in (
+        ["method=gptq"],
+        ["method=guidedquant", "sensitivity=gram_diag"],
+        ["method=guidedquant", "prefix=quantized"],
+    ):
+        assert build_method(composed(*settings, "calibration.gram_samples=200"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from variants import built, each, variants
 
-from mgvq.protocols import Calibration, CalibrationSet
+from mgvq.calibration.examples import further_batches, further_examples
+from mgvq.protocols import Calibration, CalibrationSet, HasGramSamples
 from mgvq.types import Batch
 
 CALIBRATIONS = each("calibration")
@@ -56,3 +57,42 @@ def test_every_batch_can_be_scored(calibration: Calibration, loaded: Any) -> Non
             assert calibration.shows_images or not batch.image_mask.any()
             assert batch.image_mask.any() == any(torch.is_tensor(v) and n.startswith("pixel") for n, v in batch.inputs.items())
             assert all(torch.equal(t, again.inputs[n]) for n, t in batch.inputs.items() if torch.is_tensor(t))
+
+
+def two(name: str, *settings: str) -> Any:
+    """Two images, rows or passages for the gradients."""
+    return built("calibration", name, f"{'num_images' if name == 'tiny_vqa' else 'num_samples'}=2", *settings).draw()
+
+
+@pytest.mark.parametrize("name", variants("calibration"))
+def test_further_samples_for_the_gram_come_last_and_are_held_out_nowhere(name: str) -> None:
+    plain, same, more = two(name), two(name, "gram_samples=2"), two(name, "gram_samples=3")
+    for drawn in (plain, same, more):
+        assert isinstance(drawn, HasGramSamples)
+        assert [names(d) for d in (drawn.examples, drawn.heldout_examples)] == [
+            names(d) for d in (plain.examples, plain.heldout_examples)
+        ]
+    assert not further_examples(plain)
+    assert not further_examples(same)
+    further = names(further_examples(more))
+    assert len(further) == len(plain.examples) / 2
+    assert not {*further} & {*names(plain.examples), *names(plain.heldout_examples)}
+
+
+@pytest.mark.parametrize("name", variants("calibration"))
+def test_further_samples_become_batches(name: str, loaded: Any) -> None:
+    assert not list(further_batches(two(name), loaded.processor))
+    more = two(name, "gram_samples=3")
+    made = [sample for batch in further_batches(more, loaded.processor) for sample in batch.sample_ids]
+    assert sorted(made) == sorted(names(further_examples(more)))
+
+
+def test_a_set_that_knows_no_further_samples_has_none() -> None:
+    class Plain:
+        label_seed, packable, examples, heldout_examples = 0, False, (), ()
+
+        def batches(self, processor: Any) -> Any: ...
+        def heldout(self, processor: Any) -> Any: ...
+
+    assert isinstance(Plain(), CalibrationSet)
+    assert list(further_examples(Plain())) == list(further_batches(Plain(), None)) == []

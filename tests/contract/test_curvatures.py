@@ -1,6 +1,7 @@
 """Every curvature hands out sound metrics from what it asks for, also where a modality, or the gradient, is missing."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mgvq.errors import UserError
 from mgvq.model.passes import Rows
 from mgvq.protocols import Curvature
 from mgvq.rng import generator
-from mgvq.types import MODALITIES, Batch, Kronecker, Needs, Site, SiteStats
+from mgvq.types import Batch, Kronecker, Needs, Site, SiteStats
 
 CURVATURES = everyone("curvature")
 each_curvature = pytest.mark.parametrize("curvature", CURVATURES.values(), ids=CURVATURES.keys())
@@ -38,7 +39,7 @@ def stats(site, needs, *, image=9, text=9, importance=1.0):
         {m: v.T @ v for m, v in x.items()} if needs.gram else {},
         num_answers=3,
         fisher={m: v.T @ v for m, v in g.items()} if needs.gradients else {},
-        saliency={m: v.abs().mean(1).sum().item() for m, v in g.items()} if needs.gradients else {},
+        saliency={m: v.abs().mean().item() for m, v in g.items() if len(v)} if needs.gradients else {},
         channel_gram=torch.stack([(everything * r.mean(1)[:, None]).T @ everything for r in runs])
         if needs.channel_groups
         else None,
@@ -98,7 +99,7 @@ def test_one_modality_is_not_touched_by_the_fusion() -> None:
 def test_mbq_ratio_is_of_mean_gradients_and_at_least_the_median() -> None:
     def layer(index, image, text):
         tokens = {"image": 10, "text": 5}
-        saliency = dict(zip(MODALITIES, (image, text), strict=True))
+        saliency = {"image": image / 10, "text": text / 5}
         return Site(f"language.{index}", "language", "o_proj", index, 5, 6), SiteStats(tokens, {}, saliency=saliency)
 
     bank = dict([layer(0, 1.0, 1.0), layer(1, 0.0, 1.0), layer(2, 8.0, 1.0), layer(3, 1.0, 0.0)])
@@ -106,10 +107,28 @@ def test_mbq_ratio_is_of_mean_gradients_and_at_least_the_median() -> None:
     assert ratios == pytest.approx([0.5, 0.5, 4.0, 0.5])  # (1/10) / (1/5); the median; (8/10) / (1/5); no ratio: the median
 
 
+def test_mbq_ratios_are_of_layers_whose_gradients_have_seen_both_modalities() -> None:
+    """Where the Gram alone has seen images, a layer takes the median of the others; tokens weigh alike where there is none."""
+    both = SiteStats({"image": 10, "text": 5}, {}, saliency={"image": 0.3, "text": 0.1})
+    unseen = SiteStats({"image": 10, "text": 5}, {}, saliency={"text": 0.1})
+    sites = [replace(LANGUAGE, name=name) for name in "ab"]
+    assert [w["image"] for w in mbq_weights(dict(zip(sites, (both, unseen), strict=True))).values()] == pytest.approx([3.0, 3.0])
+    assert mbq_weights({LANGUAGE: unseen})[LANGUAGE]["image"] == 1.0
+
+
+@pytest.mark.parametrize("clip", [None, 2.0])
+def test_the_clip_is_asked_of_the_gram_and_two_clips_are_not_one(clip) -> None:
+    for curvature in (Input(fusion="none", clip=clip), kronecker(clip=clip)):
+        assert curvature.needs.gram
+        assert (Needs(gram=True) | curvature.needs).clip == clip
+    with pytest.raises(ValueError, match=r"clip of 2\.0 and of 3\.0 cannot be collected together"):
+        Needs(clip=2.0) | Needs(clip=3.0)
+
+
 def test_mbq_weighs_the_image_tokens_of_a_gram() -> None:
     bank = {LANGUAGE: stats(LANGUAGE, Needs(gram=True, gradients=True), image=9, text=4)}
     one = bank[LANGUAGE]
-    ratio = (one.saliency["image"] / 9) / (one.saliency["text"] / 4)
+    ratio = one.saliency["image"] / one.saliency["text"]
     expected = (ratio * one.gram["image"] + one.gram["text"]) / (ratio * 9 + 4)
     torch.testing.assert_close(Input(fusion="mbq_ratio").fuse(bank)[LANGUAGE].h_in[0], expected)
     plain = (one.gram["image"] + one.gram["text"]) / 13
@@ -130,6 +149,14 @@ def kronecker(**settings):
         (lambda: kronecker(granularity="sequence"), "curvature.fusion=kron has no effect with curvature.granularity=sequence"),
         (lambda: kronecker(fusion="none", rounds=2), "curvature.rounds=2 has no effect with curvature.fusion=none"),
         (lambda: kronecker(granularity="sequence", fusion="none", rounds=2), "curvature.rounds=2 has no effect"),
+        (lambda: Input(fusion="none", clip=0.0), "curvature.clip must be a number > 0, .* or null; got 0.0"),
+        (lambda: Input(fusion="none", clip=float("inf")), "curvature.clip must be a number > 0"),
+        (lambda: kronecker(clip=-1.0), "curvature.clip must be a number > 0"),
+        (lambda: kronecker(fusion="token", clip=2.0), "curvature.clip=2.0 has no effect with curvature.fusion=token"),
+        (
+            lambda: kronecker(granularity="sequence", fusion="none", clip=2.0),
+            "curvature.clip=2.0 has no effect with curvature.granularity=sequence",
+        ),
         (lambda: kronecker(rounds=0), "curvature.rounds must be a whole number >= 1 or null, got 0"),
     ],
 )

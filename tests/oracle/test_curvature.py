@@ -13,8 +13,10 @@ import torch
 from transformers import PretrainedConfig
 
 from mgvq.calibration.tiny_vqa import TinyVQA
+from mgvq.curvature.fusion import mbq_weights
 from mgvq.curvature.kronecker import KroneckerFisher
-from mgvq.curvature.statistics import collect, sketch
+from mgvq.curvature.statistics import clipped_weights, collect, sketch
+from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents
 from mgvq.linalg import nearest_kronecker
 from mgvq.model.encode import batches, encode
@@ -47,7 +49,9 @@ def same(one, other, tolerance):
         assert one.keys() == other.keys()
         for key in one:
             same(one[key], other[key], tolerance)
-    elif one is None or isinstance(one, int | float):
+    elif one is None:
+        assert other is None
+    elif isinstance(one, int | float):
         assert one == pytest.approx(other, rel=max(tolerance, 1e-15))
     else:
         for field in fields(one):
@@ -110,7 +114,9 @@ def test_statistics_equal_autograd_sample_by_sample(loaded) -> None:
             assert stats.num_tokens[modality] == len(x)
             close(stats.gram[modality], x.T @ x, 1e-5)
             close(stats.fisher[modality], sampled.T @ sampled, 1e-5)
-            assert stats.saliency[modality] == pytest.approx(right.abs().mean(1).sum().item(), rel=1e-5)
+            assert (modality in stats.saliency) == (len(x) > 0)
+            if len(x):
+                assert stats.saliency[modality] == pytest.approx(right.abs().mean().item(), rel=1e-5)
         close(stats.gradient, sum(a.weight["right", s] for a in alone) / num_answers, 1e-5)
         x, g = torch.cat([a.x[s] for a in alone]), torch.cat([a.g["right", s] for a in alone])
         size = math.ceil(s.out_features / 3)
@@ -192,6 +198,74 @@ def test_layers_that_read_the_same_hold_one_gram(loaded) -> None:
     liar = replace(sites[-1], reads=sites[0].reads)
     with pytest.raises(RuntimeError, match=f"{sites[0].name} and {liar.name}"):
         collect(loaded.model, [sites[0], liar], batches(loaded.processor, draw(1).examples, 4), Needs(gram=True), SEED)
+
+
+def inputs_by_modality(model, site, batch):
+    """The tokens that a layer of the language tower reads of one batch, without padding."""
+    seen = []
+    hook = linear(model, site).register_forward_hook(lambda _, x, y: seen.append(x[0].detach().double()))
+    with torch.inference_mode():
+        model(**batch.inputs)
+    hook.remove()
+    return {"image": seen[0][batch.image_mask], "text": seen[0][batch.valid_mask & ~batch.image_mask]}
+
+
+def test_a_clipped_gram_is_that_of_a_literal_loop(loaded) -> None:
+    """Every token by the median of its modality in its batch; nothing but the Gram knows of it."""
+    site = next(s for s in list_sites(loaded.model, "language") if (s.block, s.kind) == (3, "down_proj"))
+    data, clip = list(batches(loaded.processor, draw(2).examples, 3)), 1.2
+    needs = Needs(gram=True, gradients=True)
+    plain, clipped = (collect(loaded.model, [site], data, n, SEED)[site] for n in (needs, replace(needs, clip=clip)))
+    expected = {m: torch.zeros(site.in_features, site.in_features, dtype=torch.float64) for m in MODALITIES}
+    for batch in data:
+        for modality, tokens in inputs_by_modality(loaded.model, site, batch).items():
+            energies = sorted(float(x @ x) for x in tokens)
+            median = energies[(len(energies) - 1) // 2]
+            for x in tokens:
+                expected[modality] += min(1, clip * median / float(x @ x)) * torch.outer(x, x)
+    for modality in MODALITIES:
+        close(clipped.gram[modality], expected[modality], 1e-5)
+        assert clipped.gram[modality].trace() < 0.99 * plain.gram[modality].trace()
+    same(replace(clipped, gram=plain.gram), plain, 0)
+
+
+def test_weights_of_clipped_tokens() -> None:
+    tokens = torch.tensor([[3.0, 4.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0]])  # energies 25, 1, 4 and 0, lower median 1
+    torch.testing.assert_close(clipped_weights(tokens, 2.0), torch.tensor([2 / 25, 1.0, 2 / 4, 1.0]))
+    assert clipped_weights(tokens[:1], 1.0).tolist() == [1.0]
+    assert clipped_weights(torch.tensor([[5.0], [0.0], [0.0]]), 2.0).tolist() == [1.0, 1.0, 1.0], "no median to go by"
+
+
+def test_further_batches_reach_the_gram_and_nothing_else(loaded) -> None:
+    """The Gram is that of all samples, what is made of gradients that of the first ones, and the ratios of MBQ do not move."""
+    examples, sites = draw(3).examples, chosen_sites(loaded.model)
+    needs = replace(EVERYTHING, power_rounds=1)
+
+    def collected(number, *further):
+        own = batches(loaded.processor, examples[:number], 4)
+        return collect(loaded.model, sites, own, needs, SEED, *(batches(loaded.processor, part, 4) for part in further))
+
+    few, all_of_them, both = collected(4), collected(12), collected(4, examples[4:])
+    assert mbq_weights(both) == mbq_weights(few)
+    for s in sites:
+        assert both[s].num_tokens == all_of_them[s].num_tokens != few[s].num_tokens
+        same(both[s].gram, all_of_them[s].gram, 1e-6)
+        same(replace(both[s], num_tokens=few[s].num_tokens, gram=few[s].gram), few[s], 0)
+    without = replace(needs, gram=False)
+    unread = collect(loaded.model, sites, batches(loaded.processor, examples[:4], 4), without, SEED, iter([None]))
+    assert all(unread[s].num_tokens == few[s].num_tokens for s in sites)
+
+
+def test_without_gradients_further_batches_are_batches_like_others(loaded) -> None:
+    """A layer that they alone reach has been reached."""
+    site = next(s for s in list_sites(loaded.model, "all") if s.tower == "vision")
+    text, shown = (
+        list(TinyVQA(num_images=1, questions_per_image=2, heldout_images=0, shown=s, seed=0, label_seed=0).draw().batches(
+            loaded.processor)) for s in ("text", "both"))  # fmt: skip
+    found = collect(loaded.model, [site], text, Needs(gram=True), SEED, shown)[site]
+    same(found.gram, collect(loaded.model, [site], shown, Needs(gram=True), SEED)[site].gram, 0)
+    with pytest.raises(UserError, match="no calibration sample reaches the vision layers"):
+        collect(loaded.model, [site], text, Needs(gram=True, gradients=True), SEED, shown)
 
 
 class Toy(torch.nn.Module):

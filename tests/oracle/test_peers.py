@@ -77,7 +77,7 @@ class Layer:
             gram={m: (t.T @ t).float() for m, t in xs.items()},
             num_answers=SAMPLES,
             fisher={m: (t.T @ t).float() for m, t in gs.items()},
-            saliency={m: float(t.abs().mean(1).sum()) for m, t in gs.items()},
+            saliency={m: float(t.abs().mean()) for m, t in gs.items()},
             gradient=(per_sample.sum(0) / SAMPLES).float(),
             channel_gram=channel_gram,
             sequence=sketch(h_in.float(), h_out.float(), SAMPLES),

@@ -22,6 +22,7 @@ from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import _Streams, sequential_rounding
 from mgvq.quantization.table_groups import cut_table_groups
+from mgvq.runs import execute
 from mgvq.types import Metric
 
 
@@ -69,6 +70,22 @@ def test_each_kind_of_layer_can_be_left_alone() -> None:
 def samples(loaded, images=2):
     drawn = TinyVQA(num_images=images, questions_per_image=2, heldout_images=1, shown="both", seed=0, label_seed=0).draw()
     return Samples(*(list(batches(loaded.processor, part, 2)) for part in (drawn.examples, drawn.heldout_examples)))
+
+
+def test_the_moments_behind_the_prefix_are_of_the_further_samples_too(loaded) -> None:
+    """Packed or not; where gradients are taken block by block the samples are those of the gradients alone."""
+    settings = dict(num_images=1, questions_per_image=2, heldout_images=1, seed=0, label_seed=0)
+    for shown in ("both", "text"):
+        drawn = TinyVQA(**settings, shown=shown, gram_samples=3).draw()
+        own, heldout, further = (
+            {e.sample_id for e in part} for part in (drawn.examples, drawn.heldout_examples, drawn.gram_examples)
+        )
+        assert [len(part) for part in (own, heldout, further)] == [2, 2, 4]
+        for for_grams, expected in ((True, own | further), (False, own)):
+            made = execute._samples(loaded, drawn, for_grams=for_grams)
+            found = [[i for batch in part for i in batch.sample_ids] for part in (made.batches, made.heldout)]
+            assert [len(part) for part in found] == [len(expected), 2]
+            assert (set(found[0]), set(found[1])) == (expected, heldout)
 
 
 @contextmanager

@@ -207,6 +207,15 @@ def test_the_draw_is_seeded_and_held_out_rows_have_images_of_their_own(tmp_path:
 
     assert ids(0) == ids(0)
     assert len({tuple(ids(seed)[0]) for seed in range(4)}) == 4
+    for seed in range(4):
+        draw = DRAW | {"num_samples": 4, "heldout_samples": 2, "seed": seed}
+        few, more = (ImageText(path=str(file), **draw, gram_samples=number).draw() for number in (None, 6))
+        assert (more.examples, more.heldout_examples) == (few.examples, few.heldout_examples)
+        further, heldout = ({c.images[0].tobytes() for c in part} for part in (more.gram_examples, more.heldout_examples))
+        assert len(more.gram_examples) == 2
+        assert not further & heldout
+    with pytest.raises(UserError, match=r"only \d+ rows share no image with the 2 held-out ones.*gram_samples=22"):
+        ImageText(path=str(file), **DRAW | {"num_samples": 4, "heldout_samples": 2}, gram_samples=22).draw()
     file.write_text("\n".join(json.dumps(rows[0] | {"question": f"{q} ?"}) for q in range(9)))
     with pytest.raises(UserError, match=r"only 0 rows share no image with the 3 that are drawn.*heldout_samples=1"):
         ImageText(path=str(file), **DRAW).draw()

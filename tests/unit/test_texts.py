@@ -75,6 +75,25 @@ def test_a_text_can_calibrate(tmp_path: Path) -> None:
     assert all(batch.inputs["input_ids"].shape == (1, 50) for batch in made)
 
 
+def test_further_passages_and_windows_are_drawn_behind_the_held_out_ones(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(PROSE)
+    settings = {"num_samples": 1, "heldout_samples": 1, "seed": 0, "label_seed": 0, "path": str(tmp_path)}
+    drawn = Text(**settings, gram_samples=2).draw()
+    parts = [[p.sample_id for p in part] for part in (drawn.examples, drawn.heldout_examples, drawn.gram_examples)]
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert len({*parts[0], *parts[1], *parts[2]}) == 3
+    with pytest.raises(UserError, match=r"gram_samples \+ heldout_samples asks for 4 passages; .* has 3"):
+        Text(**settings, gram_samples=3).draw()
+    few, more = (Text(**settings, window=50, gram_samples=number).draw() for number in (None, 5))
+    made = [
+        [[i for b in part(Tokenizer()) for i in b.sample_ids] for part in (d.batches, d.heldout, d.gram_batches)]
+        for d in (few, more)
+    ]
+    assert made[0][:2] == made[1][:2]
+    assert [len(part) for part in (*made[0], *made[1])] == [1, 1, 0, 1, 1, 4]
+    assert len({i for part in made[1] for i in part}) == 6
+
+
 @pytest.mark.parametrize("begin", [(), (1,)])
 @pytest.mark.parametrize("stride", [20, 7])
 def test_windows_score_every_token_once(begin: tuple[int, ...], stride: int) -> None:
