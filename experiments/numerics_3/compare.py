@@ -5,6 +5,8 @@
 Reads the records of both studies, prints the table and writes it to results/tables/numerics_3_before.md.
 """
 
+from pathlib import Path
+
 import numpy as np
 
 from mgvq.analysis.records.records import Cell, read_record
@@ -16,8 +18,8 @@ from mgvq.runs.places import results_folder
 BEFORE, AFTER = "e01_main", "numerics_3"
 
 
-def main() -> None:
-    records = results_folder() / "records"
+def table(records: Path) -> str:
+    """The table in Markdown, from the two records in the folder."""
     before, after = (read_record(records / f"{name}.parquet") for name in (BEFORE, AFTER))
     earlier = {(cell.point, cell.arm): cell for cell in before.cells}
     rows = []
@@ -42,7 +44,12 @@ def main() -> None:
     for (point, arm, name, effect), p in zip(rows, corrected, strict=True):
         interval = f"{effect.low:+.4f} to {effect.high:+.4f}"
         lines.append(f"| {point} | {arm} | {name} | {effect.mean:+.4f} | {interval} | {p:.2f} |")
-    text = "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Write and print."""
+    text = table(results_folder() / "records")
     (results_folder() / "tables" / f"{AFTER}_before.md").write_text(text, encoding="utf-8")
     print(text)
 

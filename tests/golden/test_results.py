@@ -1,6 +1,7 @@
 """What is committed is current and holds: tables and README from records, model cards from weights, the promised response."""
 
 import hashlib
+import importlib
 import json
 import shlex
 import subprocess
@@ -87,6 +88,12 @@ def test_records_are_of_the_runs_that_the_study_names_today(study: str) -> None:
     assert {run.folder.path.name for run in distinct(planned)} == {run.run for run in record(study).runs}
     commands = {shlex.join(run.overrides) for run in planned}
     assert {run.overrides for run in record(study).runs} <= commands, "the commands in the tables make these runs"
+
+
+def test_the_table_of_moved_presets_is_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "experiments" / "numerics_3"))
+    table = importlib.import_module("compare").table(RESULTS / "records")
+    assert (RESULTS / "tables" / "numerics_3_before.md").read_text() == table
 
 
 def test_the_readmes_show_the_current_tables() -> None:
