@@ -1,6 +1,6 @@
 """numba with its cache of compiled loops in the user's own folder, and with threads that leave torch's alone.
 
-Modules take `njit` from here, so that the folder is chosen before numba is imported.
+Modules take `njit` from here, so that both are chosen before numba is imported.
 """
 
 import inspect
@@ -28,7 +28,8 @@ def writable(folder: Path) -> bool:
 FOLDER = Path(os.environ.setdefault("NUMBA_CACHE_DIR", str(user_cache_path("mgvq", appauthor=False) / "numba")))
 CACHED = writable(FOLDER)
 
-# Threads of numba's own: those of OpenMP are torch's too, and numba would set their number for both, to that of the cores.
+# Threads of numba's own: those of OpenMP are torch's too, and numba would set their number for both, to that of the cores. Two
+# threads of Python must not start loops at once on these.
 LAYER = os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
 
 import numba  # noqa: E402  (reads both when it is imported)
