@@ -69,7 +69,10 @@ class Codebook(Protocol):
 
     @property
     def spans_rows(self) -> bool:
-        """Whether one vector holds weights of several rows, so that no row can be rounded after another."""
+        """Whether one vector holds weights of several rows, so that no row can be rounded after another.
+
+        Plain rounding is not measured beside the compensation's then (`nearest` in proxy.parquet).
+        """
         ...
 
     @property
