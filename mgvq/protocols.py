@@ -62,6 +62,19 @@ class FittedCodebook(Protocol):
 
 
 @runtime_checkable
+class CodesRowsTogether(FittedCodebook, Protocol):
+    """A fitted codebook one of whose codes may cover several rows, so that rows are corrected from run to run of so many.
+
+    Such a code is the plain nearest one, whatever the root and whichever the number of the vector.
+    """
+
+    @property
+    def rows_together(self) -> int:
+        """The rows of one code, 1 where each row has its own."""
+        ...
+
+
+@runtime_checkable
 class Codebook(Protocol):
     """Offers rates, fits the channel slices of a table group at one of them, and predicts from the shapes alone how many bits
     that takes, exactly.
@@ -69,7 +82,7 @@ class Codebook(Protocol):
 
     @property
     def spans_rows(self) -> bool:
-        """Whether one vector holds weights of several rows, so that no row can be rounded after another.
+        """Whether one code covers several rows, so that no row can be rounded after another: its slices are `CodesRowsTogether`.
 
         Plain rounding is not measured beside the compensation's then (`nearest` in proxy.parquet).
         """
@@ -350,7 +363,7 @@ class Compensation(Protocol):
 
     @property
     def corrects_rows(self) -> bool:
-        """Whether an error of one row is corrected in other rows, which a codebook that `spans_rows` cannot have."""
+        """Whether an error of one row is corrected in other rows; from run to run of rows where the codebook `spans_rows`."""
         ...
 
     @property
@@ -367,6 +380,22 @@ class Compensation(Protocol):
         flags: list[str],
     ) -> Sequence[Tensor]:
         """The codes of every slice. `score` is that of the channels; fallbacks that were taken are appended to `flags`."""
+        ...
+
+
+@runtime_checkable
+class FitsTargets(Compensation, Protocol):
+    """A compensation that may have tables fitted to what its feedback makes of the weights."""
+
+    @property
+    def fits_targets(self) -> bool:
+        """Whether tables are fitted again, to `met`, before the layer is rounded."""
+        ...
+
+    def met(
+        self, weight: Float[Tensor, "out in"], metric: Metric, slices: Sequence[FittedSlice], score: Float[Tensor, "in"]
+    ) -> Float[Tensor, "out in"]:
+        """The targets that the vectors of every slice meet when the weight is rounded to the slices as they are fitted now."""
         ...
 
 

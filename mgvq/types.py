@@ -284,6 +284,8 @@ class TableGroupInfo:
     """The sum of the channel scores."""
     quantile: float
     """The rank of the mean channel score among those of its tower, from 0 to 1."""
+    log_energy: float = 1.0
+    """The mean over its channels of log2(I + 1), I a channel's score over the geometric mean of its layer's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,17 +29,18 @@ SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
         ],
         "product": [("num_tables=3",), ("vector_length=4", *_SHARED)],
         "residual": [(), ("vector_length=3", *_SHARED)],
-        "columns": [(), (*_SHARED, "weight_power=1.0")],
+        "additive": [("num_tables=3", "vector_length=6"), (*_SHARED, "beam=2")],
+        "columns": [("residual=true", "vector_length=4"), (), (*_SHARED, "weight_power=1.0")],
     },
     "allocation": {
         "uniform": [("spread=true", "tolerance=0.0")],
         "threshold": [(), ("thresholds=[0.4]", "steps=[0.0,1.0]", "within=layer")],
-        "ratio": [(), ("within=model",)],
+        "ratio": [(), ("within=model",), ("of=channels",)],
         "greedy": [("distortion=measured",)],
         "exact": [("distortion=measured",)],
     },
     "curvature": {
-        "input": [(), ("fusion=mbq_ratio",)],
+        "input": [(), ("fusion=mbq_ratio",), ("fusion=mbq_squared",)],
         "guided": [(), ("num_groups=1",)],
         "kronecker": [
             (),
@@ -55,7 +56,7 @@ SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
 }
 # What a yaml leaves open (`???`), or what keeps small tests short, for all sets of settings of a variant.
 ALWAYS: dict[str, dict[str, tuple[str, ...]]] = {
-    "codebook": {name: ("iterations=3",) for name in ("columns", "kmeans", "product", "residual")},
+    "codebook": {name: ("iterations=3",) for name in ("additive", "columns", "kmeans", "product", "residual")},
     "allocation": {"transfer": (f"source={ROOT / 'tests/config/allocation.parquet'}",)},
     "calibration": {
         "chat": (f"path={_CALIBRATION / 'chat.jsonl'}", *_FEW_SAMPLES),

@@ -119,7 +119,7 @@ def _variant(root: Path, group: str, variant: Variant) -> str:
 
 
 def _headline(lines: list[str]) -> str:
-    """Paragraphs of the comment: `Settings:`, `Deviations:` and `Fine-tuning:` begin one each."""
+    """Paragraphs of the comment: `Settings:`, `Deviations:`, `Chosen:` and `Fine-tuning:` begin one each."""
     return re.sub(r"\n(?=[A-Z][\w-]+: )", "\n\n", "\n".join(lines))
 
 

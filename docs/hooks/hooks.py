@@ -7,6 +7,7 @@ from typing import Any
 
 import checks
 import configuration
+import peers
 import studies
 from mathematics import Mathematics
 from mkdocs.config.defaults import MkDocsConfig
@@ -36,7 +37,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """The generated pages, and the figures of results/."""
     root = root_of(config)
-    for page in [*checks.pages(root), *configuration.pages(root), *studies.pages(root)]:
+    for page in [*checks.pages(root), *configuration.pages(root), *peers.pages(root), *studies.pages(root)]:
         files.append(File.generated(config, page.path, content=page.text))
     for figure in sorted((root / "results" / "figures").glob("*.*")):
         files.append(File.generated(config, f"figures/{figure.name}", abs_src_path=str(figure)))

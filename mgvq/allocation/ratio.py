@@ -23,18 +23,25 @@ class Ratio(ByWish):
 
     within: Literal["model", "layer"]
     """Where the mean of B bits is kept and I is relative to its mean: in every `layer`, as in RSAVQ, or in the whole `model`."""
+    of: Literal["group", "channels"] = "group"
+    """Whose logarithm it is: that of the mean score of a `group`, or the mean of the logarithms of its `channels` (RSAVQ)."""
     uses_score: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.within not in ("model", "layer"):
             raise UserError(f"allocation.within must be model or layer, got {self.within!r}")
+        if self.of not in ("group", "channels"):
+            raise UserError(f"allocation.of must be group or channels, got {self.of!r}")
+        if self.of == "channels" and self.within != "layer":
+            raise UserError("allocation.of=channels counts a channel's score by those of its layer: set allocation.within=layer")
         super().__post_init__()
 
     def wishes(self, table: RateTable, budget_bits: int) -> Float[Tensor, "u"]:
         density, weights = log_density(table), sizes(table)
+        energies = torch.tensor([table_group.log_energy for table_group in table.table_groups], dtype=torch.float64)
         wish = torch.empty_like(density)
         for part in parts(table, self.within):
             own, share = density[part], weights[part] / weights[part].sum()
-            logs = torch.log2((own - own @ share).exp2() + 1)
+            logs = energies[part] if self.of == "channels" else torch.log2((own - own @ share).exp2() + 1)
             wish[part] = per_weight(table, budget_bits) * logs / (logs @ share)
         return wish

@@ -31,6 +31,10 @@ class FittedColumns:
 
     vector_length: ClassVar[int] = 1
 
+    @property
+    def rows_together(self) -> int:
+        return self.transposed.vector_length
+
     def encode(
         self, targets: Float[Tensor, "out v 1"], first: int, root: Float[Tensor, "1 1"] | None
     ) -> tuple[Int[Tensor, "runs v stages"], Float[Tensor, "out v 1"]]:
@@ -58,7 +62,11 @@ class FittedColumns:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(VectorCodebook):
-    """One table; a vector counts in the fit with (the importance of its channel)^weight_power, in VPTQ with a power of 1."""
+    """One table, or two that add up; a vector counts in the fit with (the importance of its channel)^weight_power, in VPTQ with a
+    power of 1."""
+
+    residual: bool = False
+    """Whether rates of two tables are offered beside those of one, the second fitted to what the first leaves."""
 
     spans_rows: ClassVar[bool] = True
     can_be_refitted: ClassVar[bool] = False
@@ -66,12 +74,17 @@ class Columns(VectorCodebook):
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         return Layout(vector_length, num_centroids)
 
+    def offers(self, vector_length: int, num_centroids: int) -> Sequence[Layout]:
+        """One table, and where asked for two as well: of 4 centroids or more, since two of 2 are as large as one of 4."""
+        two = [Layout(vector_length, num_centroids, stages=2)] if self.residual and num_centroids >= 4 else []
+        return [self.layout(vector_length, num_centroids), *two]
+
     def storage_bits(self, slices: Sequence[ChannelSlice], rate: Rate) -> int:
         layout = self.layouts[rate]
         d, k = layout.vector_length, layout.num_centroids
-        codes = sum(codes_bits((s.shape[1], s.shape[0]), d, k) for s in slices)
+        codes = sum(codes_bits((s.shape[1], s.shape[0]), d, k, layout.stages) for s in slices)
         scales = 16 * len(slices) if self.scaled else 0
-        return codes + scales + table_bits(d, k, self.table)
+        return codes + scales + layout.stages * table_bits(d, k, self.table)
 
     def _fitted(
         self,

@@ -1,4 +1,4 @@
-"""Encoding by fitted tables: every vector takes its nearest centroid, stage after stage."""
+"""Encoding by fitted tables: every vector takes its nearest centroid, stage after stage or by a beam search."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mgvq.codebook.beam import beam_search
 from mgvq.codebook.nearest import Nearest
 from mgvq.formats.vector import VectorWeight, centroids
 
@@ -28,6 +29,8 @@ class FittedTables:
     """How much each coordinate counts where no root is given; None: all alike."""
     num_in: int
     """Columns of the slice."""
+    beam: int = 0
+    """How many beginnings of a vector's codes a beam search keeps; 0: the codes are chosen stage after stage."""
 
     @property
     def vector_length(self) -> int:
@@ -41,32 +44,33 @@ class FittedTables:
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Int[Tensor, "out v stages"], Float[Tensor, "out v d"]]:
         """See `FittedCodebook`. Each stage takes the centroid nearest to what the stages before it leave over."""
-        wide = None if root is None else root.double()
-        metric = None if wide is None else wide.T @ wide
         subspaces = len(self.table) // self.stages
         if subspaces == 1 or targets.shape[1] == 1:  # the thousands of short calls of LDLQ
-            return self._encode_subspace(targets, first, metric)
+            return self._encode_subspace(targets, first, root)
         codes = torch.empty(*targets.shape[:2], self.stages, dtype=torch.int32, device=targets.device)
         values = torch.empty_like(targets)
         for start in range(min(subspaces, targets.shape[1])):
             part = slice(start, None, subspaces)
-            codes[:, part], values[:, part] = self._encode_subspace(targets[:, part], first + start, metric)
+            codes[:, part], values[:, part] = self._encode_subspace(targets[:, part], first + start, root)
         return codes, values
 
     def _encode_subspace(
-        self, targets: Float[Tensor, "out v d"], first: int, metric: Float[Tensor, "d d"] | None
+        self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None
     ) -> tuple[Int[Tensor, "out v stages"], Float[Tensor, "out v d"]]:
         """Encode the vectors `first`, `first + subspaces`, ... of every row, which use the same tables."""
         subspaces = len(self.table) // self.stages
         scaled = targets if self.scale is None else targets / self.scale.float()
         rest = scaled.reshape(-1, self.vector_length)
-        weight = None
-        if metric is None and self.channel_weight is not None:
+        own, weight = self._tables[first % subspaces * self.stages :][: self.stages], None
+        if root is None and self.channel_weight is not None:
             weight = self.channel_weight[first::subspaces][: targets.shape[1]].repeat(len(targets), 1)
-        codes, values = [], torch.zeros((), device=targets.device)
-        for table, find in self._tables[first % subspaces * self.stages :][: self.stages]:
-            codes.append(find(rest if not codes else rest - values, weight, metric))
-            values = values + table[codes[-1]]
+        if self.beam and weight is None:
+            codes = list(beam_search(rest, torch.stack([table for table, _ in own]), root, self.beam).unbind(1))
+        else:
+            codes = _stage_by_stage(own, rest, weight, root)
+        values = torch.zeros((), device=targets.device)
+        for (table, _), code in zip(own, codes, strict=True):
+            values = values + table[code]
         values = values.view_as(targets) if self.scale is None else values.view_as(targets) * self.scale.float()
         return torch.stack(codes, 1).int().view(*targets.shape[:2], -1), values
 
@@ -76,3 +80,19 @@ class FittedTables:
 
     def weight(self, codes: Int[Tensor, "out v stages"]) -> VectorWeight:
         return VectorWeight(codes, self.table, self.num_in, self.step, self.scale)
+
+
+def _stage_by_stage(
+    tables: Sequence[tuple[Float[Tensor, "k d"], Nearest]],
+    rest: Float[Tensor, "n d"],
+    weight: Float[Tensor, "n d"] | None,
+    root: Float[Tensor, "d d"] | None,
+) -> list[Int[Tensor, "n"]]:
+    """Each stage's centroid nearest to what the stages before it leave."""
+    wide = None if root is None else root.double()
+    metric = None if wide is None else wide.T @ wide
+    codes, values = [], torch.zeros((), device=rest.device)
+    for table, find in tables:
+        codes.append(find(rest if not codes else rest - values, weight, metric))
+        values = values + table[codes[-1]]
+    return codes

@@ -27,6 +27,7 @@ class FittedTrellis:
     num_in: int
 
     vector_length: ClassVar[int] = TILE
+    rows_together: ClassVar[int] = TILE
 
     def encode(
         self, targets: Float[Tensor, "out v 16"], first: int, root: Float[Tensor, "16 16"] | None

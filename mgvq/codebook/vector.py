@@ -80,10 +80,15 @@ class VectorCodebook(ABC):
     def layout(self, vector_length: int, num_centroids: int) -> Layout:
         """The tables of that size that the variant uses."""
 
+    def offers(self, vector_length: int, num_centroids: int) -> Sequence[Layout]:
+        """The layouts of that size, each a rate."""
+        return [self.layout(vector_length, num_centroids)]
+
     @cached_property
     def layouts(self) -> Mapping[Rate, Layout]:
         """The tables of every rate, by ascending index bits."""
-        offered = [self.layout(d, 2**w) for d in self._lengths() for w in range(1, _MAX_CENTROIDS.bit_length())]
+        sizes = [2**w for w in range(1, _MAX_CENTROIDS.bit_length())]
+        offered = [layout for d in self._lengths() for size in sizes for layout in self.offers(d, size)]
         offered = [layout for layout in offered if _MIN_BITS <= layout.index_bits <= _MAX_BITS]
         return {Rate(i.name, i.index_bits): i for i in sorted(offered, key=lambda layout: layout.index_bits)}
 

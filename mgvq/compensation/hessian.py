@@ -36,6 +36,8 @@ class Hessian:
     (`linalg.damping_unit`)."""
     order: str = "score"
     """Which vector is rounded first: the one with the most sensitive channels, or the one that its rate is to do most harm."""
+    tables: str = "weights"
+    """What tables are fitted to: the `weights`, or the targets that rounding to such tables would meet (`fed_back`)."""
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
@@ -46,6 +48,24 @@ class Hessian:
         check_damping("damping", self.damping, self.damping_of)
         if self.order not in ("score", "damage"):
             raise UserError(f"compensation.order must be score or damage, got {self.order!r}")
+        if self.tables not in ("weights", "fed_back"):
+            raise UserError(f"compensation.tables must be weights or fed_back, got {self.tables!r}")
+
+    @property
+    def fits_targets(self) -> bool:
+        return self.tables == "fed_back"
+
+    def met(
+        self, weight: Float[Tensor, "out in"], metric: Metric, slices: Sequence[FittedSlice], score: Float[Tensor, "in"]
+    ) -> Float[Tensor, "out in"]:
+        """See `FitsTargets`."""
+        targets = weight.float().clone()
+        self._ldlq(weight, metric.to(weight.device), slices, score, [], targets)
+        return targets
+
+    def priority(self, score: Float[Tensor, "in"], slices: Sequence[FittedSlice]) -> Float[Tensor, "in"]:
+        """What decides which vector is rounded first, by `order`."""
+        return score if self.order == "score" else expected_damage(score, slices)
 
     def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
         """Return how the codes of a vector are chosen for its target; `metric` is on the weight's device."""
@@ -60,7 +80,16 @@ class Hessian:
         flags: list[str],
     ) -> Sequence[Tensor]:
         assert metric is not None, "the pipeline checks needs_metric"
-        metric = metric.to(weight.device)
+        return self._ldlq(weight, metric.to(weight.device), slices, score, flags)
+
+    def _ldlq(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric,
+        slices: Sequence[FittedSlice],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+        met: Float[Tensor, "out in"] | None = None,
+    ) -> Sequence[Tensor]:
         choose = self.choice(metric, slices[0].channel_slice.site, flags)
-        priority = score if self.order == "score" else expected_damage(score, slices)
-        return ldlq(weight, metric, slices, priority, self.damping, self.damping_of, flags, choose)
+        return ldlq(weight, metric, slices, self.priority(score, slices), self.damping, self.damping_of, flags, choose, met)

@@ -1,5 +1,6 @@
 """Second-order compensation in both directions: along the input channels of a row, and from row to row."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,9 @@ from mgvq.compensation.damping import check_damping
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.ldl import block_ldl
 from mgvq.compensation.ldlq import Choose, Coded, Encode
+from mgvq.compensation.tiles import tile_by_tile
 from mgvq.errors import UserError
+from mgvq.protocols import CodesRowsTogether, FittedSlice
 from mgvq.types import Metric, Site
 
 
@@ -24,6 +27,8 @@ class HessianTwoSided(Hessian):
     costs `tr(h_out Delta h_in Delta^T) = sum_rj s_r |root_j E_rj|^2` (docs/method.md, eq. (two-sided-ldlq)): the weight of a row
     does not move its nearest code, so that the metric of a vector is that of `Hessian`, and an `h_out` of the identity gives the
     codes of `Hessian`.
+
+    Codes that cover several rows (a trellis) are corrected from run to run of as many rows, in their order (`tile_by_tile`).
 
     Within a vector the row with the largest diagonal of `h_out` is rounded first, equal ones in their order. More is fed back
     than in one direction, so that targets leave the range of a small codebook sooner: it wants more damping than `Hessian`.
@@ -41,16 +46,49 @@ class HessianTwoSided(Hessian):
         super().__post_init__()
         check_damping("output_damping", self.output_damping)
 
-    def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        metric: Metric | None,
+        slices: Sequence[FittedSlice],
+        score: Float[Tensor, "in"],
+        flags: list[str],
+    ) -> Sequence[Tensor]:
+        if (run := _rows_together(slices)) == 1:
+            return super().round(weight, metric, slices, score, flags)
+        assert metric is not None, "the pipeline checks needs_metric"
+        self._check(metric)
+        priority, dampings = self.priority(score, slices), (self.damping, self.output_damping, self.damping_of)
+        return tile_by_tile(weight, metric.to(weight.device), slices, priority, run, *dampings, flags)
+
+    def met(
+        self, weight: Float[Tensor, "out in"], metric: Metric, slices: Sequence[FittedSlice], score: Float[Tensor, "in"]
+    ) -> Float[Tensor, "out in"]:
+        if _rows_together(slices) > 1:
+            raise UserError(
+                "compensation.tables=fed_back: codes that cover several rows have no tables to fit; set tables=weights"
+            )
+        return super().met(weight, metric, slices, score)
+
+    def _check(self, metric: Metric) -> None:
         if metric.h_out is None or len(metric.h_in) > 1:
             raise UserError(
                 "compensation=hessian_two_sided corrects errors from row to row, but this curvature has not one input and "
                 "one output factor a layer: choose curvature=kronecker, or compensation=hessian"
             )
+
+    def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
+        self._check(metric)
+        assert metric.h_out is not None
         mix, damping = _row_feedback(metric.h_out, self.output_damping, self.damping_of)
         if damping > self.output_damping:
             flags.append(f"output_damping:{site.name}:{damping:g}")
         return lambda encode, target, weight: _settle(encode, target, mix)
+
+
+def _rows_together(slices: Sequence[FittedSlice]) -> int:
+    codebook = slices[0].codebook
+    return codebook.rows_together if isinstance(codebook, CodesRowsTogether) else 1
 
 
 def _row_feedback(h_out: Float[Tensor, "out out"], damping: float, of: str) -> tuple[Float[Tensor, "out out"], float]:

@@ -27,32 +27,44 @@ def ldlq(
     damping_of: str,
     flags: list[str],
     choose: Choose,
+    met: Float[Tensor, "out in"] | None = None,
 ) -> Sequence[Tensor]:
     """Return the codes of every channel slice, and append the flags that `Hessian` names to `flags`.
 
     The vector of the highest mean score is rounded first, so that all others can make up for its error. With
     `H = L D L^T` in the reverse of that order and `Delta = W - W^`, vector j has the target `W_j + sum_{i>j} Delta_i L_ij` and
     the metric `D_j` (docs/method.md, eq. (ldlq)). `choose(encode, target, W_j)` makes its codes, where `encode` finds the codes
-    that are nearest in that metric. `metric` is on the device of the weight.
+    that are nearest in that metric. `metric` is on the device of the weight. Where `met` is given, the targets that codes were
+    last looked for are written into it.
     """
     name = slices[0].channel_slice.site.name
-    if dead := int((metric.channel_importance() <= 0).sum()):
-        flags.append(f"dead_channels:{name}:{dead}")
-    order = _order(slices, score)
+    order = rounding_order(slices, score)
     length = max(fitted.codebook.vector_length for fitted in slices)
-    slots = torch.stack([_slots(slices[p], v, length) for p, v in order]).to(weight.device)
+    slots = torch.stack([slots_of(slices[p], v, length) for p, v in order]).to(weight.device)
     runs = metric.row_runs(len(weight))
     factors = [block_ldl(h_in, slots, damping, damping_of) for _, h_in in runs]
-    if (most := max(f.damping for f in factors)) > damping:
-        flags.append(f"damping:{name}:{most:g}")
+    first_flags(name, metric, max(f.damping for f in factors), damping, flags)
     ordered = weight.float()[:, slots.flatten().clamp(min=0)] * (slots.flatten() >= 0)
+    aims = torch.zeros_like(ordered)
     codes = [
-        _round(ordered[rows], _restricted(slices, rows), order, f, choose) for (rows, _), f in zip(runs, factors, strict=True)
+        _round(ordered[rows], _restricted(slices, rows), order, f, choose, aims[rows])
+        for (rows, _), f in zip(runs, factors, strict=True)
     ]
+    if met is not None:
+        real = slots.flatten() >= 0
+        met[:, slots.flatten()[real]] = aims[:, real]
     return [
         torch.stack([torch.cat([part[p, v] for part in codes]) for v in range(_num_vectors(fitted))], 1)
         for p, fitted in enumerate(slices)
     ]
+
+
+def first_flags(name: str, metric: Metric, needed: float, damping: float, flags: list[str]) -> None:
+    """Append `dead_channels:<site>:<number>` and `damping:<site>:<share>` where there are such, or more was needed."""
+    if dead := int((metric.channel_importance() <= 0).sum()):
+        flags.append(f"dead_channels:{name}:{dead}")
+    if needed > damping:
+        flags.append(f"damping:{name}:{needed:g}")
 
 
 def expected_damage(score: Float[Tensor, "in"], slices: Sequence[FittedSlice]) -> Float[Tensor, "in"]:
@@ -71,7 +83,7 @@ def _restricted(slices: Sequence[FittedSlice], rows: slice) -> list[FittedCodebo
     return [fitted.codebook.rows(rows) for fitted in slices]
 
 
-def _order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
+def rounding_order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tuple[int, int]]:
     """Return (channel slice, vector) pairs from the vector that is rounded last to the one that is rounded first."""
     places, sensitivity = [], []
     for p, fitted in enumerate(slices):
@@ -83,7 +95,7 @@ def _order(slices: Sequence[FittedSlice], score: Float[Tensor, "in"]) -> list[tu
     return [places[i] for i in reversed(descending.tolist())]
 
 
-def _slots(fitted: FittedSlice, vector: int, length: int) -> Int[Tensor, "d"]:
+def slots_of(fitted: FittedSlice, vector: int, length: int) -> Int[Tensor, "d"]:
     """Return the channels of a vector, followed by -1 up to `length`."""
     own = fitted.codebook.vector_length
     channels = fitted.channel_slice.columns[vector * own : (vector + 1) * own].long().cpu()
@@ -96,8 +108,12 @@ def _round(
     order: Sequence[tuple[int, int]],
     factors: BlockLDL,
     choose: Choose,
+    aims: Float[Tensor, "rows n"],
 ) -> dict[tuple[int, int], Tensor]:
-    """Return the codes by (channel slice, vector); `weight` and `factors` have their columns in `order`."""
+    """Return the codes by (channel slice, vector); `weight` and `factors` have their columns in `order`.
+
+    What codes were looked for is written into `aims`.
+    """
     length = weight.shape[1] // len(order)
     codes: dict[tuple[int, int], Tensor] = {}
     target, error = weight.clone(), torch.zeros_like(weight)
@@ -108,7 +124,7 @@ def _round(
             p, v = order[at]
             begin, own = at * length, codebooks[p].vector_length
             here = slice(begin, begin + own)
-            encode = partial(_nearest, codebooks[p], v, factors.root[at, :own, :own])
+            encode = partial(_nearest, codebooks[p], v, factors.root[at, :own, :own], aims[:, here])
             codes[p, v], values = choose(encode, target[:, here], weight[:, here])
             error[:, here] = weight[:, here] - values
             target[:, first:begin].addmm_(error[:, here], factors.lower[here, first:begin])
@@ -117,6 +133,13 @@ def _round(
     return codes
 
 
-def _nearest(codebook: FittedCodebook, vector: int, root: Float[Tensor, "d d"], targets: Float[Tensor, "rows d"]) -> Coded:
+def _nearest(
+    codebook: FittedCodebook,
+    vector: int,
+    root: Float[Tensor, "d d"],
+    aims: Float[Tensor, "rows d"],
+    targets: Float[Tensor, "rows d"],
+) -> Coded:
+    aims.copy_(targets)
     codes, values = codebook.encode(targets[:, None], vector, root)
     return codes[:, 0], values[:, 0]

@@ -39,8 +39,10 @@ def equal_weights(bank: StatsBank) -> dict[Site, Weights]:
     return {site: {"image": 1.0, "text": 1.0} for site in bank}
 
 
-def mbq_weights(bank: StatsBank) -> dict[Site, Weights]:
-    """Weights by which an image token counts r times a text token (MBQ, Li et al. 2025; docs/method.md, eq. (mbq)).
+def mbq_weights(bank: StatsBank, power: int = 1) -> dict[Site, Weights]:
+    """Weights by which an image token counts r^power times a text token (MBQ, Li et al. 2025; docs/method.md, eq. (mbq)).
+
+    MBQ's loss is absolute, `r |dy|` of an image token: its square is that with r^2.
 
     r is the larger of the layer's own ratio and the median ratio over all layers. The ratio of a layer is the mean |g| of its
     image tokens over that of its text tokens, g the gradient of the answer loss. The median keeps images from vanishing, and it
@@ -51,7 +53,8 @@ def mbq_weights(bank: StatsBank) -> dict[Site, Weights]:
     means = {site: [stats.saliency.get(m) for m in MODALITIES] for site, stats in both.items()}
     ratios = {site: image / text for site, (image, text) in means.items() if image is not None and text}
     floor = statistics.median(ratios.values()) if ratios else 1.0
-    return {site: {"image": max(ratios.get(site, floor), floor) if site in both else 1.0, "text": 1.0} for site in bank}
+    larger = {site: max(ratios.get(site, floor), floor) ** power for site in both}
+    return {site: {"image": larger.get(site, 1.0), "text": 1.0} for site in bank}
 
 
 def balanced(h_in: Float[Tensor, "in in"], h_out: Float[Tensor, "out out"]) -> Kronecker:

@@ -8,6 +8,8 @@ from mgvq.curvature.fusion import check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
 from mgvq.types import Metric, Needs, Site, StatsBank
 
+_POWERS = {"mbq_ratio": 1, "mbq_squared": 2}  # of r, by which an image token counts
+
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
@@ -17,7 +19,8 @@ class Input:
     """
 
     fusion: str
-    """`none`: every token counts the same; `mbq_ratio`: image tokens are weighted by their gradients (`fusion.mbq_weights`)."""
+    """`none`: every token counts the same; `mbq_ratio`: image tokens are weighted by their gradients (`fusion.mbq_weights`), by
+    their ratio r as it is; `mbq_squared`: by r^2, the weight under which squared errors rank as MBQ's absolute ones do."""
     clip: float | None = None
     """A token x counts `min(1, clip * m / |x|^2)` times in the Gram, m the median of |x|^2 over the tokens of its modality in its
     batch; None: every token counts once. Sensitivities, groupings and outliers of the run read the same Gram."""
@@ -25,17 +28,17 @@ class Input:
 
     def __post_init__(self) -> None:
         check_clip(self.clip)
-        if self.fusion not in ("none", "mbq_ratio"):
-            raise UserError(f"curvature.fusion must be none or mbq_ratio with curvature=input, got {self.fusion!r}")
+        if self.fusion not in ("none", *_POWERS):
+            raise UserError(f"curvature.fusion must be none, mbq_ratio or mbq_squared with curvature=input, got {self.fusion!r}")
 
     @property
     def needs(self) -> Needs:
-        return Needs(gram=True, clip=self.clip, gradients=self.fusion == "mbq_ratio")
+        return Needs(gram=True, clip=self.clip, gradients=self.fusion in _POWERS)
 
     @property
     def needs_images(self) -> bool:
-        return self.fusion == "mbq_ratio"
+        return self.fusion in _POWERS
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
-        weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)
+        weights = mbq_weights(bank, _POWERS[self.fusion]) if self.fusion in _POWERS else equal_weights(bank)
         return {site: Metric((pooled(stats, weights[site]),)) for site, stats in bank.items()}

@@ -39,11 +39,6 @@ class Method:
 
     def __post_init__(self) -> None:
         self._check_metric()
-        if self.compensation.corrects_rows and self.codebook.spans_rows:
-            raise UserError(
-                "this compensation corrects errors from row to row, but a vector of this codebook takes several rows at once: "
-                "choose codebook=kmeans, or compensation=hessian."
-            )
         if self.prefix is not None and self.shift is not None:
             raise UserError(
                 "prefix=quantized and a compensation that moves its targets by a gradient both decide in which order layers are "

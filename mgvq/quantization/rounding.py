@@ -10,11 +10,11 @@ from mgvq.compensation.none import NoCompensation
 from mgvq.formats.grouped import GroupedWeight
 from mgvq.formats.outliers import OutlierWeight
 from mgvq.progress import progress
-from mgvq.protocols import CodedSlice, Compensation, FittedSlice, QuantizedWeight, Refit
+from mgvq.protocols import CodedSlice, Compensation, FitsTargets, FittedSlice, QuantizedWeight, Refit
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.limits import Limit, Limits
 from mgvq.quantization.table_groups import TableGroup
-from mgvq.types import LayerProblem, Rate, Site
+from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,9 @@ class LayerRounder:
     ) -> tuple[dict[Site, _Coded], dict[Site, dict[str, float]]]:
         problems = {site: cache.problems[site] for site in sites}
         fitted = _fitted(cache, rates, sites, flags)
+        if isinstance(self.compensation, FitsTargets) and self.compensation.fits_targets:
+            met = {site: self.compensation.met(p.target, _metric(p), fitted[site], p.score) for site, p in problems.items()}
+            fitted = _fitted(cache.with_targets(met), rates, sites, flags)
         errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
         if not cache.codebook.spans_rows:
             plain = replace(self, compensation=NoCompensation())
@@ -119,8 +122,7 @@ class LayerRounder:
             parts = []
             for channel_slice in table_group.slices:
                 site, own = channel_slice.site, moved[channel_slice.site]
-                metric = cache.problems[site].metric
-                assert metric is not None, "the method's checks ask for a metric"
+                metric = _metric(cache.problems[site])
                 columns = channel_slice.columns.to(values[site].device).long()
                 lacking = targets[site] - values[site]
                 lacking[:, columns] = targets[site][:, columns]
@@ -139,6 +141,11 @@ class LayerRounder:
         if problem.transform:
             stored = problem.transform.wrap(stored)
         return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
+
+
+def _metric(problem: LayerProblem) -> Metric:
+    assert problem.metric is not None, "the method's checks ask for a metric"
+    return problem.metric
 
 
 def _fitted(

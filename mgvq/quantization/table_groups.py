@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mgvq.protocols import Codebook
 from mgvq.types import ChannelSlice, LayerProblem, Site, TableGroupInfo
@@ -30,6 +32,7 @@ def cut_table_groups(problems: Mapping[Site, LayerProblem], codebook: Codebook) 
     }
     quantiles = _quantiles(gathered, totals)
     depths = _depths(list(problems))
+    energies = {site: _log_energies(problem.score) for site, problem in problems.items()}
     return [
         TableGroup(
             TableGroupInfo(
@@ -42,11 +45,20 @@ def cut_table_groups(problems: Mapping[Site, LayerProblem], codebook: Codebook) 
                 num_weights=sum(s.num_weights for s in slices),
                 score=totals[name],
                 quantile=quantiles[name],
+                log_energy=float(torch.cat([energies[s.site][s.columns] for s in slices]).mean()),
             ),
             tuple(slices),
         )
         for name, slices in gathered.items()
     ]
+
+
+def _log_energies(score: Float[Tensor, "in"]) -> Float[Tensor, "in"]:
+    """log2(I + 1) of every channel, I its score over their geometric mean; none counts less than 2^-40 of the largest."""
+    if not score.any():
+        return torch.ones(len(score), dtype=torch.float64)
+    logs = score.double().clamp(min=2.0**-40 * float(score.max())).log2()
+    return ((logs - logs.mean()).exp2() + 1).log2()
 
 
 def _quantiles(gathered: Mapping[str, Sequence[ChannelSlice]], totals: Mapping[str, float]) -> dict[str, float]:

@@ -8,7 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from variants import built, variants
 
 from mgvq.curvature.statistics import collect
-from mgvq.errors import UserError
 from mgvq.model.sites import site_weights
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
@@ -92,10 +91,6 @@ def test_the_layers_come_back_in_the_bits_that_were_predicted(problem, codebook:
     stages["refit"] = ClosedForm(damping=0.0, rounds=2) if refits else None
     if not (refits or stages["codebook"].needs_importance or stages["compensation"].needs_metric):
         stages["curvature"] = None  # nothing would look at it
-    if stages["codebook"].spans_rows and stages["compensation"].corrects_rows:
-        with pytest.raises(UserError, match="several rows at once"):
-            Method(**stages)
-        return
     method = Method(**stages)
     before = {s: w.clone() for s, w in site_weights(model, sites).items()}
     report = quantize(model, sites, bank, method, BITS, samples)

@@ -1,5 +1,10 @@
 """Every published method as its preset makes it, from tokens to codes, against a slow textbook version in float64.
 
+Where the formulas were read: GPTQ, AWQ, MBQ, VPTQ, GPTVQ, FOEM, RSAVQ and YAQA as docs/method.md names them; QuIP#'s E8P and
+block LDLQ in arXiv 2402.04396v2, sections 4.1 to 4.3; QTIP's codes, tail-biting and use of block LDLQ in arXiv 2406.11235,
+sections 3.1, 3.2 and 4; LNQ's two steps (GuidedQuant, arXiv 2505.07004, algorithm 2) in a summary of that algorithm; AQLM's
+text could not be read: what is tested is its objective with a search that is exact for every vector.
+
 The layer is small, the statistics are sums over its tokens, and the textbook sees tokens, gradients and weights only; of vector
 codebooks it is given the table. Then what each paper reports, on a case that suits it.
 """
@@ -15,11 +20,15 @@ from hydra import compose, initialize_config_dir
 
 from mgvq.allocation.uniform import Uniform
 from mgvq.curvature.statistics import sketch
+from mgvq.distortion import measured
 from mgvq.formats.vector import centroids
+from mgvq.lattice.points import e8p_points
+from mgvq.quantization import pipeline, storage
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.method import Method
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
+from mgvq.rotation import rotate_matrix
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
 from mgvq.types import MODALITIES, Site, SiteStats
@@ -92,35 +101,25 @@ def layer(seed=0, num_out=NUM_OUT, num_in=NUM_IN):
     return Layer(normal(num_out, num_in, seed=seed), x, g)
 
 
-def quantized(method, *layers, bits=2.0):
+def quantized(method, *layers, bits=2.0, rate=None):
     """The decoded weights at one rate, and each layer's codebooks; all layers read what the first one reads."""
     names = "qkvo"
     sites = [Site(names[i], "language", names[i], 0, *item.weight.shape, reads="qkv") for i, item in enumerate(layers)]
     weights, bank = (
         {s: f(item) for s, item in zip(sites, layers, strict=True)} for f in (lambda i: i.weight, lambda i: i.stats(method))
     )
-    metrics = method.curvature.fuse(bank) if method.curvature else {}
-    scores = method.sensitivity(weights, bank)
-    groups = method.grouping(scores, bank)
-    problems = layer_problems(sites, weights=weights, metrics=metrics, scores=scores, groups=groups)
+    problems = pipeline.layer_problems(weights, bank, method)
     table_groups = cut_table_groups(problems, method.codebook)
     cache = CodebookCache(table_groups, method.codebook, problems)
-    rate = next(r for r in method.codebook.rates() if r.index_bits == bits)
+    rate = next(r for r in method.codebook.rates() if r.name == rate or (rate is None and r.index_bits == bits))
     if shift := method.shift:
         cache = cache.with_targets(
-            {s: shift.target(w, metrics[s], bank[s].gradient, shift.steps[-1]) for s, w in weights.items()}
+            {s: shift.target(p.weight, p.metric, bank[s].gradient, shift.steps[-1]) for s, p in problems.items()}
         )
-    ids = {} if method.grouping.num_groups == 1 else {"qkv": group_ids(method, scores, bank, sites[0])}
-    # Without a refit: that of GPTVQ has its own oracle (test_refit.py).
-    rounder = LayerRounder(method.compensation, None, ids)
+    # Without a refit: that of GPTVQ and others has its own oracle (test_refit.py).
+    rounder = LayerRounder(method.compensation, None, storage.group_ids(problems))
     stored = rounder.round(cache, [rate] * len(table_groups), sites, []).stored
     return [stored[s].decode().double() for s in sites], [cache(u, rate)[0][0] for u in range(len(table_groups))]
-
-
-def group_ids(method, scores, bank, site):
-    from mgvq.formats.grouped import pack_groups
-
-    return pack_groups(method.grouping(scores, bank)[site])
 
 
 def one(method, item):
@@ -262,17 +261,18 @@ def test_awq_two_layers_share_an_exponent(seed):
 
 @SEEDS
 def test_mbq(seed):
+    """Its loss is r |dy| of an image token, of which the square has r^2."""
     item = quiet_images(loud(layer(seed)))
     half = TOKENS // 2
     ratio = item.g[:, :half].abs().mean() / item.g[:, half:].abs().mean()  # one layer: its own median
-    weights = torch.cat([ratio.expand(SAMPLES, half), torch.ones(SAMPLES, half)], 1).double().flatten()
+    weights = torch.cat([ratio.square().expand(SAMPLES, half), torch.ones(SAMPLES, half)], 1).double().flatten()
     same_codes(one(preset("method=mbq"), item), awq_search([item], item.all_x, weights)[1][0])
 
 
 @SEEDS
 def test_gptvq(seed):
     item = layer(seed)
-    (found,), (codebook,) = quantized(preset("method=gptvq"), item)
+    (found,), (codebook,) = quantized(preset("method=gptvq", "compensation.tables=weights"), item)
     table, hessian = table_of(codebook)[0], damped(item.moment())
     same_codes(found, torch.stack([best_continuation(row, hessian, table, pairs(NUM_IN)) for row in item.weight]))
 
@@ -281,7 +281,7 @@ def test_gptvq(seed):
 def test_vptq(seed):
     """Runs of two rows, each to the nearest centroid: GPTQ's loop, column by column."""
     item, hessian = layer(seed, num_out=24), layer(seed, num_out=24).moment()
-    (found,), (codebook,) = quantized(preset("method=vptq"), item)
+    (found,), (codebook,) = quantized(preset("method=vptq", *ONE_TABLE), item)
     table = table_of(codebook)[0]
 
     def choose(column):
@@ -290,10 +290,31 @@ def test_vptq(seed):
     same_codes(found, gptq_loop(item.weight, hessian, by_size(hessian.diagonal()), choose))
 
 
+ONE_TABLE = ("codebook.vector_length=2", "codebook.residual=false")
+
+
+@SEEDS
+def test_vptq_residual_stage(seed):
+    """A run of four rows is a centroid of the first table and one of the second, the nearest to what the first leaves."""
+    item, hessian = layer(seed, num_out=24), layer(seed, num_out=24).moment()
+    method = preset("method=vptq", "codebook.vector_length=4")
+    (found,), (codebook,) = quantized(method, item, rate="4x16+16")
+    first, second = table_of(codebook)
+
+    def nearest(table, run):
+        return table[(table - run).square().sum(1).argmin()]
+
+    def choose(column):
+        heads = [nearest(first, run) for run in column.view(-1, 4)]
+        return torch.cat([head + nearest(second, run - head) for head, run in zip(heads, column.view(-1, 4), strict=True)])
+
+    same_codes(found, gptq_loop(item.weight, hessian, by_size(hessian.diagonal()), choose))
+
+
 def test_vptq_centroids_are_means_by_the_diagonal():
     """At the end of Lloyd's iterations every centroid is the mean of its runs, each with H_qq."""
     item = layer(num_out=64)
-    _, (codebook,) = quantized(preset("method=vptq", "codebook.table=fp16", "codebook.iterations=200"), item)
+    _, (codebook,) = quantized(preset("method=vptq", *ONE_TABLE, "codebook.table=fp16", "codebook.iterations=200"), item)
     table, power = table_of(codebook)[0], item.moment().diagonal()
     mass, total = torch.zeros(16, 1, dtype=torch.float64), torch.zeros(16, 2, dtype=torch.float64)
     for c, r in itertools.product(range(NUM_IN), range(0, 64, 2)):
@@ -348,7 +369,10 @@ def test_guidedquant(seed):
         group = slice(row // 2 * 2, row // 2 * 2 + 2)
         return weighted_moment(item.all_x, item.all_g[:, group].square().mean(1))
 
-    same_codes(*rowwise(preset("method=guidedquant"), item, hessian))
+    same_codes(*rowwise(preset("method=guidedquant", *LDLQ_ALONE), item, hessian))
+
+
+LDLQ_ALONE = ("transform=none", "compensation=hessian", "compensation.damping=0.01", "codebook.vector_length=2")
 
 
 @SEEDS
@@ -377,7 +401,7 @@ def test_foem(seed):
 def test_yaqa(seed):
     """Method 2.5: W^ = Q(W + L_O'^T D L_I' + L_O'^T D + D L_I'), tiles of one row and two columns from the last corner."""
     item = layer(seed)
-    (found,), (codebook,) = quantized(preset("method=yaqa"), item)
+    (found,), (codebook,) = quantized(preset("method=yaqa", *SMALL_TILES), item)
     table = table_of(codebook)[0]
     gradients = [g.T @ x for g, x in zip(item.g.double(), item.x.double(), strict=True)]
     h_out, h_in = (damped(sum(parts)) for parts in ([G @ G.T for G in gradients], [G.T @ G for G in gradients]))
@@ -398,6 +422,185 @@ def test_yaqa(seed):
     expected = torch.empty_like(value)
     expected[rows[:, None], columns] = value
     same_codes(found, expected)
+
+
+SMALL_TILES = (
+    "transform=none",
+    "codebook=kmeans",
+    "codebook.table=int8",
+    *(f"compensation.{d}={DAMPING}" for d in ("damping", "output_damping")),
+)
+
+
+@SEEDS
+def test_yaqa_with_its_code(seed):
+    """The same with tiles of 16 x 16 trellis codes, rotated on both sides; rows that fill up the last tile are zero."""
+    item, method = layer(seed, num_out=40, num_in=32), preset("method=yaqa", "codebook.state_bits=8", "codebook.values=computed")
+    (found,), (codebook,) = quantized(method, item)
+    turned, turn = rotated(method, item)
+    gradients = [g.T @ x for g, x in zip(turned.g.double(), turned.x.double(), strict=True)]
+    h_out, h_in = (damped(sum(parts), 0.1) for parts in ([G @ G.T for G in gradients], [G.T @ G for G in gradients]))
+    h_out = torch.block_diag(h_out, torch.eye(8, dtype=torch.float64))
+    columns = torch.arange(32).view(-1, 16).flip(0).flatten()
+    weight = torch.nn.functional.pad(turned.weight.double(), (0, 0, 0, 8))[:, columns]
+    lower_out, lower_in = unit_lower(h_out, 16)[0], unit_lower(h_in[columns][:, columns], 16)[0]
+    strict_out, strict_in = (lower - torch.eye(len(lower), dtype=torch.float64) for lower in (lower_out, lower_in))
+    delta, value = torch.zeros_like(weight), torch.zeros_like(weight)
+    for j in (1, 0):
+        for r in (2, 1, 0):
+            rows, across = slice(16 * r, 16 * r + 16), slice(16 * j, 16 * j + 16)
+            feedback = strict_out.T @ delta @ strict_in + strict_out.T @ delta + delta @ strict_in
+            aim = (weight + feedback)[rows, across].float()
+            value[rows, across] = codebook.encode(aim[:, None], 0, None)[1][:, 0].double()
+            delta[rows, across] = weight[rows, across] - value[rows, across]
+    expected = torch.empty_like(value)
+    expected[:, columns] = value
+    same_codes(found, turn.weight_back(expected[:40].float()).double())
+
+
+def rotated(method, item):
+    """The layer as its rotation makes it, token by token, and the rotation."""
+    site = Site("q", "language", "q", 0, *item.weight.shape, reads="qkv")
+    turn = method.transform([site], None)[site]
+    eyes = [torch.eye(n, dtype=torch.float64) for n in item.weight.shape]
+    u, v_transposed = rotate_matrix(eyes[0], turn.outputs, None), rotate_matrix(eyes[1], None, turn.inputs)
+    return Layer(turn.weight(item.weight), item.x.double() @ v_transposed, item.g.double() @ u.T), turn
+
+
+def block_ldlq(weight, hessian, length, choose):
+    """QuIP#, section 4.1, from the first vector to the last: each at its weights and what is fed back of those before it."""
+    columns = torch.arange(len(hessian)).view(-1, length).flip(0).flatten()
+    weight, lower = weight.double()[:, columns], unit_lower(hessian[columns][:, columns], length)[0]
+    value = torch.zeros_like(weight)
+    for j in reversed(range(len(columns) // length)):
+        own = slice(j * length, (j + 1) * length)
+        later = slice((j + 1) * length, None)
+        value[:, own] = choose(weight[:, own] + (weight - value)[:, later] @ lower[later, own])
+    expected = torch.empty_like(value)
+    expected[:, columns] = value
+    return expected
+
+
+@SEEDS
+def test_quip_sharp(seed):
+    """Eight weights at a time, the nearest of all 65,536 points in plain distance, at the scale that serves a Gaussian best."""
+    item, method = layer(seed, num_out=16, num_in=32), preset("method=quip_sharp")
+    turned, turn = rotated(method, item)
+    scale = float((turned.weight.double().square().mean().sqrt() * measured("lattice", 2.0).scales[0]).half())
+    points = e8p_points(torch.arange(2**16)).double() * scale
+
+    def choose(aims):
+        return points[(points.square().sum(1) - 2 * aims @ points.T).argmin(1)]
+
+    expected = block_ldlq(turned.weight, damped(turned.moment()), 8, choose)
+    same_codes(one(method, item), turn.weight_back(expected.float()).double())
+
+
+@SEEDS
+def test_qtip(seed):
+    """Blocks of 16 columns; 16 rows of one are a sequence of 256 weights, which the trellis search codes (test_trellis.py)."""
+    item, method = layer(seed, num_out=32, num_in=32), preset("method=qtip", "codebook.state_bits=8")
+    turned, turn = rotated(method, item)
+    (found,), (codebook,) = quantized(method, item)
+
+    def choose(aims):
+        return codebook.encode(aims[:, None].float(), 0, None)[1][:, 0].double()
+
+    expected = block_ldlq(turned.weight, damped(turned.moment()), 16, choose)
+    same_codes(found, turn.weight_back(expected.float()).double())
+
+
+def descend(row, value, hessian, entries, vectors, sweeps):
+    """Vector by vector, the entry with which the whole quadratic of the row costs least, all others as they are."""
+    for _ in range(sweeps):
+        for vector in vectors:
+            tries = value.repeat(len(entries), 1)
+            tries[:, list(vector)] = entries
+            errors = row.double() - tries
+            value = tries[((errors @ hessian) * errors).sum(1).argmin()]
+    return value
+
+
+@SEEDS
+def test_aqlm(seed):
+    """Sums of two centroids, one of each table: with a beam as wide as all of them, the best of 256 for each vector."""
+    item = layer(seed)
+    method = preset("method=aqlm", "codebook.vector_length=4", "codebook.beam=256", "compensation.sweeps=3")
+    (found,), (codebook,) = quantized(method, item)
+    first, second = table_of(codebook)
+    sums, vectors = (first[:, None] + second).flatten(0, 1), [range(c, c + 4) for c in range(0, NUM_IN, 4)]
+    hessian = damped(item.moment())
+    begun = [best_continuation(row, hessian, sums, vectors) for row in item.weight]
+    rows = zip(item.weight, begun, strict=True)
+    same_codes(found, torch.stack([descend(row, value, hessian, sums, vectors, 3) for row, value in rows]))
+
+
+@SEEDS
+def test_guidedquant_codes_by_coordinate_descent(seed):
+    """LNQ's second step, for vectors: each group of rows in its own Hessian, of inputs that are rotated."""
+    item, method = layer(seed), preset("method=guidedquant", "codebook.vector_length=2", "compensation.sweeps=4")
+    turned, turn = rotated(method, item)
+    (found,), (codebook,) = quantized(method, item)
+    table, expected = table_of(codebook)[0], []
+    for r, row in enumerate(turned.weight):
+        group = slice(r // 2 * 2, r // 2 * 2 + 2)
+        hessian = damped(weighted_moment(turned.all_x, turned.all_g[:, group].square().mean(1)))
+        begun = best_continuation(row, hessian, table, pairs(NUM_IN))
+        expected.append(descend(row, begun, hessian, table, pairs(NUM_IN), 4))
+    same_codes(found, turn.weight_back(torch.stack(expected).float()).double())
+
+
+def test_lnq_tables_are_the_least_squares_solution():
+    """LNQ's first step, c = (P^T H P)^-1 P^T H w, by the normal equations of all rows; the refit is that of the metric itself."""
+    item = layer(num_out=64)
+    method = preset("method=guidedquant", *LDLQ_ALONE, "codebook.table=fp16", "refit.damping=0.0", "refit.rounds=1")
+    site = Site("q", "language", "q", 0, *item.weight.shape, reads="qkv")
+    problems = pipeline.layer_problems({site: item.weight}, {site: item.stats(method)}, method)
+    cache = CodebookCache(cut_table_groups(problems, method.codebook), method.codebook, problems)
+    rate = next(r for r in method.codebook.rates() if r.index_bits == 2)
+    rounder = LayerRounder(method.compensation, method.refit, {})
+    stored = rounder.round(cache, [rate], [site], []).stored[site]
+    codes, left, right = (
+        stored.codes[:, :, 0].long(),
+        torch.zeros(32, 32, dtype=torch.float64),
+        torch.zeros(32, dtype=torch.float64),
+    )
+    for rows, h in problems[site].metric.row_runs(64):
+        for r in range(rows.start, rows.stop):
+            place = torch.zeros(NUM_IN, 32, dtype=torch.float64)  # which entry of the table each weight of the row is
+            for c in range(NUM_IN):
+                place[c, 2 * int(codes[r, c // 2]) + c % 2] = 1
+            left += place.T @ h.double() @ place
+            right += place.T @ h.double() @ item.weight[r].double()
+    solution = torch.linalg.lstsq(left, right).solution.view(16, 2)
+    torch.testing.assert_close(table_of(stored)[0], solution, rtol=0, atol=2e-3)
+
+
+@SEEDS
+def test_gptvq_fits_its_tables_to_corrected_weights(seed):
+    """The table is that of k-means on the weights as a first pass has corrected them; the codes are those of the textbook."""
+    item, method = layer(seed, num_out=16), preset("method=gptvq", "codebook.vector_length=2")
+    site = Site("q", "language", "q", 0, *item.weight.shape, reads="qkv")
+    problems = pipeline.layer_problems({site: item.weight}, {site: item.stats(method)}, method)
+    (table_group,) = cut_table_groups(problems, method.codebook)
+    rate = next(r for r in method.codebook.rates() if r.index_bits == 2)
+
+    def table(weight):
+        importance = problems[site].metric.channel_importance()
+        return table_of(method.codebook.fit(table_group.info.name, [weight], rate, [importance], [])[0])[0]
+
+    hessian, met = damped(item.moment()), []
+    for row in item.weight:
+        value = best_continuation(row, hessian, table(item.weight), pairs(NUM_IN))
+        aims, error = row.double().clone(), row.double() - value
+        for c in range(0, NUM_IN, 2):
+            done, free = list(range(c)), list(range(c, NUM_IN))
+            if done:
+                aims[c : c + 2] += (error[done] @ hessian[done][:, free] @ torch.linalg.inv(hessian[free][:, free]))[:2]
+        met.append(aims)
+    again = table(torch.stack(met).float())
+    (found,), _ = quantized(method, item)
+    same_codes(found, torch.stack([best_continuation(row, hessian, again, pairs(NUM_IN)) for row in item.weight]))
 
 
 def unit_lower(hessian, length):
@@ -486,14 +689,17 @@ def test_second_order_beats_nearest_with_both_directions_of_vectors():
 
 
 NEAREST = {
-    "gptvq": ["compensation=none", "~compensation.damping"],
+    "gptvq": ["compensation=none", "~compensation.damping", "~compensation.tables"],
     "vptq": ["compensation=none", "~compensation.damping", "sensitivity=uniform"],
 }
 
 
 def test_guidedquant_lowers_the_guided_objective_of_ldlq():
     ldlq, guided = total(
-        guided_error, preset("method=guidedquant", "curvature=input"), preset("method=guidedquant"), make=uneven_gradients
+        guided_error,
+        preset("method=guidedquant", *LDLQ_ALONE, "curvature=input"),
+        preset("method=guidedquant", *LDLQ_ALONE),
+        make=uneven_gradients,
     )
     assert guided < 0.95 * ldlq
 
@@ -507,7 +713,9 @@ def uneven_gradients(seed, num_out):
 
 def test_yaqa_lowers_the_kronecker_objective_of_ldlq():
     ldlq, yaqa = total(
-        kronecker_error, preset("method=yaqa", "compensation=hessian", "~compensation.output_damping"), preset("method=yaqa")
+        kronecker_error,
+        preset("method=yaqa", *SMALL_TILES[:3], "compensation=hessian", "~compensation.output_damping"),
+        preset("method=yaqa", *SMALL_TILES),
     )
     assert yaqa < 0.9 * ldlq
 

@@ -40,8 +40,8 @@ class Number:
     """The model that was quantised."""
     benchmark: str | None
     """The questions that were asked; None where they are not named."""
-    bits: Decimal
-    """Bits a weight, as they are printed."""
+    bits: Decimal | None
+    """Bits a weight, as they are printed; None where they are not named."""
     where: str
     """The place in the work at which it stands."""
     evidence: str
@@ -155,6 +155,8 @@ class Work:
     """Differences beside which one of ours is shown."""
     two_bits: TwoBits | None = None
     """The rows of the work at 2 bits."""
+    not_found: list[str] = field(default_factory=list)
+    """What was looked for and not found at a source that could be read."""
 
 
 def read_works(folder: Path) -> list[Work]:
@@ -226,7 +228,9 @@ def mismatch(number: Number, *, model: str, benchmark: str, bits: float, measure
         reasons.append(f"other benchmark ({benchmark})")
     if number.metric != measure:
         reasons.append(f"{measure}, not {number.metric}")
-    if abs(bits - float(number.bits)) > 0.05:
+    if number.bits is None:
+        reasons.append("bits not named")
+    elif abs(bits - float(number.bits)) > 0.05:
         reasons.append(f"{bits:.2f} bits, not {number.bits}")
     return reasons
 

@@ -23,6 +23,7 @@ _CLAIMS = "Does the arithmetic of what is printed hold?"
 _BESIDE = "Ours beside theirs"
 _TWO_BITS = "The 2-bit rows"
 _PUBLISHED = "What is published"
+_NOT_FOUND = "What was not found"
 _NOTES = {
     _CLAIMS: "Computed: the difference of the two printed numbers. Within rounding: off by no more than half a unit of the last "
     "digit of each. Where one thing is printed twice, the two should not differ.",
@@ -33,6 +34,7 @@ _NOTES = {
     _TWO_BITS: "Accuracy in percent with its 95 % interval over seeds and pictures, measured bits a weight in brackets. "
     "Published numbers are of other models and other benchmarks than ours: compare rows within a column. Not run: no arm of "
     "{study} is it.",
+    _NOT_FOUND: "Looked for in stored public texts, and not read at a source: no number of these stands above.",
     _PUBLISHED: "All numbers as printed there. Evidence: " + "; ".join(f"{tag} {words}" for tag, words in EVIDENCE.items()) + ".",
 }
 
@@ -56,6 +58,7 @@ def write_paper(results: Path) -> list[Path]:
         _BESIDE: _all_beside(works, records),
         _TWO_BITS: _rows(two_bits, means),
         _PUBLISHED: _published(works),
+        _NOT_FOUND: [["work", "what"], *([work.work, what] for work in works for what in work.not_found)],
     }
     tables = {
         title: Table(header=header, lines=cells, note=_NOTES[title].format(study=two_bits.study))
@@ -178,7 +181,18 @@ def _published(works: Sequence[Work]) -> Lines:
     for work in works:
         for n in work.numbers.values():
             value = f"{n.value} {n.unit}" if n.unit in n.metric or n.unit == "h" else f"{n.value} {n.unit} {n.metric}"
-            lines.append([work.work, n.method, value, n.model, n.benchmark or "not named", str(n.bits), n.where, n.evidence])
+            lines.append(
+                [
+                    work.work,
+                    n.method,
+                    value,
+                    n.model,
+                    n.benchmark or "not named",
+                    "not named" if n.bits is None else str(n.bits),
+                    n.where,
+                    n.evidence,
+                ]
+            )
     return lines
 
 
