@@ -18,7 +18,7 @@ _FEW_SAMPLES = ("num_samples=3", "heldout_samples=1")
 SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
     "codebook": {
         "scalar": [("group_size=64",), ("group_size=null", "clip=mse"), ("group_size=5", "clip=mse")],
-        "grid": [("group_size=null", "scale_bits=2"), ("group_size=64", "scale_bits=1"), ("group_size=5",)],
+        "grid": [("group_size=null", "scale_bits=2"), ("group_size=64", "scale_bits=1"), ("weighted=true",), ("group_size=5",)],
         "scaled_grid": [("group_size=8", "scale_bits=3", "num_exponents=3")],
         "kmeans": [
             ("vector_length=1",),
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, list[tuple[str, ...]]]] = {
             ("vector_length=[2,4]", "sample=4"),
             ("vector_length=4", *_SHARED),
             ("vector_length=3", "weight_power=0.5"),
+            ("vector_length=4", "seeds=mahalanobis", "sample=null"),
         ],
         "product": [("num_tables=3",), ("vector_length=4", *_SHARED)],
         "residual": [(), ("vector_length=3", *_SHARED)],

@@ -84,11 +84,17 @@ class Grid:
     scale_bits: int
     """Bits of a scale: a channel slice has 2^scale_bits scales."""
 
-    needs_importance: ClassVar[bool] = False
+    weighted: bool = False
+    """Whether the squared error of a channel counts with its importance in the choice of scales."""
+
     needs_gram: ClassVar[bool] = False
     follows_metric: ClassVar[bool] = True
     spans_rows: ClassVar[bool] = False
     can_be_refitted: ClassVar[bool] = False
+
+    @property
+    def needs_importance(self) -> bool:
+        return self.weighted
 
     def __post_init__(self) -> None:
         if self.group_size is not None and not (isinstance(self.group_size, int) and self.group_size >= 1):
@@ -120,37 +126,57 @@ class Grid:
         flags: list[str],
     ) -> Sequence[FittedGrid]:
         """Raises ValueError for weights that are not finite or too large for fp16 scales."""
-        return [self._fit(w.float(), int(rate.index_bits)) for w in weights]
+        bits = int(rate.index_bits)
+        counts = importance if self.weighted else [None] * len(weights)
+        return [self._fit(w.float(), bits, counts=c) for w, c in zip(weights, counts, strict=True)]
 
     def _size(self, num_in: int) -> int:
         return min(num_in, self.group_size or num_in)
 
-    def _fit(self, weight: Float[Tensor, "out c"], bits: int, channels: UInt8[Tensor, "bytes"] | None = None) -> FittedGrid:
-        """Fit the grids of one slice, whose weight is stretched as `channels` says."""
+    def _fit(
+        self,
+        weight: Float[Tensor, "out c"],
+        bits: int,
+        channels: UInt8[Tensor, "bytes"] | None = None,
+        counts: Float[Tensor, "c"] | None = None,
+    ) -> FittedGrid:
+        """Fit the grids of one slice, whose weight is stretched as `channels` says and whose channels count as `counts` say.
+
+        Channels of which none counts count all alike.
+        """
         num_in = weight.shape[1]
         size = self._size(num_in)
         grouped = torch.nn.functional.pad(weight, (0, -num_in % size), value=torch.nan).unflatten(1, (-1, size))
+        per_channel = None
+        if counts is not None and counts.max() > 0:
+            per_channel = torch.nn.functional.pad(counts.to(weight.device).double(), (0, -num_in % size)).view(-1, size)
         largest = weight.abs().amax()
         if not largest < _HALF_MAX:
             raise ValueError(f"weights must be finite and below {_HALF_MAX:g}, got {float(largest):g}")
         whole = grouped.abs().nan_to_num(0).amax(2) / middle(bits)  # the scale whose outer levels are the largest weights
-        own = whole * torch.tensor(_TRIES, device=weight.device)[_best(grouped, [whole * t for t in _TRIES], bits)]
+        own = whole * torch.tensor(_TRIES, device=weight.device)[_best(grouped, per_channel, [whole * t for t in _TRIES], bits)]
         used = own[whole > 0] if (whole > 0).any() else whole
         high = used.max().clamp(_SMALLEST, _HALF_MAX)
         span = torch.stack([torch.maximum(used.min(), high / _RANGE).clamp(min=_SMALLEST), high]).half()
         levels = scale_levels(span, self.scale_bits)
-        scale_codes = _best(grouped, [level.expand_as(whole) for level in levels], bits).int()
+        scale_codes = _best(grouped, per_channel, [level.expand_as(whole) for level in levels], bits).int()
         sizes = {"bits": bits, "scale_bits": self.scale_bits, "group_size": size, "num_in": num_in}
         return FittedGrid(scale_codes=scale_codes, span=span, channels=channels, **sizes)
 
 
-def _best(grouped: Float[Tensor, "out g c"], tries: Sequence[Float[Tensor, "out g"]], bits: int) -> Int[Tensor, "out g"]:
-    """Return which scale rounds each group with the least squared error, the first of equal ones; NaN marks padding."""
+def _best(
+    grouped: Float[Tensor, "out g c"], counts: Float[Tensor, "g c"] | None, tries: Sequence[Float[Tensor, "out g"]], bits: int
+) -> Int[Tensor, "out g"]:
+    """Return which scale rounds each group with the least squared error, the first of equal ones; NaN marks padding.
+
+    With `counts` channels count with them.
+    """
     errors = []
     for scales in tries:
         wide = scales.clamp(min=_SMALLEST)[..., None]
         values = wide * (_codes(grouped, wide, bits) - middle(bits))
-        errors.append((values - grouped).nan_to_num(0).square().sum(2, dtype=torch.float64))
+        squares = (values - grouped).nan_to_num(0).square()
+        errors.append((squares if counts is None else squares * counts).sum(2, dtype=torch.float64))
     return torch.stack(errors).argmin(0)
 
 

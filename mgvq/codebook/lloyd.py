@@ -14,6 +14,7 @@ from torch import Tensor
 from mgvq.codebook.nearest import Nearest
 
 _SUM_BITS = 52
+SEEDS = ("plus_plus", "mahalanobis")
 _SEED_SAMPLE = 8  # vectors per centroid that the seeds are drawn from
 
 
@@ -31,8 +32,9 @@ def kmeans(
     generator: torch.Generator,
     weight: Float[Tensor, "n d"] | None = None,
     iterations: int = 25,
+    seeds: str = "plus_plus",
 ) -> Clusters:
-    """k-means++ seeds, then Lloyd's iterations until nothing moves; minimises `sum weight (x - c)^2`.
+    """k-means++ seeds, or other `SEEDS`, then Lloyd's iterations until nothing moves; minimises `sum weight (x - c)^2`.
 
     `weight` is >= 0 and per coordinate; a coordinate of no weight in a whole cluster keeps its centroid. An empty cluster moves
     to the vector that is served worst. Without more vectors than centroids, each vector is one, and the rest repeat some of them.
@@ -44,7 +46,7 @@ def kmeans(
         raise ValueError("k-means weights must be finite and >= 0")
     if len(vectors) <= num_centroids:
         return Clusters(vectors[torch.arange(num_centroids, device=vectors.device) % len(vectors)].float(), 0)
-    centroids = _plus_plus(vectors, num_centroids, generator, weight)
+    centroids = _plus_plus(vectors, num_centroids, generator, weight) if seeds == "plus_plus" else _spread(vectors, num_centroids)
     previous, num_reseeded = None, 0
     for _ in range(iterations):
         codes = Nearest(centroids)(vectors, weight)
@@ -91,6 +93,19 @@ def _plus_plus(
         index = int(np.searchsorted(mass, draw * mass[-1], side="right"))
         chosen.append(min(index, len(candidates) - 1))
     return vectors[candidates[chosen]].float()
+
+
+def _spread(vectors: Float[Tensor, "n d"], num_centroids: int) -> Float[Tensor, "k d"]:
+    """Vectors at even places of the order by Mahalanobis distance from the mean, the nearest and the farthest among them (GPTVQ).
+
+    In numpy, on the CPU, in float64, where sums are taken in one order. A direction without any variance does not count.
+    """
+    wide = vectors.double().cpu().numpy()
+    centred = wide - wide.mean(0)
+    precision = np.linalg.pinv(centred.T @ centred / len(wide), hermitian=True)
+    distances = np.einsum("nd,de,ne->n", centred, precision, centred)
+    places = np.linspace(0, len(wide) - 1, num_centroids).round().astype(np.int64)
+    return vectors[torch.from_numpy(np.argsort(distances, kind="stable")[places]).to(vectors.device)].float()
 
 
 def _means(

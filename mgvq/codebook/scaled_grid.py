@@ -28,8 +28,11 @@ class ScaledGrid(Grid):
     num_exponents: int
     """How many exponents are tried, 2 or more: 0, 1/n, 2/n, ..."""
 
-    needs_importance: ClassVar[bool] = True
     needs_gram: ClassVar[bool] = True
+
+    @property
+    def needs_importance(self) -> bool:
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

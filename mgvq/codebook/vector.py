@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mgvq.codebook import sharing
 from mgvq.codebook.layout import Layout
-from mgvq.codebook.lloyd import kmeans
+from mgvq.codebook.lloyd import SEEDS, kmeans
 from mgvq.codebook.nearest import Nearest
 from mgvq.codebook.source import Source, draw
 from mgvq.codebook.tables import FittedTables
@@ -46,6 +46,9 @@ class VectorCodebook(ABC):
     """Vectors per centroid that the fit looks at, drawn with replacement; None: all vectors."""
     seed: int
     """The seed of the random streams, one for each table group and subspace."""
+    seeds: str = "plus_plus"
+    """Where k-means begins: `plus_plus`, drawn far from each other, out of a sample; `mahalanobis`, at even places of the order
+    by distance from the mean, so that the vector farthest out is one (GPTVQ)."""
 
     needs_gram: ClassVar[bool] = False
     follows_metric: ClassVar[bool] = True
@@ -65,6 +68,8 @@ class VectorCodebook(ABC):
             raise UserError(f"codebook.weight_power must lie in [0, 1], got {self.weight_power!r}")
         if not (isinstance(self.iterations, int) and self.iterations >= 1):
             raise UserError(f"codebook.iterations must be a whole number >= 1, got {self.iterations!r}")
+        if self.seeds not in SEEDS:
+            raise UserError(f"codebook.seeds must be {' or '.join(SEEDS)}, got {self.seeds!r}")
         if self.sample is not None and not (isinstance(self.sample, int) and self.sample >= 1):
             raise UserError(f"codebook.sample must be a whole number >= 1 or null, got {self.sample!r}")
         if not self.layouts:
@@ -161,7 +166,7 @@ class VectorCodebook(ABC):
                 if stage:
                     reached = centroids(tables[-1], steps[-1])
                     points = points - reached[Nearest(reached)(points, weight)]
-                clusters = kmeans(points, layout.num_centroids, draws, weight, self.iterations)
+                clusters = kmeans(points, layout.num_centroids, draws, weight, self.iterations, self.seeds)
                 table, step = store_table(clusters.centroids, self.table)
                 tables.append(table)
                 steps.append(step)

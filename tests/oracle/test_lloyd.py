@@ -297,3 +297,15 @@ def test_vectors_and_weights_are_left_as_they_were():
     kmeans(vectors, 4, stream(), weight)
     assert torch.equal(vectors, before[0])
     assert torch.equal(weight, before[1])
+
+
+def test_sorted_seeds_are_at_even_places_and_have_the_farthest_vector():
+    vectors, _ = points(60, 3)
+    vectors[17] = torch.tensor([30.0, 0.0, 0.0])
+    centred = vectors.double() - vectors.double().mean(0)
+    inverse = torch.linalg.inv(centred.T @ centred / 60)
+    order = sorted(range(60), key=lambda n: float(centred[n] @ inverse @ centred[n]))
+    places = [round(i * 59 / 7) for i in range(8)]
+    assert torch.equal(lloyd._spread(vectors, 8), vectors[[order[p] for p in places]])
+    clusters = kmeans(vectors, 8, stream(), seeds="mahalanobis")
+    assert (clusters.centroids == vectors[17]).all(1).any(), "the vector that is far from all others keeps a centroid of its own"

@@ -137,11 +137,15 @@ def damped(hessian, share=DAMPING):
 # The textbook versions.
 
 
-def grid_scales(weight, scale_bits):
-    """Of every row: the best of 2^scale_bits scales between the smallest and the largest that rows would choose themselves."""
+def grid_scales(weight, scale_bits, counts=None):
+    """Of every row: the best of 2^scale_bits scales between the smallest and the largest that rows would choose themselves.
+
+    The best by squared errors, of which each channel's counts with its entry of `counts`.
+    """
+    counts = torch.ones(weight.shape[1]) if counts is None else counts
 
     def error(row, scale):
-        return sum(float((scale * QUARTERS - w).abs().min()) ** 2 for w in row.double())
+        return sum(float((scale * QUARTERS - w).abs().min()) ** 2 * float(c) for w, c in zip(row.double(), counts, strict=True))
 
     own = []
     for row in weight:
@@ -223,7 +227,8 @@ def test_rtn(seed):
 @SEEDS
 def test_gptq(seed):
     item = layer(seed)
-    scales, hessian = grid_scales(item.weight, 4), item.moment()
+    hessian = item.moment()
+    scales = grid_scales(item.weight, 4, hessian.diagonal())
     expected = gptq_loop(item.weight, hessian, by_size(hessian.diagonal()), lambda column: nearest_level(column, scales))
     same_codes(one(preset("method=gptq"), item), expected)
 
@@ -378,7 +383,8 @@ LDLQ_ALONE = ("transform=none", "compensation=hessian", "compensation.damping=0.
 @SEEDS
 def test_vlmq(seed):
     item = layer(seed)
-    scales, hessian = grid_scales(item.weight, 4), weighted_moment(item.all_x, item.all_g.square().sum(1))
+    hessian = weighted_moment(item.all_x, item.all_g.square().sum(1))
+    scales = grid_scales(item.weight, 4, hessian.diagonal())
     order = by_size(item.moment().diagonal())
     same_codes(one(preset("method=vlmq"), item), gptq_loop(item.weight, hessian, order, lambda c: nearest_level(c, scales)))
 
@@ -387,7 +393,7 @@ def test_vlmq(seed):
 def test_foem(seed):
     """Every column at its weight and nine tenths of what would make up best for the errors made so far."""
     item = layer(seed)
-    scales, hessian = grid_scales(item.weight, 4), damped(item.moment())
+    scales, hessian = grid_scales(item.weight, 4, item.moment().diagonal()), damped(item.moment())
     order, value = by_size(item.moment().diagonal()), item.weight.double().clone()
     for q, column in enumerate(order):
         fixed, free = order[:q], order[q:]
