@@ -54,6 +54,7 @@ GRID = {
     "refit": (["refit=none"], ["refit=closed_form"]),
 }
 BITS, MARGIN = 2.0, 0.02
+KEYS = ["preset", "model", "settings"]
 OUT = Path(__file__).with_name("chosen.csv")
 
 
@@ -113,9 +114,10 @@ class Statistics:
         return self._banks[needs]
 
 
-def rows(presets: Sequence[str], compose) -> Iterator[dict[str, object]]:
-    for model, (common, blocks) in MODELS.items():
-        cfg = compose(f"model={model}", *common)
+def rows(presets: Sequence[str], models: Sequence[str], compose) -> Iterator[dict[str, object]]:
+    for model in models:
+        common, blocks = MODELS[model]
+        cfg = compose(f"model={model}")
         loaded = load(build(cfg, "model"), torch.device("cpu"))
         sites = [s for s in list_sites(loaded.model, "language") if s.block in blocks and s.kind in KINDS]
         statistics = Statistics(loaded, sites)
@@ -146,18 +148,37 @@ def _method(cfg: DictConfig) -> Method:
 
 
 def main() -> None:
-    """Entry point: judges the named presets, or all, and writes the file; the rows of presets that are not named stay."""
+    """Entry point: judges the named presets, or all, on both models; rows are written as they come, and others stay."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=PRESETS, metavar="PRESET", help="default: all")
-    presets = parser.parse_args().presets
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="MODEL", help="default: both")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     set_num_threads(1)
     with composer() as compose:
-        table = pd.DataFrame(rows(presets, compose))
-    if OUT.is_file():
-        kept = pd.read_csv(OUT)
-        table = pd.concat([kept[~kept.preset.isin(presets)], table])
-    table.sort_values(["preset", "model", "settings"], kind="stable").to_csv(OUT, index=False)
+        for row in rows(arguments.presets, arguments.models, compose):
+            keep(row)
+    print(best(pd.read_csv(OUT)).to_string())
+
+
+def best(table: pd.DataFrame) -> pd.DataFrame:
+    """For every preset what `MARGIN` lets it have: its own settings, or those of the least mean log proxy over the models."""
+    logs = table.assign(log=table.proxy.map(math.log)).pivot_table(index=["preset", "settings"], columns="model", values="log")
+    mean = logs.mean(axis=1).rename("proxy")
+    found = []
+    for preset, own in mean.groupby(level="preset"):
+        paper, least = own.get((preset, "preset"), math.inf), own.idxmin()
+        settings = least[1] if own[least] < paper + math.log(1 - MARGIN) else "preset"
+        found.append({"preset": preset, "settings": settings, "share": round(math.exp(own[least] - paper), 3)})
+    return pd.DataFrame(found)
+
+
+def keep(row: dict[str, object]) -> None:
+    """Write the row in place of an older one of the same preset, settings and model."""
+    kept = pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame(columns=list(row))
+    same = (kept[KEYS] == pd.Series(row)[KEYS]).all(axis=1)
+    table = pd.concat([kept[~same], pd.DataFrame([row])]) if len(kept) else pd.DataFrame([row])
+    table.sort_values(KEYS, kind="stable").to_csv(OUT, index=False)
 
 
 if __name__ == "__main__":

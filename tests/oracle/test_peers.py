@@ -277,7 +277,7 @@ def test_mbq(seed):
 @SEEDS
 def test_gptvq(seed):
     item = layer(seed)
-    (found,), (codebook,) = quantized(preset("method=gptvq", "compensation.tables=weights"), item)
+    (found,), (codebook,) = quantized(preset("method=gptvq", "sensitivity=uniform", "compensation.tables=weights"), item)
     table, hessian = table_of(codebook)[0], damped(item.moment())
     same_codes(found, torch.stack([best_continuation(row, hessian, table, pairs(NUM_IN)) for row in item.weight]))
 
@@ -431,6 +431,7 @@ def test_yaqa(seed):
 
 
 SMALL_TILES = (
+    "sensitivity=uniform",
     "transform=none",
     "codebook=kmeans",
     "codebook.table=int8",
@@ -441,7 +442,10 @@ SMALL_TILES = (
 @SEEDS
 def test_yaqa_with_its_code(seed):
     """The same with tiles of 16 x 16 trellis codes, rotated on both sides; rows that fill up the last tile are zero."""
-    item, method = layer(seed, num_out=40, num_in=32), preset("method=yaqa", "codebook.state_bits=8", "codebook.values=computed")
+    item, method = (
+        layer(seed, num_out=40, num_in=32),
+        preset("method=yaqa", "sensitivity=uniform", "codebook.state_bits=8", "codebook.values=computed"),
+    )
     (found,), (codebook,) = quantized(method, item)
     turned, turn = rotated(method, item)
     gradients = [g.T @ x for g, x in zip(turned.g.double(), turned.x.double(), strict=True)]
@@ -585,7 +589,7 @@ def test_lnq_tables_are_the_least_squares_solution():
 @SEEDS
 def test_gptvq_fits_its_tables_to_corrected_weights(seed):
     """The table is that of k-means on the weights as a first pass has corrected them; the codes are those of the textbook."""
-    item, method = layer(seed, num_out=16), preset("method=gptvq", "codebook.vector_length=2")
+    item, method = layer(seed, num_out=16), preset("method=gptvq", "sensitivity=uniform", "codebook.vector_length=2")
     site = Site("q", "language", "q", 0, *item.weight.shape, reads="qkv")
     problems = pipeline.layer_problems({site: item.weight}, {site: item.stats(method)}, method)
     (table_group,) = cut_table_groups(problems, method.codebook)
@@ -695,7 +699,7 @@ def test_second_order_beats_nearest_with_both_directions_of_vectors():
 
 
 NEAREST = {
-    "gptvq": ["compensation=none", "~compensation.damping", "~compensation.tables"],
+    "gptvq": ["compensation=none", "~compensation.damping", "~compensation.tables", "sensitivity=uniform"],
     "vptq": ["compensation=none", "~compensation.damping", "sensitivity=uniform"],
 }
 
@@ -720,7 +724,7 @@ def uneven_gradients(seed, num_out):
 def test_yaqa_lowers_the_kronecker_objective_of_ldlq():
     ldlq, yaqa = total(
         kronecker_error,
-        preset("method=yaqa", *SMALL_TILES[:3], "compensation=hessian", "~compensation.output_damping"),
+        preset("method=yaqa", *SMALL_TILES[:4], "compensation=hessian", "~compensation.output_damping"),
         preset("method=yaqa", *SMALL_TILES),
     )
     assert yaqa < 0.9 * ldlq
