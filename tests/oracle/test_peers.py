@@ -377,7 +377,13 @@ def test_guidedquant(seed):
     same_codes(*rowwise(preset("method=guidedquant", *LDLQ_ALONE), item, hessian))
 
 
-LDLQ_ALONE = ("transform=none", "compensation=hessian", "compensation.damping=0.01", "codebook.vector_length=2")
+LDLQ_ALONE = (
+    "sensitivity=uniform",
+    "transform=none",
+    "compensation=hessian",
+    "compensation.damping=0.01",
+    "codebook.vector_length=2",
+)
 
 
 @SEEDS
@@ -548,7 +554,10 @@ def test_aqlm(seed):
 @SEEDS
 def test_guidedquant_codes_by_coordinate_descent(seed):
     """LNQ's second step, for vectors: each group of rows in its own Hessian, of inputs that are rotated."""
-    item, method = layer(seed), preset("method=guidedquant", "codebook.vector_length=2", "compensation.sweeps=4")
+    item, method = (
+        layer(seed),
+        preset("method=guidedquant", "sensitivity=uniform", "codebook.vector_length=2", "compensation.sweeps=4"),
+    )
     turned, turn = rotated(method, item)
     (found,), (codebook,) = quantized(method, item)
     table, expected = table_of(codebook)[0], []
