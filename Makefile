@@ -14,8 +14,8 @@ demo: .venv/ready     ## the first table: ten runs on two shipped models, some m
 test: .venv/ready     ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-trust: .venv/ready     ## kills, faults and the cases that make test samples: up to two hours, results/tables/trust.md
-	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/trust.py
+trust: .venv/ready     ## kills, faults, soak, the cases that make test samples: up to two hours, or KIND=soak; results/tables/trust.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/trust.py $(if $(KIND),--only $(KIND))
 
 check: .venv/ready     ## ruff and pyright
 	$(BIN)/ruff check .
