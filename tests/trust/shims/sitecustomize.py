@@ -1,0 +1,9 @@
+"""Python executes this where a new process begins, if the folder is on PYTHONPATH: the fault of `MGVQ_FAULT` is put in."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+import faults
+
+faults.arm_from_environment()
