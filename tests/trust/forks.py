@@ -20,7 +20,14 @@ HERE = Path(__file__).parent
 RUN = "mgvq.cli.run"
 IMPORTED = (
     *("cli.run", "cli.study", "cli.report", "runs.execute", "evaluation.tiny_vqa", "calibration.tiny_vqa", "curvature.input"),
-    *("sensitivity.uniform", "grouping.one", "allocation.uniform", "codebook.kmeans", "compensation.hessian", "refit.closed_form"),
+    *(
+        "sensitivity.uniform",
+        "grouping.one",
+        "allocation.uniform",
+        "codebook.kmeans",
+        "compensation.hessian",
+        "refit.closed_form",
+    ),
 )
 
 
@@ -51,7 +58,7 @@ class Forks:
         if self._answer() != "ready":
             raise RuntimeError("the process that forks could not start")
         self._scratch = tempfile.TemporaryDirectory()
-        self._number = 0
+        self._outputs: dict[int, Path] = {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -65,18 +72,17 @@ class Forks:
 
     def start(self, words: Sequence[str], results: Path, fault: Mapping[str, Any] | None = None, module: str = RUN) -> int:
         """Start the command; its process id."""
-        self._number += 1
-        output = Path(self._scratch.name) / str(self._number)
+        output = Path(self._scratch.name) / str(len(self._outputs))
         output.touch()
         job = {"module": module, "words": list(words), "results": str(results), "output": str(output), "fault": fault}
         pid = self._ask(job)
-        output.rename(Path(self._scratch.name) / f"of {pid}")
+        self._outputs[pid] = output
         return pid
 
     def wait(self, pid: int) -> Ended:
         """How the command with that process id ended."""
         status = self._ask({"wait": pid})
-        return Ended(status, (Path(self._scratch.name) / f"of {pid}").read_text(errors="replace"))
+        return Ended(status, self._outputs[pid].read_text(errors="replace"))
 
     def shell(self, command: str, **environment: str) -> Ended:
         """A command of the shell where the forks are."""
@@ -98,7 +104,7 @@ class Forks:
 
 
 def serve() -> None:
-    """The process that forks: one thread, so that a fork has all that it needs."""
+    """The process that forks. It computes nothing itself, so that no pool of threads is missed by a fork."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _import_all()

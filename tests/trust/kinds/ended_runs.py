@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[str, str, int]] = {
 }
 SIGNALS = ("SIGKILL", "SIGINT", "SIGTERM")
 STATUS = {"SIGKILL": -signal.SIGKILL, "SIGINT": 130, "SIGTERM": -signal.SIGTERM}
+WORDS = {"SIGKILL": "kill -9", "SIGINT": "Ctrl-C", "SIGTERM": "SIGTERM"}
 HELP = "the same command starts it again"
 WHOLE, SAMPLE = len(STAGES) * len(SIGNALS), 1
 
@@ -35,13 +36,13 @@ def missing() -> str:
 
 
 def trials(scratch: Path, number: int) -> Iterator[Outcome]:
-    """Signal by signal, each in all stages."""
+    """The first ones are all stages, with the signals in turn."""
     with Forks() as forks:
         before, wanted = scratch / "before", scratch / "undisturbed"
         for words, results in ((PLAIN, before), (PLAIN, wanted), (CALIBRATED, wanted)):
             if (ended := forks.run(words, results)).status:
                 raise RuntimeError(ended.output)
-        cases = [(stage, name) for name in SIGNALS for stage in STAGES]
+        cases = [(stage, SIGNALS[(at + turn) % 3]) for turn in range(3) for at, stage in enumerate(STAGES)]
         for stage, name in cases[:number]:
             results = scratch / "results"
             shutil.copytree(before, results)
@@ -58,7 +59,7 @@ def _trial(forks: Forks, results: Path, stage: str, name: str, finished: dict[st
         wrong.append(f"ended with {ended.status}: {ended.output[-300:]}")
     found = run_files(results)
     done = stage == "DONE is written"
-    lost = len(faults_of(results)) + len(differing({k: v for k, v in found.items() if k in finished}, finished) and [1])
+    lost = len(faults_of(results)) + sum(found.get(name) != digest for name, digest in finished.items())
     lost += int((len(found) > len(finished)) != done)  # a run that is not done is believed, or one that is done is gone
     silent = int(name != "SIGKILL" and HELP not in ended.output)
     again = forks.run(CALIBRATED, results)
@@ -69,5 +70,5 @@ def _trial(forks: Forks, results: Path, stage: str, name: str, finished: dict[st
     wrong += [differing(found, wanted)] + [f"left lying: {', '.join(left)}" for left in [litter(results)] if left]
     told = "; ".join(filter(None, wrong))
     survived = int(not told and not lost and not silent)
-    case = f"{ {'SIGINT': 'Ctrl-C', 'SIGKILL': 'kill -9'}.get(name, name) } while {stage}"
+    case = f"{WORDS[name]} while {stage}"
     return Outcome(case, 1, survived, lost, silent, len(wanted), number_equal(found, wanted), told and f"{case}: {told}")
