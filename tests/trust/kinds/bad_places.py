@@ -1,6 +1,6 @@
 """Places that cannot be used: a disk that is full at several sizes, folders that cannot be written, a file system without
-locks, a clock that was set back. A run goes on where it can, and else ends with the words that help; what was finished is as it was, and
-once the place is mended the same command gives the same bytes and leaves nothing lying about."""
+locks, a clock that was set back. A run goes on where it can, and else ends with the words that help; what was finished is as it
+was, and once the place is mended the same command gives the same bytes and leaves nothing lying about."""
 
 import shutil
 import subprocess
