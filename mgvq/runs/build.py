@@ -51,7 +51,7 @@ def chosen(cfg: DictConfig, group: str) -> bool:
 def check(cfg: DictConfig) -> None:
     """Checks the settings that no single group can judge. Raises UserError before anything heavy is imported or loaded."""
     try:
-        OmegaConf.resolve(cfg.copy())
+        OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"the configuration cannot be resolved: {error}") from error
     if missing := sorted(OmegaConf.missing_keys(cfg)):

@@ -1,5 +1,6 @@
 """The name of a run: a hash of what its settings mean, as far as that can change its numbers."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
         for key in cfg
         if key not in NOT_IN_IDENTITY
     }
-    source = build(cfg, "model")
+    source = _source(json.dumps(settings["model"]))
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity(), **source.choices()}
     settings["device"] = device_type(cfg.device)
     for group in ("calibration", *STAGES, "evaluation"):
@@ -51,6 +52,12 @@ def run_id(cfg: DictConfig) -> str:
     """The name of the run, 16 hex digits: equal for equal settings, in any process and under any launcher."""
     text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(64)
+def _source(settings: str) -> Any:
+    """The source of a model, built once for equal settings, since the runs of a study share it; it holds none of its files."""
+    return build(OmegaConf.create({"model": json.loads(settings)}), "model")
 
 
 def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
