@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mgvq.errors import UserError
 from mgvq.runs.build import build, check
@@ -103,6 +103,9 @@ def _plan(
         grouped = "group" in (cfg.tracker or ())  # it shows runs by study, arm and seed
         if grouped:
             cfg.tracker.group = study.name
+        for path in ("paths.results", "model.path"):  # read once: their resolvers take longer than the rest of a run's name
+            if (value := OmegaConf.select(cfg, path)) is not None:
+                OmegaConf.update(cfg, path, value)
         for seed in study.seeds_at(point):
             words = [*overrides, f"seed={seed}"]
             if grouped:

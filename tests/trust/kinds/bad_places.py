@@ -15,6 +15,7 @@ from trials import Outcome
 SHIMS = Path(__file__).parents[1] / "shims"
 ROOT = Path(__file__).parents[3]
 SHARES = (0.3, 0.5, 0.7, 0.9)  # of the bytes that the run needs, which a disk has left
+NO_CACHE = "kept for other runs"
 NO_MOUNT = "nothing can be mounted here, which takes the rights of root."
 NO_COMPILER = "there is no C compiler here."
 WHOLE, SAMPLE = len(SHARES) + 5, 0
@@ -83,7 +84,7 @@ class _Place:
         self._begin()
         ended = self.forks.run(CALIBRATED, self.results)
         mend = f"mount -o remount,size=1g {self.results}"
-        return self._judge(f"a disk with {share:.0%} of the room", ended, mend, (2,), ("Make room",))
+        return self._judge(f"a disk with {share:.0%} of the room", ended, mend, {2: ("Make room",), 0: (NO_CACHE,)})
 
     def read_only(self) -> Outcome:
         self._begin()
@@ -92,15 +93,14 @@ class _Place:
         ended = self.forks.run(CALIBRATED, self.results)
         told = "" if not again.status and "done before" in again.output else f"a finished run is not shown: {again.output[-200:]}"
         mend = f"umount {self.results}"
-        return self._judge("results that are mounted read-only", ended, mend, (2,), ("MGVQ_RESULTS",), told)
+        return self._judge("results that are mounted read-only", ended, mend, {2: ("MGVQ_RESULTS",)}, told)
 
     def read_only_cache(self) -> Outcome:
         self._begin()
         cache = self.results / "cache"
         self.shell(f"mkdir -p {cache}; mount --bind {cache} {cache}; mount -o remount,bind,ro {cache}")
         ended = self.forks.run(CALIBRATED, self.results)
-        goes_on = "the statistics cannot be kept for other runs"
-        return self._judge("a cache that is mounted read-only", ended, f"umount {cache}", (0,), (goes_on,), cached=False)
+        return self._judge("a cache that is mounted read-only", ended, f"umount {cache}", {0: (NO_CACHE,)})
 
     def read_only_home(self) -> Outcome:
         """A process of its own: numba, matplotlib and transformers look for places in the home while they are imported."""
@@ -110,18 +110,18 @@ class _Place:
             self.shell(f"mount --bind {folder} {folder}; mount -o remount,bind,ro {folder}")
         ended = self.forks.shell(f"{sys.executable} -m mgvq.cli.run {' '.join(CALIBRATED)}", MGVQ_RESULTS=str(self.results))
         mend = "; ".join(f"umount {folder}" for folder in folders)
-        return self._judge("a home and a code that are mounted read-only", ended, mend, (0,), ())
+        return self._judge("a home and a code that are mounted read-only", ended, mend, {0: ()})
 
     def no_locks(self) -> Outcome:
         self._begin()
         ended = self._shimmed("no_flock", CALIBRATED)
-        return self._judge("a file system without locks", ended, "true", (2,), ("without locks", "MGVQ_RESULTS"))
+        return self._judge("a file system without locks", ended, "true", {2: ("without locks", "MGVQ_RESULTS")})
 
     def clock_back(self) -> Outcome:
         """What lies there was written in the future."""
         self._begin()
         ended = self._shimmed("clock_back", CALIBRATED)
-        return self._judge("a clock set back by ten years", ended, "true", (0,), ())
+        return self._judge("a clock set back by ten years", ended, "true", {0: ()})
 
     def _shimmed(self, shim: str, words: tuple[str, ...]) -> Ended:
         """A process of its own under a library that stands before the system's."""
@@ -134,31 +134,22 @@ class _Place:
         self.shell(f"mkdir -p {self.results}/runs")
         self.shell(f"cp -r {self.undisturbed}/runs/{self.run} {self.results}/runs/")
 
-    def _judge(
-        self,
-        case: str,
-        ended: Ended,
-        mend: str,
-        statuses: tuple[int, ...],
-        words: tuple[str, ...],
-        told: str = "",
-        cached: bool = True,
-    ) -> Outcome:
+    def _judge(self, case: str, ended: Ended, mend: str, said: Mapping[int, tuple[str, ...]], told: str = "") -> Outcome:
         """What is there after the fault, and after the place was mended and the command given again."""
         results = self.forks.path(self.results)
         found = run_files(results)
         lost = len(faults_of(results)) + sum(found.get(name) != digest for name, digest in self.finished.items())
         lost += int((len(found) > len(self.finished)) != (ended.status == 0))
-        silent = int(ended.status != 0 and not all(word in ended.output for word in words))
+        silent = int(not all(word in ended.output for word in said.get(ended.status, ())))
         wrong = [told] if told else []
-        if ended.status not in statuses or (ended.status == 0 and not all(word in ended.output for word in words)):
+        if ended.status not in said or silent:
             wrong.append(f"ended with {ended.status}: {ended.output[-600:]}")
         self.shell(mend)
         again = self.forks.run(CALIBRATED, self.results)
         if again.status:
             wrong.append(f"the same command then ends with {again.status}: {again.output[-300:]}")
         found, wanted = run_files(results) | statistics_files(results), self.wanted
-        if not cached:  # a run that went on without the cache has left none
+        if NO_CACHE in said.get(ended.status, ()):  # the run went on without
             wanted = run_files(self.undisturbed)
         wrong += [differing(found, wanted)] + [f"left lying: {', '.join(left)}" for left in [litter(results)] if left]
         text = "; ".join(filter(None, wrong))
