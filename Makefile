@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test trust check docs bench digests smollm2 gemma3
+.PHONY: help demo test trust audit check docs bench digests smollm2 gemma3
 
 help:     ## list these targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 18
@@ -14,8 +14,13 @@ demo: .venv/ready     ## the first table: ten runs on two shipped models, some m
 test: .venv/ready     ## all tests, two at a time
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-trust: .venv/ready     ## kills, faults and the cases that make test samples: up to two hours, results/tables/trust.md
-	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/trust.py
+trust: .venv/ready     ## kills, faults, soak, the cases that make test samples: up to two hours, or KIND=soak; results/tables/trust.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/trust/trust.py $(if $(KIND),--only $(KIND))
+
+audit: .venv/ready     ## known vulnerabilities of the pinned packages, by pip-audit, where a network allows
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 check: .venv/ready     ## ruff and pyright
 	$(BIN)/ruff check .

@@ -126,6 +126,13 @@ def main() -> None:
             signal.signal(ended, _terminate)
     try:
         hydra_main()
+    except SystemExit as ended:
+        if ended.code == 1 and {"-m", "--multirun"} & set(sys.argv):
+            print(
+                "mgvq-run: not every job has ended well; finished runs are kept, and the same command retries the others.",
+                file=sys.stderr,
+            )
+        raise
     except KeyboardInterrupt as interrupt:
         print(
             "\nmgvq-run: interrupted. Finished runs and collected statistics are kept; the run that was going on is no result, "

@@ -84,7 +84,7 @@ def main() -> None:
     duration = "unknown, no run has finished here yet" if seconds is None else f"about {seconds / 60:.1f} min"
     if arguments.launcher != "local":
         duration += f" with room for {jobs}"
-        if any(run.cfg.device == "auto" for run in runs):
+        if any(run.cell.device == "auto" for run in runs):
             duration += f"; device=auto is {device_type('auto')} here, which the runs get too; common: [device=cuda] changes it"
     print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
     print(detectable(study, runs, results_folder() / "records"), flush=True)

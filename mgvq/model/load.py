@@ -1,5 +1,6 @@
 """A model with its processor, from files that are here."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
+from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.classes import model_class
 from mgvq.model.family import Family, declare
@@ -19,6 +21,8 @@ from mgvq.model.probe import check_predictions, probe
 from mgvq.model.processor import adjust, check_processor, load_processor
 from mgvq.model.source import Source
 from mgvq.model.stress import inject
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,9 @@ def describe(source: Source) -> Described:
     _check_unquantised(source, read_json(folder / "config.json"))
     check_stored(source.path, folder)
     check_code(source)
+    if source.trust_remote_code and (code := sorted(folder.glob("*.py"))):
+        named = ", ".join(f"{file.name} (SHA-256 {file_digest(file)[:16]})" for file in code)
+        log.warning("model.trust_remote_code=true: Python code of %s may be run: %s", folder, named)
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
     with reading_folder(source.path, folder):
         config = AutoConfig.from_pretrained(str(folder), **where)

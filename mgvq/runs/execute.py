@@ -44,10 +44,9 @@ from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
 from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
-from mgvq.runs.store import RunFolder
+from mgvq.runs.store import SCHEMA_VERSION, RunFolder
 from mgvq.types import Site, SiteStats
 
-SCHEMA_VERSION = 1
 IMAGES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
 log = logging.getLogger(__name__)
 

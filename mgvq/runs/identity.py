@@ -1,5 +1,6 @@
 """The name of a run: a hash of what its settings mean, as far as that can change its numbers."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -29,19 +30,17 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     A group counts by the name of its variant (`variants`, see `mgvq.runs.compose`) and by its fields, a model by what determines
     its weights. Variants that do nothing do not count. Raises UserError where the model's files are missing.
     """
-    settings: dict[str, Any] = {
-        str(key): OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
-        for key in cfg
-        if key not in NOT_IN_IDENTITY
-    }
-    source = build(cfg, "model")
+    whole = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(whole, dict)
+    settings: dict[str, Any] = {str(name): value for name, value in whole.items() if name not in NOT_IN_IDENTITY}
+    source = _source(json.dumps(settings["model"]))
     settings["model"] = {"name": source.name, "dtype": source.dtype, "weights": source.identity(), **source.choices()}
-    settings["device"] = device_type(cfg.device)
+    settings["device"] = device_type(settings["device"])
     for group in ("calibration", *STAGES, "evaluation"):
         if is_idle(settings[group]):
             del settings[group]
         else:
-            settings[group] = {"variant": cfg.variants[group], **_fields(group, settings[group])}
+            settings[group] = {"variant": whole["variants"][group], **_fields(group, settings[group])}
     if "codebook" not in settings:  # nothing is quantised, in any scope
         del settings["scope"]
     return _canonical({name: value for name, value in settings.items() if name not in NEUTRAL or value != NEUTRAL[name]})
@@ -51,6 +50,12 @@ def run_id(cfg: DictConfig) -> str:
     """The name of the run, 16 hex digits: equal for equal settings, in any process and under any launcher."""
     text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(64)
+def _source(settings: str) -> Any:
+    """The source of a model, built once for equal settings, since the runs of a study share it; it holds none of its files."""
+    return build(OmegaConf.create({"model": json.loads(settings)}), "model")
 
 
 def _fields(group: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Words KEY=VALUE in Hydra's grammar: read with errors of our own, and written so that any value is read as it is."""
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,8 +14,12 @@ from mgvq.errors import UserError
 _PLAIN = re.compile(r"[\w./:@%+-]+", re.ASCII)  # what the grammar takes without quotes, and as nothing else
 
 
+@functools.lru_cache(4096)
 def parsed(word: str) -> Override:
-    """The word as Hydra reads it. Raises UserError that shows the quotes that a value needs, where it cannot be read."""
+    """The word as Hydra reads it, which is not to be changed.
+
+    Raises UserError that shows the quotes that a value needs, where it cannot be read.
+    """
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:

@@ -20,6 +20,7 @@ from mgvq.errors import UserError
 from mgvq.runs.files import disk_faults_told, open_lock, share, try_lock
 
 log = logging.getLogger(__name__)
+SCHEMA_VERSION = 1  # of metrics.json: what its names mean
 
 
 class RunFolder:
@@ -43,11 +44,19 @@ class RunFolder:
         return (self.path / "DONE").is_file()
 
     def metrics(self) -> dict[str, Any]:
-        """Raises UserError for a run that is not finished, and where the file is not the one that the run wrote."""
+        """Raises UserError for a run that is not finished or is of another version, and where the file is not the one that it
+        wrote."""
         if not self.is_done():
             raise UserError(f"{self.path} is not finished (no DONE): its numbers are not used. Run its settings again.")
         self.verify("metrics.json")
-        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        if (version := metrics.get("schema_version", SCHEMA_VERSION)) != SCHEMA_VERSION:
+            raise UserError(
+                f"{self.path}/metrics.json has schema_version {version!r}, and this version of mgvq reads {SCHEMA_VERSION}: its "
+                "numbers are not used. Report it with the version in its provenance.json, or delete the folder and run its "
+                "settings again."
+            )
+        return metrics
 
     def verify(self, *names: str) -> None:
         """Compare the run's files with the digests in DONE: all of them, or those that `names` names.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,27 @@ class PlannedRun:
     seed: int
     overrides: tuple[str, ...]
     folder: RunFolder
-    cfg: DictConfig
+    cell: DictConfig
+    """The settings but for the seed: the runs of a cell share them, and nobody changes them."""
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        """The settings of the run, made when they are asked for: a plan has thousands of runs."""
+        own = self.cell.copy()
+        own.seed = self.seed
+        if "group" in (own.get("tracker") or ()):
+            own.tracker.name = f"{self.arm}, seed {self.seed}"
+        return own
 
     @property
     def num_samples(self) -> int | None:
         """How many samples the evaluation has, where a setting says so."""
-        return self.cfg.evaluation.get(self.kind.number) if self.kind and self.kind.number else None
+        return self.cell.evaluation.get(self.kind.number) if self.kind and self.kind.number else None
 
     @property
     def kind(self) -> Kind | None:
         """The kind of the evaluation; None where it declares none, so that no table can be made of it."""
-        return kind_of_config(self.cfg.evaluation)
+        return kind_of_config(self.cell.evaluation)
 
 
 def expand(study: Study, *more: str) -> list[PlannedRun]:
@@ -89,29 +100,34 @@ def _plan(
             parsed(word)
         cfg = compose(*overrides)
         check(cfg)
+        grouped = "group" in (cfg.tracker or ())  # it shows runs by study, arm and seed
+        if grouped:
+            cfg.tracker.group = study.name
+        for path in ("paths.results", "model.path"):  # read once: their resolvers take longer than the rest of a run's name
+            if (value := OmegaConf.select(cfg, path)) is not None:
+                OmegaConf.update(cfg, path, value)
         for seed in study.seeds_at(point):
-            own, words = cfg.copy(), [*overrides, f"seed={seed}"]
-            own.seed = seed
-            if "group" in (own.tracker or ()):  # it shows runs by study, arm and seed
-                own.tracker.group, own.tracker.name = study.name, f"{arm}, seed {seed}"
-                words += [f"tracker.group={quoted(study.name)}", f"tracker.name={quoted(own.tracker.name)}"]
-            folder = RunFolder(Path(own.paths.results) / "runs" / run_id(own))
-            planned.append(PlannedRun(arm, point, seed, tuple(words), folder, own))
+            words = [*overrides, f"seed={seed}"]
+            if grouped:
+                words += [f"tracker.group={quoted(study.name)}", f"tracker.name={quoted(f'{arm}, seed {seed}')}"]
+            cfg.seed = seed
+            folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+            planned.append(PlannedRun(arm, point, seed, tuple(words), folder, cfg))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
     return planned
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:
-    """Build what every missing run is made of, once for each setting, so that a bad value, or test data that is missing, shows
+    """Build what every missing run is made of, once for each cell, so that a bad value, or test data that is missing, shows
     before the first of them starts.
 
     Raises UserError, naming the arm.
     """
-    missing: dict[str, PlannedRun] = {}
+    missing: dict[int, PlannedRun] = {}
     for run in distinct(runs):
         if not run.folder.is_done():
-            missing.setdefault(OmegaConf.to_yaml(run.cfg, resolve=True), run)
+            missing.setdefault(id(run.cell), run)
     for run in missing.values():
         with _naming_the_arm(run):
             check_values(run.cfg)

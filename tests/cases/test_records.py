@@ -343,3 +343,11 @@ def test_the_metrics_of_a_run_are_those_that_it_wrote(damage: Callable[[Path], o
     damage(run.path / "metrics.json")
     with pytest.raises(UserError, match=r"metrics\.json is (not the file that the run wrote|missing)"):
         run.metrics()
+
+
+def test_a_run_of_another_version_is_in_no_table(results: Path) -> None:
+    rewrite_metrics(results / "runs" / RUN, {"schema_version": 2})
+    with pytest.raises(UserError, match=r"metrics\.json has schema_version 2, and this version of mgvq reads 1"):
+        collect(STUDY, plan(results))
+    with pytest.raises(UserError, match="Report it with the version in its provenance"):
+        RunFolder(results / "runs" / RUN).metrics()

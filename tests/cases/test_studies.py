@@ -2,6 +2,7 @@
 
 import csv
 import io
+import random
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from mgvq.analysis.records.records import read_record, write_record
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.cli import report
 from mgvq.errors import UserError
+from mgvq.runs.compose import _composed, composer, with_variants
+from mgvq.runs.identity import run_id
 from mgvq.runs.overrides import parsed
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import Study, read_study
@@ -208,3 +211,26 @@ def test_odd_names_of_arms_leave_tables_whole(name: str, tmp_path: Path) -> None
     assert write_figures("made_up", record, collect_layers(runs), tmp_path)
     page = write_html("made_up", study, record, tmp_path / "page").read_text(encoding="utf-8")
     assert "<script>alert(1)</script>" not in page
+
+
+def test_a_large_study_has_the_runs_that_are_composed_one_by_one() -> None:
+    """Choices of variants are composed once, and values put into copies: whatever Hydra makes of the whole line is the same."""
+    study = Study(
+        name="large",
+        question="is it the same?",
+        common=["model=tiny_internvl", "scope=language", "evaluation.num_questions=8", "tracker=wandb"],
+        arms={
+            "k-means": ["method=kmeans", "codebook.sample=64"],
+            "other": ["method=gptq", "++evaluation.seed=5", "calibration.num_images=4"],
+            "table": ["method=kmeans", "codebook=lattice", "threads=2"],
+        },
+        grid={"budget.bits_per_weight": [2, 3.0], "outliers": [0, 1]},
+        seeds=[0, 7, 8],
+    )
+    runs = expand(study)
+    assert len(runs) == 3 * 4 * 3
+    with composer():
+        for run in random.Random(0).sample(runs, 5):
+            whole = with_variants(*_composed(*run.overrides))
+            assert run.folder.path.name == run_id(whole)
+            assert run.cfg == whole

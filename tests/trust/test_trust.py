@@ -1,6 +1,5 @@
 """A seeded sample of what `make trust` tries, and that a kind of trial that fails, breaks or is missing is told as that."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +10,7 @@ import trust
 from conftest import ROOT, sampled
 from trials import Outcome, holds, kinds, load_kind, summary, table
 
-HERE = {"commit": "abc", "cores": 2}
+HERE = {"commit": "abc", "date": "2026-11-28", "cores": 2}
 SAMPLED = {name: kind for name, kind in kinds().items() if kind.SAMPLE}
 
 
@@ -32,22 +31,23 @@ def made_up(**members: object) -> ModuleType:
     return kind
 
 
-GOOD, BAD = Outcome("plain", 1, 1, 5, 5), Outcome("plain", 1, 0, 5, 4, wrong="a file differs")
+GOOD = Outcome("plain", faults=1, survived=1, compared=5, equal=5)
+BAD = Outcome("plain", faults=1, survived=0, lost=1, silent=1, compared=5, equal=4, wrong="a file differs")
 
 
 def test_what_holds_and_what_does_not_is_told() -> None:
     record = {"kinds": {"made up": trust.tried("made up", made_up(trials=lambda *_: iter([GOOD])), 1) | HERE}}
     assert holds(record)
-    assert "| made up | plain | 1 | 1 | 1 | 5 | 5 |" in table(record)
-    assert "Everything that was tried holds." in table(record)
+    assert "| made up | plain | 1 | 1 | 1 | 0 | 0 | 5 | 5 | abc | 2026-11-28 | 2 |" in table(record)
+    assert "Everything that was tried holds: 1 cases in 1 trials; 1 of 1 faults survived, 0 things lost," in table(record)
     record["kinds"]["made up"] = trust.tried("made up", made_up(trials=lambda *_: iter([GOOD, BAD])), 1) | HERE
     assert not holds(record)
-    assert "| all |  | 2 | 2 | 1 | 10 | 9 |" in table(record)
+    assert "| all |  | 2 | 2 | 1 | 1 | 1 | 10 | 9 |" in table(record)
     assert "**Not everything that was tried holds.**" in table(record)
     assert "* made up: plain: a file differs" in table(record)
 
 
-@pytest.mark.parametrize("worse", [{"survived": 0}, {"equal": 4}, {"wrong": "it was slow"}], ids=str)
+@pytest.mark.parametrize("worse", [{"survived": 0}, {"lost": 1}, {"silent": 1}, {"equal": 4}, {"wrong": "slow"}], ids=str)
 def test_one_thing_is_enough_for_a_trial_to_fail(worse: dict) -> None:
     counts = {"faults": 1, "survived": 1, "compared": 5, "equal": 5, **worse}
     assert not holds({"kinds": {"made up": summary(made_up(), [Outcome("plain", **counts)], 1.0)}})
@@ -105,19 +105,23 @@ def test_kinds_that_are_not_tried_again_keep_what_was_found(tmp_path: Path, monk
         monkeypatch.setattr("sys.argv", ["trust.py", "--only", name])
         assert trust.main() == 0
         assert words in (tmp_path / "tables" / "trust.md").read_text()
-    assert "| old | plain | 1 | 1 | 1 | 5 | 5 |\n| new | plain | 2 |" in (tmp_path / "tables" / "trust.md").read_text()
+    lines = (tmp_path / "tables" / "trust.md").read_text().splitlines()
+    old, new = (line for line in lines if "| plain |" in line)
+    assert old.startswith("| old | plain | 1 | 1 | 1 | 0 | 0 | 5 | 5 | ")
+    assert new.startswith("| new | plain | 2 |")
     found["new"] = made_up(trials=lambda *_: iter([BAD]))
     monkeypatch.setattr("sys.argv", ["trust.py", "--share", ".5"])
     assert trust.main() == 1
     assert "| new | plain | 2 |" in (tmp_path / "tables" / "trust.md").read_text(), "a share is not written"
 
 
-def test_the_committed_table_is_what_the_code_makes_of_its_record() -> None:
-    record = json.loads((ROOT / "results" / trust.RECORD).read_text())
-    assert table(record) == (ROOT / "results" / "tables" / "trust.md").read_text()
-    assert set(record["kinds"]) == set(kinds())
+def test_the_committed_table_is_what_the_code_makes_of_its_records() -> None:
+    record = trust.found(ROOT / "results")
+    assert table(record) == (ROOT / "results" / "tables" / "trust.md").read_text(), "python tests/trust/trust.py --table"
     for kind in record["kinds"].values():
         assert kind["cases"] or kind["not_run"]
         for found in kind["cases"].values():
             assert list(found) == ["trials", *trials.COUNTS]
     assert holds(record), "what did not hold has to be mended before it is committed"
+    kept = {file.stem.replace("_", " ") for file in (ROOT / "results" / trust.RECORDS).glob("*.json")}
+    assert kept <= set(kinds()), "records of kinds that are no more"

@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any
 
 KINDS = Path(__file__).parent / "kinds"
-COUNTS = ("faults", "survived", "compared", "equal")
-HEAD = ("kind", "case", "trials", "faults", "survived", "files compared", "equal")
+COUNTS = ("faults", "survived", "lost", "silent", "compared", "equal")
+WHERE = ("commit", "date", "cores")
+HEAD = ("kind", "case", "trials", "faults", "survived", "lost", "silent", "files compared", "equal", *WHERE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,11 @@ class Outcome:
     faults: int = 0
     """How many faults were injected."""
     survived: int = 0
-    """How many of these left everything as it has to be."""
+    """How many of these left everything as it has to be; of a file that was damaged, whether it was refused or did no harm."""
+    lost: int = 0
+    """How many things that were finished were gone, or that were half written were believed."""
+    silent: int = 0
+    """How many faults ended something without a word of what to do."""
     compared: int = 0
     """How many files were compared with those of an undisturbed run."""
     equal: int = 0
@@ -42,7 +47,8 @@ class Outcome:
 
     @property
     def holds(self) -> bool:
-        return self.faults == self.survived and self.compared == self.equal and not self.wrong
+        counts = self.faults == self.survived and self.compared == self.equal and not self.lost and not self.silent
+        return counts and not self.wrong
 
 
 def load_kind(file: Path) -> ModuleType:
@@ -88,21 +94,26 @@ def holds(record: Mapping[str, Any]) -> bool:
 def table(record: Mapping[str, Any]) -> str:
     """Markdown: how it ended, a line for each case, what each kind is, what did not hold, what was not run.
 
-    `record["kinds"]` has a `summary` of each kind, with the commit and the number of cores that it was tried on.
+    `record["kinds"]` has a `summary` of each kind, with the commit, the day and the number of cores that it was tried on.
     """
     rows, total, notes, wrong, left = [], dict.fromkeys(("trials", *COUNTS), 0), [], [], []
     for name, kind in record["kinds"].items():
-        notes.append(
-            f"* **{name}** (commit {kind['commit']}, {kind['minutes']} minutes on {kind['cores']} cores): {kind['headline']}"
-        )
+        took = f" ({kind['minutes']} minutes)" if kind["cases"] else ""
+        notes.append(f"* **{name}**{took}: {kind['headline']}")
         wrong += [f"* {name}: {text}" for text in kind["wrong"]]
         left += [f"* {name}: {text}" for text in kind["not_run"]]
         for case, found in kind["cases"].items():
-            rows.append([name, case, *found.values()])
+            rows.append([name, case, *found.values(), *(kind[word] for word in WHERE)])
             total = {key: total[key] + found[key] for key in total}
-    rows.append(["all", "", *total.values()])
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (HEAD, ["---"] * 2 + ["---:"] * 5, *rows)]
-    verdict = "Everything that was tried holds." if holds(record) else "**Not everything that was tried holds.**"
+    rows.append(["all", "", *total.values(), *[""] * len(WHERE)])
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (HEAD, ["---"] * 2 + ["---:"] * (len(HEAD) - 2), *rows)]
+    verdict = (
+        f"Everything that was tried holds: {len(rows) - 1} cases in {total['trials']} trials; {total['survived']} of "
+        f"{total['faults']} faults survived, {total['lost']} things lost, {total['silent']} faults silent; "
+        f"{total['equal']} of {total['compared']} compared files equal."
+        if holds(record)
+        else "**Not everything that was tried holds.**"
+    )
     told = [
         verdict if total["trials"] else "Nothing was tried yet.",
         "\n".join(lines),

@@ -1,20 +1,25 @@
 """`make trust`: what takes too long for `make test`. Tries every kind at full length, and writes results/tables/trust.md.
 
     python tests/trust/trust.py [--only KIND ...] [--share .1]
+    python tests/trust/trust.py --table
 
-The table is written after every trial. With `--only` the other kinds keep what was found before, with their commit; with
-`--share` less is tried, and the table is printed alone. The exit status is 1 where something does not hold.
+Every kind has a record of its own, results/records/trust/KIND.json, with the commit, the day and the cores that it was tried on,
+and the table is drawn from all of them after every trial: kinds can be tried one at a time, on several days and machines. With
+`--share` less is tried, and the table is printed alone; `--table` tries nothing and draws the table anew. The exit status is 1
+where something does not hold.
 """
 
 import argparse
 import json
 import math
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +30,8 @@ from trials import Outcome, holds, kinds, summary, table
 from mgvq.runs.places import results_folder
 from mgvq.runs.provenance import provenance
 
-RECORD = "records/trust.json"
+RECORDS = "records/trust"
+NEVER = {"commit": "none", "date": "", "cores": 0}
 
 
 def tried(
@@ -54,43 +60,67 @@ def tried(
     return summary(kind, outcomes, time.monotonic() - since)
 
 
-def write(record: Mapping[str, Any], results: Path) -> None:
-    """Write the record, and the table that is made of it."""
-    for file, text in ((RECORD, json.dumps(record, indent=1) + "\n"), ("tables/trust.md", table(record))):
-        (results / file).parent.mkdir(parents=True, exist_ok=True)
-        (results / file).write_text(text)
+def write(name: str, record: Mapping[str, Any], results: Path) -> None:
+    """Write the record of one kind, and the table of all."""
+    file = record_file(name, results)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(results)
 
 
-def before(results: Path) -> dict[str, Any]:
-    """What was found of each kind before; of one that was never tried, that."""
-    file = results / RECORD
-    found = json.loads(file.read_text())["kinds"] if file.is_file() else {}
-    nothing = {"commit": "none", "cores": 0}
-    return {name: found.get(name) or summary(kind, [], 0.0, "not tried yet.") | nothing for name, kind in kinds().items()}
+def draw(results: Path) -> None:
+    """Write the table of what was found of all kinds."""
+    (results / "tables").mkdir(parents=True, exist_ok=True)
+    (results / "tables" / "trust.md").write_text(table(found(results)), encoding="utf-8")
+
+
+def found(results: Path) -> dict[str, Any]:
+    """The records of all kinds; of one that was never tried, that it was not."""
+    records = {}
+    for name, kind in kinds().items():
+        file = record_file(name, results)
+        nothing = summary(kind, [], 0.0, "not tried yet.") | NEVER
+        records[name] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else nothing
+    return {"kinds": records}
+
+
+def record_file(name: str, results: Path) -> Path:
+    return results / RECORDS / f"{name.replace(' ', '_')}.json"
+
+
+def here() -> dict[str, Any]:
+    """The commit, with what differs from it outside of the results, the day and the cores."""
+    root = Path(__file__).parents[2]
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", ".", ":!results"]
+    changed = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    commit = (provenance()["commit"] or "unknown")[:7]
+    day = datetime.now(UTC).date().isoformat()
+    return {"commit": f"{commit} with changes" if changed else commit, "date": day, "cores": os.cpu_count()}
 
 
 def main() -> int:
     """Try, print, write."""
+    names = list(kinds())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="KIND", default=list(kinds()), choices=list(kinds()), help="these alone")
+    only = {"nargs": "+", "metavar": "KIND", "choices": names, "type": lambda name: name.replace("_", " ")}
+    parser.add_argument("--only", **only, default=names, help=f"these alone, of {', '.join(names).replace(' ', '_')}")
     parser.add_argument("--share", type=float, default=1.0, help="of the trials of each kind (default: 1)")
+    parser.add_argument("--table", action="store_true", help="try nothing, draw the table")
     arguments = parser.parse_args()
-    origin = provenance()
-    where = {
-        "commit": f"{(origin['commit'] or 'unknown')[:7]}{' with changes' if origin['dirty'] else ''}",
-        "cores": os.cpu_count(),
-    }
-    found: dict[str, Any] = {}
+    results, where, tries = results_folder(), here(), {}
 
     def keep(name: str, record: dict[str, Any]) -> None:
-        found[name] = record | where
+        tries[name] = record | where
         if arguments.share == 1:
-            write({"kinds": before(results_folder()) | found}, results_folder())
+            write(name, tries[name], results)
 
+    if arguments.table:
+        draw(results)
+        return 0
     for name in arguments.only:
         keep(name, tried(name, kinds()[name], arguments.share, partial(keep, name)))
-    print(table({"kinds": found}))
-    return 0 if holds({"kinds": found}) else 1
+    print(table({"kinds": tries}))
+    return 0 if holds({"kinds": tries}) else 1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Models from elsewhere: sizes, the hub's cache, settings of their processors, and code that they bring."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -146,14 +147,18 @@ def with_code(folder: Path, classes: dict[str, str]) -> Source:
     return replace(LOCAL, path=str(folder), setup="Convert it first.")
 
 
-def test_code_of_a_repository_is_not_run_unless_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_of_a_repository_is_not_run_unless_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     theirs = with_code(tmp_path / "a", {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"})
     (tmp_path / "a" / "theirs.py").write_text("raise SystemExit('it was run')")
     with pytest.raises(UserError, match=r"theirs\.Config, theirs\.Model.*trust_remote_code=true(.|\n)*Convert it first"):
         load(theirs, CPU)
+    assert "may be run" not in caplog.text
     with pytest.raises(SystemExit, match="it was run"):
         load(replace(theirs, trust_remote_code=True), CPU)
+    assert re.search(r"Python code of \S+ may be run: theirs\.py \(SHA-256 [0-9a-f]{16}\)", caplog.text)
 
 
 THEIRS = """

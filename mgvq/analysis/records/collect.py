@@ -89,6 +89,7 @@ def _why_missing(folder: RunFolder) -> str:
     if folder.is_done():
         try:
             folder.verify(*FILES)
+            folder.metrics()
         except UserError as error:
             return str(error)
         return ""

@@ -45,7 +45,7 @@ def command(run: PlannedRun, log: Path) -> Command:
     What `device=auto` stands for is decided where the study is planned, since runs are named by it.
     """
     paths = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
-    device = [f"device={device_type('auto')}"] if run.cfg.device == "auto" else []
+    device = [f"device={device_type('auto')}"] if run.cell.device == "auto" else []
     return Command(
         [sys.executable, "-m", "mgvq.cli.run", *run.overrides, *device],
         {"MGVQ_RESULTS": str(run.folder.path.parents[1]), **paths},
