@@ -263,7 +263,8 @@ def test_a_browser_sorts_the_table_and_shows_all_pictures(page: Path, tmp_path: 
     assert np.asarray(Image.open(shot).convert("L")).std() > 10  # something is on it
 
 
-def test_two_studies_stand_side_by_side_and_escape(record: StudyRecord, results: Path, tmp_path: Path) -> None:
+def test_two_studies_stand_side_by_side_and_escape(record: StudyRecord, results: Path, page: Path) -> None:
+    """The page of the first has written its figures."""
     other = replace(STUDY, name="other", question="or <worse>?", seeds=[0, 1])
     text = write_two((STUDY, record), (other, record), results).read_text()
     assert "is &lt;good&gt; better than bad?" in text

@@ -117,7 +117,7 @@ def find_run(name: str, runs: Path) -> ListedRun:
 
     Raises UserError where none or several are named, or the one is not finished or damaged.
     """
-    if (path := Path(name)).is_dir():
+    if name and (path := Path(name)).is_dir():
         return read_run(path.absolute())
     ids = sorted(path.name for path in runs.iterdir() if path.is_dir() and path.name.startswith(name)) if runs.is_dir() else []
     if not name or name.startswith(".") or not ids:
