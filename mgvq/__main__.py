@@ -9,7 +9,7 @@ COMMANDS = {
     "run": "quantise one model, save it, load it back, evaluate it",
     "study": "run what a study lacks, then print its table",
     "report": "a study's record, tables and figures",
-    "runs": "check what lies in the results folder",
+    "runs": "the runs that there are: list, show, diff, verify, pack, check",
     "sensitivity": "all definitions of channel sensitivity side by side",
 }
 USAGE = "\n".join(

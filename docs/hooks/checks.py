@@ -16,7 +16,8 @@ MAKERS = {"error", "_not_here", "_unclear"}  # functions that put a place, or an
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
     "words and values, before torch is imported": (
-        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.offers", "runs.overrides",
+        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.objective",
+        "runs.offers", "runs.overrides",
         "quantization.method", "allocation.budget.check_positive", "codebook.sharing", "compensation.damping",
         "curvature.fusion.check_clip", "sensitivity.channels", "data.texts.TextSettings.check_settings",
     ),

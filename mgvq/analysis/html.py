@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from mgvq.analysis.examples import RULE, examples
 from mgvq.analysis.records.records import Cell, StudyRecord
@@ -27,19 +27,12 @@ def write_html(name: str, study: Study, record: StudyRecord, results: Path) -> P
     """
     path = results / "reports" / name / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    environment = Environment(
-        loader=PackageLoader("mgvq.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = environment.get_template("report.html.j2").render(
+    text = template("report.html.j2").render(
         study=study,
         warning=told_missing(record),
         verdict=[sentence for sentence in verdict(record) if sentence != told_missing(record)],
         tables=[_table(record), *(_table(record.against(other)) for other in record.baselines[1:])],
-        figures=[
-            {"uri": _svg(file), "caption": figure.caption}
-            for figure in FIGURES
-            if (file := figure_path(results, name, figure)).is_file()
-        ],
+        figures=figures_of(name, results),
         by_type=_by_type(record),
         examples={point: found for point, found in examples(record, results / "runs").items() if found},
         rule=RULE,
@@ -47,6 +40,13 @@ def write_html(name: str, study: Study, record: StudyRecord, results: Path) -> P
     )
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def template(name: str) -> Template:
+    """A template of a page, in which all data are escaped."""
+    return Environment(
+        loader=PackageLoader("mgvq.analysis"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
 
 
 def _table(record: StudyRecord) -> dict[str, Any]:
@@ -57,6 +57,15 @@ def _table(record: StudyRecord) -> dict[str, Any]:
     ]
     title = f"Every arm against {record.baseline}" if record.baseline else "Every arm"
     return {"title": title, "header": table.header, "lines": lines, "note": table.note}
+
+
+def figures_of(name: str, results: Path) -> list[dict[str, str]]:
+    """The figures that a study has, by name, as images with their captions."""
+    return [
+        {"name": figure.name, "uri": _svg(file), "caption": figure.caption}
+        for figure in FIGURES
+        if (file := figure_path(results, name, figure)).is_file()
+    ]
 
 
 def _svg(file: Path) -> str:

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 
 from mgvq.analysis.records.records import StudyRecord
 from mgvq.analysis.statistics.compare import Comparison
+from mgvq.analysis.statistics.leniency import told_lenient
 from mgvq.analysis.statistics.measures import MEASURES, Measure, measure_of, noun_of
 from mgvq.analysis.statistics.trainings import splits
 from mgvq.analysis.tables.missing import told_missing
-from mgvq.analysis.tables.table import Row, column_of, rows
-
-ALPHA = 0.05
+from mgvq.analysis.tables.table import Row, column_of, rows, seeds_compared
 
 
 def verdict(record: StudyRecord) -> list[str]:
@@ -18,17 +17,18 @@ def verdict(record: StudyRecord) -> list[str]:
 
     A partial record says first which runs are missing.
     """
-    missing = [told_missing(record)] if record.missing else []
     table = rows(record)
+    missing = [told_missing(record)] if record.missing else []
+    lenient = list(filter(None, [told_lenient(seeds_compared(table))]))
     parts = [[row for row in table if row.point == point] for point in record.points]
     if record.primary is not None:
         arm, metric = record.primary["arm"], record.primary["metric"]
         further = [_against(record.against(rival), arm, metric) for rival in record.baselines[1:] if rival != arm]
         again = [_trained_again(record, arm, metric)] if record.trainings else []
-        return [*missing, *_planned(record, parts, arm, metric), *again, *further]
+        return [*missing, *_planned(record, parts, arm, metric), *again, *further, *lenient]
     if record.baseline is not None:
         summary = f"No comparison was planned: every arm is held against {record.baseline}, corrected for their number."
-        return [*missing, summary, *(_corrected(record, part) for part in parts)]
+        return [*missing, summary, *(_corrected(record, part) for part in parts), *lenient]
     summary = "No arm is compared with another here; the table describes."
     return [*missing, summary, *(_described(part) for part in parts)]
 
@@ -61,9 +61,11 @@ def _counts(table: Sequence[Row], measure: Measure, baseline: str | None) -> str
     """At how many grid points an arm, which has a row for each, is better or worse than the baseline."""
     column = column_of(measure)
     found = [row.comparisons[column] for row in table if column in row.comparisons]
-    decided = [measure.is_better(c.effect.mean) for c in found if c.p < ALPHA]
+    decided = [measure.is_better(c.effect.mean) for c in found if c.is_decided]
+    suggested = [measure.is_better(c.effect.mean) for c in found if c.is_suggestive]
     counts = {f"better than {baseline} on": sum(decided), "worse on": len(decided) - sum(decided)}
-    counts["not shown to differ on"] = len(found) - len(decided)
+    counts |= {"suggestively better on": sum(suggested), "suggestively worse on": len(suggested) - sum(suggested)}
+    counts["not shown to differ on"] = len(found) - len(decided) - len(suggested)
     counts["without a value on"] = len(table) - len(found)
     said = ", ".join(f"{words} {n}" for words, n in counts.items() if n)
     return f"{said} of {len(table)} grid points"
@@ -78,8 +80,9 @@ def _planned(record: StudyRecord, parts: Sequence[Sequence[Row]], arm: str, metr
         if comparison is None:
             sentences.append(f"{row.point.words}: {arm} has no value to compare.")
             continue
-        gains = measure.is_better(comparison.effect.mean)
-        word = ("better" if gains else "worse") if comparison.p < ALPHA else "not shown to differ"
+        word = "better" if measure.is_better(comparison.effect.mean) else "worse"
+        if not comparison.is_decided:
+            word = f"suggestively {word}" if comparison.is_suggestive else "not shown to differ"
         sentence = f"{row.point.words}: {arm} is {word}: {_difference(record, comparison, measure)}"
         has_gap = row.gap_closed is not None and row.gap_closed > 0
         gap = f", {row.gap_closed:.0f} % of the loss that {record.baseline} has above full precision avoided" if has_gap else ""
@@ -95,12 +98,14 @@ def _corrected(record: StudyRecord, part: Sequence[Row]) -> str:
     column = column_of(measure)
     rivals = [row for row in part if row.arm != record.baseline and not row.full_precision]
     found = {row.arm: row.comparisons[column] for row in rivals if column in row.comparisons}
-    decided = {arm: c for arm, c in found.items() if c.p < ALPHA}
+    decided = {arm: c for arm, c in found.items() if c.is_decided}
+    suggested = [arm for arm, c in found.items() if c.is_suggestive]
     better = [arm for arm, c in decided.items() if measure.is_better(c.effect.mean)]
     text = (
         f"{part[0].point.words}: by {measure.noun} {len(better)} of {len(rivals)} arms are better than {record.baseline}, "
         f"{len(decided) - len(better)} worse"
     )
+    text += f", {len(suggested)} suggestively one of the two" if suggested else ""
     text += f", {len(rivals) - len(found)} without a value" if len(found) < len(rivals) else ""
     best = max(better, key=lambda arm: abs(found[arm].effect.mean), default=None)
     return f"{text}; the best is {best}: {_difference(record, found[best], measure)}." if best else f"{text}."

@@ -29,6 +29,7 @@ def main() -> None:
     use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__, epilog=EPILOG)
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
+    parser.add_argument("other", type=Path, nargs="?", help="with --html: another study, beside the first on one page")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
     parser.add_argument("--partial", action="store_true", help="report on the runs that are there, as STUDY_partial")
     parser.add_argument("--html", action="store_true", help="results/reports/STUDY/index.html too: one file, no server")
@@ -40,8 +41,13 @@ def main() -> None:
         parser.error("--paper always reads records, and has no HTML")
     if arguments.partial and arguments.from_records:
         parser.error("--partial reads run folders, since records are of complete studies: leave out --from-records")
+    if arguments.other and (not arguments.html or arguments.partial):
+        parser.error("two studies are compared on a page, from their records: give --html, and not --partial")
     results = results_folder()
     try:
+        if arguments.other:
+            print(_two(arguments.study, arguments.other, results))
+            return
         written = _paper(results) if arguments.paper else _study(arguments, results)
     except UserError as error:
         print(f"mgvq-report: {error}", file=sys.stderr)
@@ -105,6 +111,18 @@ def _write(name: str, study: Study, record: "StudyRecord", layers: "pd.DataFrame
 
         written.append(write_html(name, study, record, results))
     return written
+
+
+def _two(first: Path, second: Path, results: Path) -> Path:
+    """The page of two studies, from their records, which must be there."""
+    from mgvq.analysis.records.records import read_record
+    from mgvq.analysis.two_studies import write_two
+
+    studies = read_study(first), read_study(second)
+    if studies[0].name == studies[1].name:
+        raise UserError(f"{first} and {second} are both called {studies[0].name}, and have one record: give two studies.")
+    a, b = ((study, read_record(results / "records" / f"{study.name}.parquet")) for study in studies)
+    return write_two(a, b, results)
 
 
 def _paper(results: Path) -> list[Path]:

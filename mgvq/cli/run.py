@@ -25,20 +25,27 @@ from mgvq.runs.device import check_device
 from mgvq.runs.early import check_values
 from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
+from mgvq.runs.objective import check_objective, objective
 from mgvq.runs.places import conf_folder, register_resolvers
 from mgvq.runs.store import RunFolder
 from mgvq.runs.tracking import track
 
 register_resolvers()
 log = logging.getLogger(__name__)
-EXTRAS = {"joblib": "joblib", "submitit": "slurm", "ray": "ray"}  # a plugin of Hydra's, and the extra that installs it
+# Plugins of Hydra's: what they are, and the extra that installs them.
+EXTRAS = {
+    "joblib": ("launcher", "joblib"),
+    "submitit": ("launcher", "slurm"),
+    "ray": ("launcher", "ray"),
+    "optuna": ("sweeper", "optuna"),
+}
 SHOWING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")  # what prints, and runs nothing
 SUMMARY = ("text/perplexity", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
-def hydra_main(cfg: DictConfig) -> None:
-    """One job of Hydra: skipped where its run is done."""
+def hydra_main(cfg: DictConfig) -> float | list[float] | None:
+    """One job of Hydra: skipped where its run is done. Returns the run's `objective`, for sweepers that search."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
         with_variants(cfg, HydraConfig.get().runtime.choices)
@@ -47,8 +54,9 @@ def hydra_main(cfg: DictConfig) -> None:
 
             if report(cfg) and HydraConfig.get().mode is not RunMode.MULTIRUN:
                 sys.exit(2)
-            return
+            return None
         check(cfg)
+        check_objective(cfg, HydraConfig.get().sweeper if HydraConfig.get().mode is RunMode.MULTIRUN else {})
         check_values(cfg)
         tracker = build(cfg, "tracker")
         folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
@@ -67,6 +75,7 @@ def hydra_main(cfg: DictConfig) -> None:
             with disk_faults_told(Path(cfg.paths.results)):
                 execute(cfg, folder)
         metrics = folder.metrics()
+        found = objective(cfg, metrics)
         if tracker:
             track(tracker, folder)
     except SharedFault as error:  # the other jobs would meet it too
@@ -85,6 +94,7 @@ def hydra_main(cfg: DictConfig) -> None:
     if metrics["flags"]:
         print(f"flags: {', '.join(metrics['flags'])}")
     print(folder.path)
+    return found
 
 
 def _few(names: list[str]) -> str:
@@ -116,7 +126,7 @@ def main() -> None:
     if any(word in SHOWING for word in sys.argv):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a word
     try:
-        _check_launcher()
+        _check_plugins()
         check_words(sys.argv[1:])
     except UserError as error:
         print(f"mgvq-run: {error}", file=sys.stderr)
@@ -146,13 +156,13 @@ def main() -> None:
         os.kill(os.getpid(), signal.Signals[name])  # whoever started it is told by which signal it ended
 
 
-def _check_launcher() -> None:
-    """Raises UserError for a launcher whose plugin is not installed."""
-    for plugin, extra in EXTRAS.items():
-        if find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None and any(
-            word.startswith("hydra/launcher=") and plugin in word for word in sys.argv
+def _check_plugins() -> None:
+    """Raises UserError for a launcher or a sweeper whose plugin is not installed."""
+    for plugin, (kind, extra) in EXTRAS.items():
+        if find_spec(f"hydra_plugins.hydra_{plugin}_{kind}") is None and any(
+            word.startswith(f"hydra/{kind}=") and plugin in word for word in sys.argv
         ):
-            raise UserError(f"this launcher needs a plugin of Hydra's: pip install 'mgvq[{extra}]'")
+            raise UserError(f"this {kind} needs a plugin of Hydra's: pip install 'mgvq[{extra}]'")
 
 
 if __name__ == "__main__":

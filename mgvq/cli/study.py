@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from mgvq.analysis.records.collect import collect
@@ -17,6 +18,7 @@ from mgvq.runs.places import results_folder
 from mgvq.runs.tracking import track
 from mgvq.studies.launch import LAUNCHERS, choose, launch
 from mgvq.studies.plan import build_components, distinct, expand
+from mgvq.studies.quick import quick_pass, told_quick
 from mgvq.studies.spec import read_study
 
 EPILOG = """\
@@ -24,6 +26,7 @@ Finished runs are never run again; after a failure, or a kill, the same command 
 Started twice, on one results folder, a study does no run twice. Ctrl-C ends the runs that were started.
 
   mgvq-study STUDY.yaml --dry                      what would be run, how long it takes, what it can find
+  mgvq-study STUDY.yaml seed=0 evaluation.num_questions=52     a quick pass: the study, smaller; prints, records nothing
   mgvq-study STUDY.yaml --jobs 2                   two processes on this machine
   mgvq-study STUDY.yaml --launcher slurm --launcher-config cluster.yaml
   mgvq-study STUDY.yaml --launcher ray --jobs 8    a Ray cluster on this machine, or at `address`
@@ -57,6 +60,12 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", type=Path, help="a study file, experiments/*/study.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="a quick pass: this setting in every run; seed, and keys of the grid, keep the values given (model=a,b)",
+    )
     parser.add_argument("--launcher", choices=LAUNCHERS, default="local", help="where the runs happen (default: local)")
     parser.add_argument("--launcher-config", type=Path, metavar="FILE", help="settings of the launcher, see below")
     parser.add_argument(
@@ -66,7 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
     parser.add_argument("--tracker", choices=("csv", "wandb"), help="mirror every run there (default: as the study file says)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
@@ -74,7 +83,10 @@ def main() -> None:
             record = results_folder() / "records" / f"{study.name}.parquet"
             print(f"{study.name}: {study.question}\nfrozen at {study.frozen}: nothing is run, mgvq-report reads {record}")
             return
-        runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []))
+        quick, last = told_quick(study, arguments.overrides) if arguments.overrides else "", []
+        if quick:
+            study, last = quick_pass(study, arguments.overrides)
+        runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []), last=last)
     except UserError as error:
         print(f"mgvq-study: {error}", file=sys.stderr)
         sys.exit(2)
@@ -86,6 +98,8 @@ def main() -> None:
         duration += f" with room for {jobs}"
         if any(run.cell.device == "auto" for run in runs):
             duration += f"; device=auto is {device_type('auto')} here, which the runs get too; common: [device=cuda] changes it"
+    if quick:
+        print(quick)
     print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
     print(detectable(study, runs, results_folder() / "records"), flush=True)
     if arguments.dry:
@@ -116,7 +130,8 @@ def main() -> None:
             file=sys.stderr,
         )
     try:
-        table = markdown(arms_table(collect(study, runs, partial=bool(failures))))
+        made = arms_table(collect(study, runs, partial=bool(failures)))
+        table = markdown(replace(made, warning=" ".join(filter(None, (quick, made.warning)))))
     except UserError as error:
         table = f"no table: {error}\n"
     print(f"\n{table}\nrun folders: {runs[0].folder.path.parent}")

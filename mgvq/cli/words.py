@@ -59,6 +59,8 @@ def _check_variants(override: Override) -> None:
 
 
 def _values(override: Override) -> list[str]:
+    if override.is_interval_sweep():
+        return [str(override.value().start)]  # type: ignore[union-attr]
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
     value = override.value()
@@ -88,7 +90,7 @@ def _one_value(override: Override) -> str:
     """The word itself; of a sweep its first value."""
     if override.is_sweep_override():
         prefix = "+" if override.is_add() else ""
-        return f"{prefix}{override.get_key_element().lstrip('+')}={next(iter(override.sweep_string_iterator()))}"
+        return f"{prefix}{override.get_key_element().lstrip('+')}={_values(override)[0]}"
     return override.input_line or ""
 
 

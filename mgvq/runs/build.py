@@ -22,7 +22,10 @@ STAGES = (  # what a method is made of
 )
 VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
 GROUPS = ("paths", *VARIANTS, "budget")
-SETTINGS = {*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "outliers", "embedding_bits"}
+SETTINGS = {
+    *(*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "objective"),
+    *("outliers", "embedding_bits"),
+}
 
 
 def build(cfg: DictConfig, group: str) -> Any:

@@ -17,7 +17,7 @@ from mgvq.runs.digests import data_digest
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
 # a method in which nothing is random has one run for all seeds.
-NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry")
+NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry", "objective")
 # Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
 # The rules of a group are declared in its yaml, and a group that came later does not count where it is idle.
 NEUTRAL: Mapping[str, Any] = {"outliers": 0, "embedding_bits": None}
@@ -48,7 +48,12 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 
 def run_id(cfg: DictConfig) -> str:
     """The name of the run, 16 hex digits: equal for equal settings, in any process and under any launcher."""
-    text = json.dumps(scientific_settings(cfg), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return id_of(scientific_settings(cfg))
+
+
+def id_of(settings: Mapping[str, Any]) -> str:
+    """The name of a run with these `scientific_settings`, which are those in its `identity.json`."""
+    text = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

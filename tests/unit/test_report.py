@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,11 @@ from mgvq.analysis.html import write_html
 from mgvq.analysis.records import layers as layers_module
 from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.layers import collect_layers, evenness, read_layers, write_layers
-from mgvq.analysis.records.records import StudyRecord
+from mgvq.analysis.records.records import RunRecord, StudyRecord
 from mgvq.analysis.report import write_figures
 from mgvq.analysis.tables.limits_table import limits_table, write_limits
 from mgvq.analysis.tables.table import rows
+from mgvq.analysis.two_studies import file_differences, shared_arms, write_two
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
@@ -259,3 +261,34 @@ def test_a_browser_sorts_the_table_and_shows_all_pictures(page: Path, tmp_path: 
     shot = tmp_path / "page.png"
     subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], capture_output=True, timeout=120, check=True)
     assert np.asarray(Image.open(shot).convert("L")).std() > 10  # something is on it
+
+
+def test_two_studies_stand_side_by_side_and_escape(record: StudyRecord, results: Path, page: Path) -> None:
+    """The page of the first has written its figures."""
+    other = replace(STUDY, name="other", question="or <worse>?", seeds=[0, 1])
+    text = write_two((STUDY, record), (other, record), results).read_text()
+    assert "is &lt;good&gt; better than bad?" in text
+    assert "or &lt;worse&gt;?" in text
+    assert file_differences(STUDY, other) == [["seeds", "[0, 1, 2]", "[0, 1]"]]
+    header, lines = shared_arms(record, record)
+    assert len(lines) == 2 * 3
+    assert {line[header.index("loss, B - A")] for line in lines} == {"+0.000"}
+    assert "Both answered the same questions." in text
+    assert not re.search(r"(src|href)=\"(https?:)?//", text)
+    assert "other has no such figure." in text
+
+
+def test_with_two_seeds_the_verdict_is_suggestive(record: StudyRecord) -> None:
+    """However clear the difference: here each answer costs 0.1 nats instead of 2."""
+    number = len(record.questions)
+
+    def clear(run: RunRecord, arm: str) -> RunRecord:
+        noise = 0.01 * np.random.default_rng(run.seeds[0]).random(number)
+        return replace(run, losses=noise + (2.0 if arm == "bad" else 0.1))
+
+    cells = [replace(c, runs=tuple(clear(run, c.arm) for run in c.runs if min(run.seeds) < 2)) for c in record.cells]
+    two = replace(record, cells=tuple(cells), questions=record.questions.assign(picture=range(number)))
+    summary, sentence, *_, warning = verdict(two)
+    assert "suggestively better on 2 of 2 grid points" in summary
+    assert "good is suggestively better: " in sentence
+    assert warning.startswith("With 2 seeds the test is too lenient")

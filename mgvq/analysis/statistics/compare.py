@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mgvq.analysis.records.records import Cell, Point, StudyRecord
+from mgvq.analysis.statistics.leniency import ALPHA, is_lenient
 from mgvq.analysis.statistics.measures import MEASURES, Measure, measure_of
 from mgvq.analysis.statistics.significance import Effect, holm, paired_difference, reweighted
 
@@ -39,6 +40,16 @@ class Comparison:
     """The p value, corrected for the other arms of the point unless the comparison was planned."""
     planned: bool
     """Whether this is the comparison that the study named before its first run."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the difference is taken for real: p below .05, of a test that keeps what it promises."""
+        return self.p < ALPHA and not is_lenient(self.effect.num_seeds)
+
+    @property
+    def is_suggestive(self) -> bool:
+        """Whether p is below .05, of a test with too few seeds to decide."""
+        return self.p < ALPHA and is_lenient(self.effect.num_seeds)
 
 
 def differences(record: StudyRecord, measure: Measure) -> Iterator[tuple[Point, str, Float[np.ndarray, "seeds clusters"]]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from mgvq.analysis.records.records import StudyRecord, read_record
 from mgvq.analysis.statistics.compare import PROCEDURE, differences
+from mgvq.analysis.statistics.leniency import told_lenient
 from mgvq.analysis.statistics.measures import MEASURES
 from mgvq.analysis.statistics.significance import Components, smallest_difference, variance_components
 from mgvq.errors import UserError
@@ -98,7 +99,12 @@ def detectable(study: Study, runs: Sequence[PlannedRun], records: Path) -> str:
         smallest.append(f"{difference * measure.factor:.{measure.decimals}f} {measure.unit} of {measure.noun}")
     tests = f"{PROCEDURE.correction_name} over {num_arms} arm{'s' * (num_arms > 1)}"
     design = f"{study.least_seeds} seeds x {num_clusters} {kind.clusters}, {tests}"
-    return f"finds differences of {' and '.join(smallest)} with 80 % power ({design}; spread {found.source})"
+    lenient = told_lenient([study.least_seeds])
+    return (
+        f"finds differences of {' and '.join(smallest)} with 80 % power ({design}; spread {found.source})"
+        + "\n" * bool(lenient)
+        + lenient
+    )
 
 
 def _variation(study: Study, folder: Path, kind: Kind) -> _Variation | None:

@@ -8,10 +8,11 @@ from typing import Any
 
 from mgvq.analysis.records.records import StudyRecord
 from mgvq.analysis.statistics.compare import PROCEDURE, Comparison
+from mgvq.analysis.statistics.leniency import told_lenient
 from mgvq.analysis.statistics.measures import MEASURES, Measure
 from mgvq.analysis.tables.missing import told_missing, told_values
 from mgvq.analysis.tables.render import MISSING, PLUS_MINUS, Table
-from mgvq.analysis.tables.table import Column, Row, columns_of, rows, shown_p
+from mgvq.analysis.tables.table import Column, Row, columns_of, rows, seeds_compared, shown_p
 
 GAP = "loss gap closed %"
 DIFFERENCE = "vs baseline"
@@ -181,6 +182,8 @@ def _comparison_note(record: StudyRecord, table: Sequence[Row]) -> str:
     )
     if num_seeds > 1:
         text += f" By the signs of the seeds' differences alone no p below {2 / 2**num_seeds:.2g} could be reached."
+    if lenient := told_lenient(seeds_compared(table)):
+        text += f" {lenient}"
     if "perplexity" in kind.planned:
         text += " Perplexity is the exponential of the loss: the test of the one is that of the other."
     text += " Bold: the best of its grid point, full precision apart."

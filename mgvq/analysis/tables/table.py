@@ -1,6 +1,6 @@
 """The numbers of a study's table: a row an arm and grid point, with the comparison to the baseline."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,6 +95,11 @@ def columns_of(record: StudyRecord) -> dict[str, Column]:
         columns |= {f"{task} %": replace(accuracy, metric=f"{task}/accuracy", measure=None) for task in tasks}
     columns |= {name: column for name, column in COLUMNS.items() if name != "accuracy %"}
     return {name: column for name, column in columns.items() if column.metric in metrics}
+
+
+def seeds_compared(table: Sequence[Row]) -> set[int]:
+    """Over how many seeds the comparisons of a table are."""
+    return {found.effect.num_seeds for row in table for found in row.comparisons.values()}
 
 
 def column_of(measure: Measure) -> str:
