@@ -3,19 +3,29 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mgvq.analysis.records.records import read_record as read_study
     from mgvq.checkpoint.load import load, load_processor
+    from mgvq.runs.api import quantize
 
     __version__: str
 
-__all__ = ["__version__", "load", "load_processor"]
+__all__ = ["__version__", "load", "load_processor", "quantize", "read_study"]
+
+_PLACES = {  # of what is public, by the name that it has here: module and name
+    "load": ("mgvq.checkpoint.load", "load"),
+    "load_processor": ("mgvq.checkpoint.load", "load_processor"),
+    "quantize": ("mgvq.runs.api", "quantize"),
+    "read_study": ("mgvq.analysis.records.records", "read_record"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """`mgvq.load`, `mgvq.load_processor`, `mgvq.__version__` on first use: importing the package stays free of torch."""
-    if name in ("load", "load_processor"):
-        from mgvq.checkpoint import load as reading
+    """What `__all__` names, on first use: importing the package stays free of torch."""
+    if name in _PLACES:
+        from importlib import import_module
 
-        return getattr(reading, name)
+        module, own = _PLACES[name]
+        return getattr(import_module(module), own)
     if name == "__version__":
         return _version()
     raise AttributeError(f"module 'mgvq' has no attribute {name!r}")

@@ -10,6 +10,8 @@ COMMANDS = {
     "study": "run what a study lacks, then print its table",
     "report": "a study's record, tables and figures",
     "runs": "the runs that there are: list, show, diff, verify, pack, check",
+    "ask": "questions to a quantised model, and to the one that it was made of",
+    "export": "a checkpoint as a folder that transformers loads without mgvq",
     "sensitivity": "all definitions of channel sensitivity side by side",
 }
 USAGE = "\n".join(

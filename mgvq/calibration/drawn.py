@@ -60,17 +60,17 @@ class Drawn(ABC):
         order = torch.randperm(len(rows), generator=generator(self.seed, "calibration")).tolist()
         chats = (self._chat(rows[index]) for index in order)
         examples = list(islice(chats, self.num_samples))
-        seen = {mark for chat in examples for mark in _marks(chat)}
+        seen = {mark for chat in examples for mark in marks(chat)}
         heldout, passed = list[Chat](), list[Chat]()
         while len(heldout) < self.heldout_samples and (chat := next(chats, None)):
-            (heldout if seen.isdisjoint(_marks(chat)) else passed).append(chat)
+            (heldout if seen.isdisjoint(marks(chat)) else passed).append(chat)
         if len(heldout) < self.heldout_samples:
             raise UserError(
                 f"{self.path}: only {len(heldout)} rows share no image with the {self.num_samples} that are drawn, but "
                 f"calibration.heldout_samples={self.heldout_samples}. Lower one of the two, or add rows about other images."
             )
-        seen = {mark for chat in heldout for mark in _marks(chat)}
-        rest = (chat for chat in chain(passed, chats) if seen.isdisjoint(_marks(chat)))
+        seen = {mark for chat in heldout for mark in marks(chat)}
+        rest = (chat for chat in chain(passed, chats) if seen.isdisjoint(marks(chat)))
         further = list(islice(rest, for_gram - self.num_samples))
         if len(further) < for_gram - self.num_samples:
             raise UserError(
@@ -83,7 +83,7 @@ class Drawn(ABC):
         return Chat(row.sample_id, self.turns(row))
 
 
-def _marks(chat: Chat) -> set[str]:
+def marks(chat: Chat) -> set[str]:
     """Digests of the images, or of the text where there are none: no sample for the statistics shares one with a held-out one."""
     shown = [image.tobytes() for image in chat.images] or ["\n".join(turn.text for turn in chat.turns).encode()]
     return {hashlib.sha256(content).hexdigest() for content in shown}

@@ -43,7 +43,18 @@ class InProcessModel(lmms):
         """Keep the model: the base class strips every module off the wrapper after a run."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answer greedily unless the task asks otherwise."""
+        """Answer greedily unless the task asks otherwise; requests of several tasks come together, each with its settings."""
+        answers = [""] * len(requests)
+        by_task: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            by_task.setdefault(request.args[4], []).append(number)  # type: ignore[misc]
+        for numbers in by_task.values():
+            for number, text in zip(numbers, self.answers([requests[i] for i in numbers]), strict=True):
+                answers[number] = text
+        return answers
+
+    def answers(self, requests: Sequence[Instance]) -> list[str]:
+        """The answers to requests of one task."""
         settings: dict[str, Any] = requests[0].args[1]  # type: ignore[misc]
         questions = _Questions(self.task_dict, requests)
         known = {k: settings[k] for k in _GENERATION_KEYS if k in settings}

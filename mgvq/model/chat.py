@@ -122,7 +122,7 @@ def write_chat(processor: Any, messages: Sequence[dict[str, Any]], sample_id: st
 
 def end_token(processor: Any) -> str:
     """The token behind an answer: of several end tokens the one that the chat template writes there (processor.py finds it)."""
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     found = getattr(tokenizer, "end_of_answer", None) or tokenizer.eos_token
     if found is None:
         raise UserError(f"{type(tokenizer).__name__} has no end token, and an answer ends with it: set model.end_token=TOKEN.")
@@ -131,7 +131,7 @@ def end_token(processor: Any) -> str:
 
 def begins_itself(processor: Any, text: str) -> dict[str, bool]:
     """Settings for a tokenizer that begins texts with a token of its own: not again where the chat template has written it."""
-    first = processor.tokenizer.bos_token
+    first = getattr(processor, "tokenizer", processor).bos_token
     return {"add_special_tokens": False} if first is not None and text.startswith(first) else {}
 
 

@@ -40,7 +40,7 @@ def generate(
     looks at its images itself; the answers are the same (a test holds it).
     """
     replies: list[Reply] = [Reply("")] * len(questions)
-    with _greedy(model, processor):
+    with greedy(model, processor):
         for run in _runs(questions, batch_size, replies):
             try:
                 _answer(model, processor, run, batch_size, settings, replies)
@@ -109,12 +109,12 @@ def _refused(model: PreTrainedModel, processor: Any, run: Mapping[int, Question]
 
 
 @contextmanager
-def _greedy(model: PreTrainedModel, processor: Any) -> Iterator[None]:
+def greedy(model: PreTrainedModel, processor: Any) -> Iterator[None]:
     """Inside, the model's own generation settings are out of force but for its end and pad tokens.
 
     Sampling, its temperature and penalties come with some repositories; with them no two runs would answer alike.
     """
-    own, tokenizer = model.generation_config, processor.tokenizer
+    own, tokenizer = model.generation_config, getattr(processor, "tokenizer", processor)
     ends = getattr(own, "eos_token_id", None)
     ends = list(ends) if isinstance(ends, list | tuple) else [] if ends is None else [ends]
     written = tokenizer.convert_tokens_to_ids(end_token(processor))

@@ -94,7 +94,7 @@ def load(source: Source, device: torch.device, described: Described | None = Non
     stored = _stored_dtype(known.config, model)
     model = model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
-    _give_tokens(model, known.processor)
+    give_tokens(model, known.processor)
     code = tuple(sorted(folder.glob("*.py"))) if source.trust_remote_code else ()
     check_predictions(model, known.processor, source.path)
     if source.stress.sigma is not None:
@@ -139,7 +139,7 @@ def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dty
     return model.dtype
 
 
-def _give_tokens(model: PreTrainedModel, processor: Any) -> None:
+def give_tokens(model: PreTrainedModel, processor: Any) -> None:
     """Where the generation settings name no end or pad token, they are those of the tokenizer; all else stays as it comes."""
     settings, tokenizer = model.generation_config, getattr(processor, "tokenizer", processor)
     if settings is None:

@@ -1,5 +1,6 @@
 """The processor of a model: loading it, the settings in place of the repository's, and the tokens that no run can do without."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,16 @@ def load_processor(path: str, **where: Any) -> Any:
     if getattr(processor, "tokenizer", None) is None or getattr(processor, "image_processor", None) is None:
         raise UserError(f"{path}: it loads as {type(processor).__name__}, which lacks a tokenizer or an image processor.")
     processor.tokenizer.padding_side = "left"
-    _note_end(processor, config, folder)
+    _note_end(processor, config, _generation(folder))
+    return processor
+
+
+def prepared(processor: Any, config: PretrainedConfig, generation: Mapping[str, Any]) -> Any:
+    """A copy of a processor that was loaded elsewhere, set as `load_processor` sets it; `generation` are the model's settings."""
+    processor = copy.deepcopy(processor)
+    getattr(processor, "tokenizer", processor).padding_side = "left"
+    if not is_text_only(config):
+        _note_end(processor, config, generation)
     return processor
 
 
@@ -61,7 +71,7 @@ def adjust(processor: Any, config: PretrainedConfig, source: Source) -> None:
         with told_as(f"model.chat_template={source.chat_template} cannot be read", "Give a jinja file in UTF-8."):
             processor.chat_template = Path(source.chat_template).read_bytes().decode()
     if source.end_token or source.chat_template:
-        _note_end(processor, config, source.folder)
+        _note_end(processor, config, _generation(source.folder))
 
 
 def check_processor(processor: Any, config: PretrainedConfig, source: Source) -> None:
@@ -112,11 +122,15 @@ def end_tokens(config: PretrainedConfig, generation: Mapping[str, Any]) -> list[
     return []
 
 
-def _note_end(processor: Any, config: PretrainedConfig, folder: Path) -> None:
+def _generation(folder: Path) -> Mapping[str, Any]:
+    file = folder / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _note_end(processor: Any, config: PretrainedConfig, generation: Mapping[str, Any]) -> None:
     """Find out which of several end tokens the chat template writes behind an answer; `chat.end_token` tells it from then on."""
     tokenizer = processor.tokenizer
-    file = folder / "generation_config.json"
-    ids = end_tokens(config, read_json(file) if file.is_file() else {})
+    ids = end_tokens(config, generation)
     ends = {token for token in map(tokenizer.convert_ids_to_tokens, ids) if token} | {tokenizer.eos_token} - {None}
     tokenizer.end_of_answer = tokenizer.eos_token
     if len(ends) > 1 and processor.chat_template:

@@ -94,7 +94,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
-            samples = _samples(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
+            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
             clock.lap("quantize")
             tables = {
@@ -155,7 +155,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def _samples(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
+def samples_as_batches(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
     """The samples as batches, packed where the model allows it, which leaves a third of the tokens.
 
     The further samples that Grams see are among them where they are `for_grams`, as behind a quantised prefix.

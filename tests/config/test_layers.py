@@ -20,7 +20,7 @@ STAGES = (
     "evaluation",
 )
 # Each may import itself and what stands below it.
-LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit"],
+LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit", "export"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
           ["data", "formats", "linalg", "rng", "progress"], ["checks", "digest"],
           ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors"]]  # fmt: skip

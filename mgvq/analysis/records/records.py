@@ -187,6 +187,10 @@ class StudyRecord:
         """What a partial record lacks; empty for a complete one."""
         return [(cell, missing) for cell in self.cells for missing in cell.missing]
 
+    def to_frame(self) -> pd.DataFrame:
+        """A row a run with a column for each grid key, `arm`, `run`, and each metric; `melt` makes a row a metric of it."""
+        return metric_frame(self)
+
     def against(self, baseline: str | None) -> "StudyRecord":
         """The same results with another baseline; the study's planned comparison is not one of these."""
         return replace(self, baseline=baseline, primary=None)
@@ -242,8 +246,9 @@ def _lines(record: StudyRecord) -> Iterator[dict[str, object]]:
             }
 
 
-def read_record(path: Path) -> StudyRecord:
-    """Read what `write_record` wrote. Raises UserError, naming the file, where it is missing, damaged or no record."""
+def read_record(path: str | Path) -> StudyRecord:
+    """Read what `write_record` wrote; `mgvq.read_study` is this function. Raises UserError, naming the file, where it is missing, damaged or no record."""
+    path = Path(path)
     frame = read_parquet(path, "mgvq-report STUDY.yaml writes it from finished runs.")
     told = frame.attrs
     if absent := [name for name in COLUMNS if name not in frame] + [name for name in ("questions",) if name not in told]:
