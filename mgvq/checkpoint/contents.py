@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mgvq.checkpoint.digests import DIGESTS, check_digests
+from mgvq.checkpoint.digests import check_digests
 from mgvq.checkpoint.index import ADVICE, Index, read_index
 from mgvq.checkpoint.version2 import read_old_index
 from mgvq.checks import told_as
@@ -60,11 +60,13 @@ def open_checkpoint(folder: Path, *, verify: bool = True, weights: bool = True) 
 
     Raises UserError, with the file, where the folder is no checkpoint, is damaged, altered, or of another version.
     """
-    if not any((folder / name).is_file() for name in (INDEX, OLD_INDEX)):
+    if not any((folder / name).exists() for name in (INDEX, OLD_INDEX)):
         raise UserError(f"{folder} is no mgvq checkpoint: it needs {INDEX}; a run keeps it in RUN/checkpoint.")
+    for file in sorted(folder.iterdir()):
+        if not file.is_dir() or file.is_symlink():
+            check_place(folder, file.name)
     has_digests = True
-    if (folder / INDEX).is_file():
-        check_place(folder, INDEX)
+    if (folder / INDEX).exists():
         index = read_index(folder / INDEX)
     else:
         index, has_digests = read_old_index(folder / OLD_INDEX)
@@ -73,9 +75,6 @@ def open_checkpoint(folder: Path, *, verify: bool = True, weights: bool = True) 
             raise UserError(f"{folder / INDEX} names {name!r}, which is no file of weights beside it. {ADVICE}")
     if verify and has_digests:
         check_digests(folder, leave_out=() if weights else index.shards)
-    for file in ("config.json", DIGESTS):
-        if (folder / file).exists():
-            check_place(folder, file)
     return _with_headers(folder, index) if weights else Contents(folder, index, {}, {})
 
 
@@ -84,7 +83,6 @@ def _with_headers(folder: Path, index: Index) -> Contents:
     shard: dict[str, Path] = {}
     for name in index.shards:
         file = folder / name
-        check_place(folder, name)
         with told_as(f"{file} cannot be read", ADVICE), safe_open(file, "pt") as stored:
             for key in stored.keys():  # noqa: SIM118 (no dictionary)
                 part = stored.get_slice(key)

@@ -229,6 +229,15 @@ def test_the_index_of_version_2_is_read(version: int, whole: tuple[Path, Loaded]
         mgvq.load(checkpoint)
 
 
+def test_a_checkpoint_of_version_2_gives_the_weights_that_it_had() -> None:
+    """It was written when there was no version 3; beside it lie the digests of its decoded weights, as they were then."""
+    folder = Path(__file__).parents[1] / "data" / "checkpoints" / "version2"
+    model = mgvq.load(folder)
+    for name, digest in json.loads(folder.with_suffix(".json").read_text()).items():
+        assert hashlib.sha256(model.get_submodule(name).weight.numpy().tobytes()).hexdigest() == digest, name
+    mgvq.load_processor(folder)
+
+
 def test_every_file_has_its_digest(whole: tuple[Path, Loaded]) -> None:
     digests = json.loads((whole[0] / DIGESTS).read_text())
     assert set(digests["files"]) == {f.name for f in whole[0].iterdir()} - {DIGESTS}

@@ -96,11 +96,18 @@ def test_unquantised_checkpoint_is_the_model_again(loaded, tmp_path: Path) -> No
 
 
 def test_transformers_reads_it_packed(finished: Path) -> None:
-    """Also in a process that has never heard of mgvq, where it ends in words that say what is missing."""
-    model = AutoModelForImageTextToText.from_pretrained(finished / "checkpoint", dtype=torch.float32)
-    packed = mgvq.load(finished / "checkpoint", packed=True)
-    assert model.state_dict().keys() == packed.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), packed.state_dict().values(), strict=True))
+    model = AutoModelForImageTextToText.from_pretrained(finished / "checkpoint", dtype=torch.float32).state_dict()
+    packed = mgvq.load(finished / "checkpoint", packed=True).state_dict()
+    assert model.keys() == packed.keys()
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in model.items())
+
+
+def test_the_card_has_the_numbers_of_the_run(finished: Path) -> None:
+    metrics, card = json.loads((finished / "metrics.json").read_text()), (finished / "checkpoint" / "README.md").read_text()
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
+    for name in ("bits/quantized_layers", "bits/language_model", "bits/model", "tiny_vqa/accuracy", "loss/answer"):
+        assert f"| {metrics[name]:.4f}" in card, name
+    assert "full precision" in card
 
 
 def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
