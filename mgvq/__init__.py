@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mgvq.checkpoint.hook import register
+
 if TYPE_CHECKING:
     from mgvq.analysis.records.records import read_record as read_study
     from mgvq.checkpoint.load import load, load_processor
@@ -42,3 +44,6 @@ def _version() -> str:
     except metadata.PackageNotFoundError:
         project = Path(__file__).parents[1] / "pyproject.toml"
         return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"] if project.is_file() else "unknown"
+
+
+register()

@@ -313,3 +313,5 @@ class EvalResult:
     """One row for each sample: `task, sample_id, sample_hash, type, question, answer, prediction, score`."""
     flags: tuple[str, ...] = ()
     """What tables must say of it: `non_finite:METRIC:SAMPLES`, `unanswered:TASK:QUESTIONS`."""
+    reference: pd.DataFrame | None = field(default=None, repr=False)
+    """`score` and `loss` of the full-precision model for the rows of `samples`, for the model card; None: it was not asked."""

@@ -29,6 +29,8 @@ class Forced:
     num_tokens: int  # tokens of the answer, its end token included
     exact: bool  # whether each of them is the model's first choice, of finite logits
     predicted: tuple[int, ...]  # the first choices
+    reference_loss: float  # the loss of the reference; the model's own without one
+    reference_exact: bool  # whether each token is the reference's first choice
 
 
 @torch.inference_mode()
@@ -46,27 +48,31 @@ def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: It
             _scored(model, reference if compared else None, *part)
             for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
         ]
-        losses, divergence, chosen = map(torch.cat, zip(*parts, strict=True))
+        losses, divergence, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
         sizes = list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask.sum(1).tolist()
-        columns = (t.split(sizes) for t in (losses, divergence, chosen, targets))
-        for sample_id, loss, kl, choice, target in zip(batch.sample_ids, *columns, strict=True):
+        columns = (t.split(sizes) for t in (losses, divergence, chosen, expected_losses, expected_chosen, targets))
+        for sample_id, loss, kl, choice, expected_loss, expected_choice, target in zip(batch.sample_ids, *columns, strict=True):
             total = loss.sum().item()
             exact = bool(torch.equal(choice, target)) and math.isfinite(total)
-            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()))
+            reference = expected_loss.sum().item(), bool(torch.equal(expected_choice, target))
+            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()), *reference)
     return scored
 
 
 def _scored(
     model: PreTrainedModel, reference: PreTrainedModel | None, targets: Tensor, states: Tensor, expected_states: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, divergences and first choices of some tokens; the reference's states are read where there is one."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Losses, divergences and first choices of some tokens, then the reference's losses and first choices.
+
+    Its states are read where there is one; without one these are the model's own.
+    """
     logs = _log_probabilities(logits(model, states))
     losses = -logs.gather(1, targets[:, None])[:, 0]
-    divergence = torch.zeros_like(losses)
-    if reference is not None:
-        expected = _log_probabilities(logits(reference, expected_states))
-        divergence = (expected.exp() * (expected - logs)).sum(-1)
-    return losses, divergence, logs.argmax(-1)
+    if reference is None:
+        return losses, torch.zeros_like(losses), logs.argmax(-1), losses, logs.argmax(-1)
+    expected = _log_probabilities(logits(reference, expected_states))
+    divergence = (expected.exp() * (expected - logs)).sum(-1)
+    return losses, divergence, logs.argmax(-1), -expected.gather(1, targets[:, None])[:, 0], expected.argmax(-1)
 
 
 def _log_probabilities(logits: Float[Tensor, "answers vocabulary"]) -> Float[Tensor, "answers vocabulary"]:

@@ -58,9 +58,9 @@ class Perplexity(TextSettings):
         for name in ("loss", "kl", "num_tokens"):
             samples[name] = [getattr(scored[p.sample_id], name) for p in passages]
         found = metrics(samples)
-        return EvalResult(
-            found, samples, missing_flags(found, lambda n: num_broken(samples["kl" if n.startswith("kl/") else "loss"]))
-        )
+        flags = missing_flags(found, lambda n: num_broken(samples["kl" if n.startswith("kl/") else "loss"]))
+        expected = pd.DataFrame({"score": math.nan, "loss": [scored[p.sample_id].reference_loss for p in passages]})
+        return EvalResult(found, samples, flags, None if reference is None else expected)
 
     def draw(self) -> Sequence[Passage | Windows]:
         """The passages, in the order of the text; or all windows together, which are cut once there is a tokenizer."""

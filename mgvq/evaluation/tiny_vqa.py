@@ -65,7 +65,10 @@ class TinyVQA:
             math.nan
         )  # an answer of numbers that are none is neither right nor wrong
         found = metrics(samples)
-        return EvalResult(found, samples, missing_flags(found, lambda name: num_broken(samples[_column(name)])))
+        asked = [forced[i] for i in samples.sample_id]
+        expected = pd.DataFrame({"score": [float(f.reference_exact) for f in asked], "loss": [f.reference_loss for f in asked]})
+        flags = missing_flags(found, lambda name: num_broken(samples[_column(name)]))
+        return EvalResult(found, samples, flags, None if reference is None else expected)
 
 
 def _column(metric: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.formats.fit import rows_and_columns
 from mgvq.formats.vector import VectorWeight
 
 
@@ -36,6 +37,12 @@ class ColumnWeight:
 
     def settings(self) -> Mapping[str, Any]:
         return {**self.transposed.settings(), "shape": list(self.shape)}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> None:
+        """Raises ValueError as `VectorWeight.check` does."""
+        num_out, num_in = rows_and_columns(shape)
+        VectorWeight.check(tensors, [num_in, num_out], stages)
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> "ColumnWeight":

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.fit import check_inner, check_whole, rows_and_columns
 from mgvq.formats.grid import GridWeight
 from mgvq.formats.lattice import LatticeWeight
 from mgvq.formats.scalar import ScalarWeight
@@ -15,6 +16,7 @@ from mgvq.formats.trellis import TrellisWeight
 from mgvq.formats.vector import VectorWeight
 
 PlainWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight | TrellisWeight | LatticeWeight
+MOST = 120
 PLAIN_FORMATS = {f.format: f for f in get_args(PlainWeight)}
 
 
@@ -25,7 +27,7 @@ class ExponentWeight:
     plain: PlainWeight
     """The weight whose tables and scales fp16 can hold."""
     exponent: int
-    """The power of two, from -120 to 120."""
+    """The power of two, from -MOST to MOST."""
 
     format: ClassVar[str] = "exponent"
 
@@ -46,6 +48,12 @@ class ExponentWeight:
     def settings(self) -> Mapping[str, Any]:
         plain = {"format": self.plain.format, **self.plain.settings()}
         return {"shape": list(self.shape), "exponent": self.exponent, "plain": plain}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, plain: Mapping[str, Any]) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings."""
+        check_whole(-MOST, MOST, exponent=exponent)
+        check_inner(PLAIN_FORMATS, tensors, plain, rows_and_columns(shape))
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, plain: Mapping[str, Any]) -> "ExponentWeight":

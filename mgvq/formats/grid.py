@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mgvq.formats.packing import pack, packed_bytes, unpack
+from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
+from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 
 CHANNEL_BITS = 3  # bits of the power of sqrt(2) that an input channel is stretched by, from 1 to 11.3
 
@@ -61,6 +62,21 @@ class GridWeight:
     def settings(self) -> Mapping[str, Any]:
         sizes = {"bits": self.bits, "scale_bits": self.scale_bits, "group_size": self.group_size}
         return {"shape": list(self.shape), **sizes}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int, scale_bits: int, group_size: int) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings, or its scales no numbers > 0."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(group_size=group_size)
+        check_whole(most=MAX_WIDTH, bits=bits)
+        check_whole(most=16, scale_bits=scale_bits)
+        check_roles(tensors, ("codes", "scales", "span"), ("channels",))
+        check_packed(tensors, "codes", num_out * num_in, bits)
+        check_packed(tensors, "scales", num_out * -(-num_in // group_size), scale_bits)
+        check_tensor(tensors, "span", torch.float16, (2,))
+        check_packed(tensors, "channels", num_in, CHANNEL_BITS)
+        if not tensors["span"].is_meta and not bool((tensors["span"] > 0).all()):
+            raise ValueError(f"span is {tensors['span'].tolist()} instead of two numbers > 0")
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int, scale_bits: int, group_size: int) -> "GridWeight":

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from mgvq.formats.exponent import PLAIN_FORMATS, ExponentWeight, PlainWeight
+from mgvq.formats.fit import check_inner, check_packed, check_roles, rows_and_columns
 from mgvq.formats.packing import pack, unpack
 from mgvq.formats.vector import index_width
 
@@ -63,6 +64,24 @@ class GroupedWeight:
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "pieces": [{"format": p.format, **p.settings()} for p in self.slices]}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], pieces: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings, or groups have other sizes."""
+        num_out, num_in = rows_and_columns(shape)
+        sizes = [rows_and_columns(piece["shape"])[1] for piece in pieces]
+        if not sizes or sum(sizes) != num_in:
+            raise ValueError(f"its pieces have {sizes} columns instead of {num_in} in all")
+        own = {g: f"{g}." for g in range(len(sizes))}
+        check_roles(tensors, ("groups",), [role for role in tensors if role.startswith(tuple(own.values()))])
+        check_packed(tensors, "groups", num_in, index_width(len(sizes)), len(sizes))
+        for g, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
+            part = {role.removeprefix(own[g]): tensor for role, tensor in tensors.items() if role.startswith(own[g])}
+            check_inner(SLICE_FORMATS, part, piece, (num_out, size))
+        if not tensors["groups"].is_meta:
+            found = unpack(tensors["groups"], index_width(len(sizes)), num_in).bincount(minlength=len(sizes)).tolist()
+            if found != sizes:
+                raise ValueError(f"groups has {found} channels a group where the pieces have {sizes} columns")
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], pieces: Sequence[Mapping[str, Any]]) -> "GroupedWeight":

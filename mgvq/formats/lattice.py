@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.lattice.coding import STAGES, decode
 from mgvq.lattice.points import DIMENSION
 
@@ -48,6 +49,17 @@ class LatticeWeight:
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings, or its scales no numbers > 0."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(min(STAGES), max(STAGES), bits=bits)
+        check_roles(tensors, ("codes", "scales"))
+        check_tensor(tensors, "codes", torch.uint8, (num_out, -(-num_in // DIMENSION), bits))
+        check_tensor(tensors, "scales", torch.float16, (len(STAGES[bits]),))
+        if not tensors["scales"].is_meta and not bool((tensors["scales"] > 0).all()):
+            raise ValueError(f"scales are {tensors['scales'].tolist()} instead of numbers > 0")
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int) -> "LatticeWeight":

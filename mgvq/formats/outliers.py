@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.formats.exponent import MOST
+from mgvq.formats.fit import check_inner, check_packed, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.formats.rotated import INNER_FORMATS, RotatedWeight
 from mgvq.formats.vector import index_width
@@ -80,6 +82,22 @@ class OutlierWeight:
     def settings(self) -> Mapping[str, Any]:
         rest = {"format": self.rest.format, **self.rest.settings()}
         return {"shape": list(self.shape), "exponent": self.outliers.exponent, "rest": rest}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, rest: Mapping[str, Any]) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings, or positions do not rise."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(-MOST, MOST, exponent=exponent)
+        if missing := sorted(set(_ROLES) - set(tensors)):
+            raise ValueError(f"{', '.join(missing)} missing")
+        positions, values = (tensors[role] for role in _ROLES)
+        width = _width((num_out, num_in))
+        check_tensor(tensors, "outlier_values", torch.float16, (values.numel(),))
+        check_packed(tensors, "outlier_positions", len(values), width, num_out * num_in)
+        if not positions.is_meta and len(values) and not bool((unpack(positions, width, len(values)).diff() > 0).all()):
+            raise ValueError("outlier_positions do not rise")
+        own = {role: tensor for role, tensor in tensors.items() if role not in _ROLES}
+        check_inner(REST_FORMATS, own, rest, (num_out, num_in))
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, rest: Mapping[str, Any]) -> "OutlierWeight":

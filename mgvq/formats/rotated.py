@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mgvq.formats.fit import check_inner, check_packed, rows_and_columns
 from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, SliceWeight
 from mgvq.formats.packing import pack, unpack
 from mgvq.rotation import Rotation, rotate_matrix_back
 
+_SIGNS = ("signs_in", "signs_out")
 INNER_FORMATS = {**SLICE_FORMATS, GroupedWeight.format: GroupedWeight}
 
 
@@ -60,6 +62,17 @@ class RotatedWeight:
     def settings(self) -> Mapping[str, Any]:
         inner = {"format": self.inner.format, **self.inner.settings()}
         return {"shape": list(self.shape), "within": self.within, "inner": inner}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], within: str, inner: Mapping[str, Any]) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings."""
+        num_out, num_in = rows_and_columns(shape)
+        if within not in ("layer", "group"):
+            raise ValueError(f"within is {within!r} instead of layer or group")
+        check_packed(tensors, "signs_in", num_in, 1)
+        check_packed(tensors, "signs_out", num_out, 1)
+        own = {role: tensor for role, tensor in tensors.items() if role not in _SIGNS}
+        check_inner(INNER_FORMATS, own, inner, (num_out, num_in))
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], within: str, inner: Mapping[str, Any]) -> "RotatedWeight":

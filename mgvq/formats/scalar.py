@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mgvq.formats.packing import pack, packed_bytes, unpack
+from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
+from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class ScalarWeight:
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "bits": self.bits, "group_size": self.group_size}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int, group_size: int) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(group_size=group_size)
+        check_whole(most=MAX_WIDTH, bits=bits)
+        num_groups = -(-num_in // group_size)
+        check_roles(tensors, ("codes", "zeros", "scales"))
+        check_packed(tensors, "codes", num_out * num_in, bits)
+        check_packed(tensors, "zeros", num_out * num_groups, bits)
+        check_tensor(tensors, "scales", torch.float16, (num_out, num_groups))
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], bits: int, group_size: int) -> "ScalarWeight":

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.trellis.code import TrellisCode, Values
 from mgvq.trellis.coding import decode
 
@@ -45,6 +46,16 @@ class TrellisWeight:
         code = self.code
         sizes = {"state_bits": code.state_bits, "step_bits": code.step_bits, "step_weights": code.step_weights}
         return {"shape": list(self.shape), "values": code.values, **sizes}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], **code: Any) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(**{name: value for name, value in code.items() if name != "values"})
+        num_bytes = TrellisCode(**code).num_bytes(TILE * TILE)
+        check_roles(tensors, ("codes", "scale"))
+        check_tensor(tensors, "codes", torch.uint8, (-(-num_out // TILE), -(-num_in // TILE), num_bytes))
+        check_tensor(tensors, "scale", torch.float16, ())
 
     @classmethod
     def load(

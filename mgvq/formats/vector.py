@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import pack, packed_bytes, unpack
 
 TABLES = ("fp16", "int8")
@@ -62,6 +63,24 @@ class VectorWeight:
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "stages": self.codes.shape[2]}
+
+    @classmethod
+    def check(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> None:
+        """Raises ValueError where the tensors are not those of a weight with these settings, or a code has no centroid."""
+        num_out, num_in = rows_and_columns(shape)
+        check_whole(stages=stages)
+        check_roles(tensors, ("codes", "table"), ("step", "scale"))
+        table = tensors["table"]
+        if table.ndim != 3 or 0 in table.shape or len(table) % stages:
+            raise ValueError(
+                f"table is {tuple(table.shape)} instead of tables x centroids x length, a multiple of {stages} tables"
+            )
+        num_tables, num_centroids, length = table.shape
+        check_tensor(tensors, "table", torch.int8 if "step" in tensors else torch.float16, table.shape)
+        check_tensor(tensors, "step", torch.float16, (num_tables,))
+        check_tensor(tensors, "scale", torch.float16, ())
+        count = num_out * -(-num_in // length) * stages
+        check_packed(tensors, "codes", count, index_width(num_centroids), num_centroids)
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> "VectorWeight":

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from mgvq.checks import short_words, told_as
 from mgvq.errors import UserError
 
-INDEX = "mgvq.json"  # what only a packed checkpoint has
+INDEX, OLD_INDEX = "mgvq.index", "mgvq.json"  # what only a packed checkpoint has, and what it had in version 2
 SHARDS = "model.safetensors.index.json"
 
 

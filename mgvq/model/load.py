@@ -21,6 +21,7 @@ from mgvq.model.probe import check_predictions, probe
 from mgvq.model.processor import adjust, check_processor, load_processor
 from mgvq.model.source import Source
 from mgvq.model.stress import inject
+from mgvq.model.terms import licence_of, term_files
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ class Loaded:
     processor: Any  # the tokenizer where the model reads nothing but text
     stored_dtype: torch.dtype  # in which the source stores its weights; what is not quantised is stored so again
     code: tuple[Path, ...] = ()  # the Python files of a repository whose own class the model is; a checkpoint needs them too
+    terms: tuple[Path, ...] = ()  # the files that say how the source may be used, which go with what is made of it
+    licence: str | None = None  # the name of the source's licence, where its model card says it
 
 
 def describe(source: Source) -> Described:
@@ -99,7 +102,7 @@ def load(source: Source, device: torch.device, described: Described | None = Non
     check_predictions(model, known.processor, source.path)
     if source.stress.sigma is not None:
         inject(model, probe(model, known.processor), source.stress)
-    return Loaded(model, known.processor, stored, code)
+    return Loaded(model, known.processor, stored, code, term_files(folder), licence_of(folder))
 
 
 def check_code(source: Source) -> None:

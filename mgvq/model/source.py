@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from mgvq.checks import whole_number
 from mgvq.digest import file_digest
 from mgvq.errors import UserError
-from mgvq.model.files import INDEX, missing_files
+from mgvq.model.files import INDEX, OLD_INDEX, missing_files
 
 SHIPPED = Path(__file__).parent / "tiny"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -130,7 +130,7 @@ class Source:
 
         Raises UserError as `folder` does, and where the folder holds no weights, or those of a packed checkpoint.
         """
-        if (self.folder / INDEX).is_file():
+        if any((self.folder / name).is_file() for name in (INDEX, OLD_INDEX)):
             raise UserError(
                 f"model.path={self.path} is an mgvq checkpoint, which is quantised already: mgvq.load({self.path!r}) gives "
                 "its model. To quantise otherwise, give the model that it was made of (model.path in the config.yaml of its run)."

@@ -15,11 +15,15 @@ import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
 
+import mgvq
 from mgvq.calibration.examples import further_batches, further_examples
+from mgvq.checkpoint.card import write_card
 from mgvq.checkpoint.check import check_same_model
+from mgvq.checkpoint.digests import write_digests
+from mgvq.checkpoint.index import FIRST_SHARD
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
-from mgvq.checkpoint.save import TENSORS, save
+from mgvq.checkpoint.save import save
 from mgvq.compiled import set_num_threads
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
@@ -44,6 +48,7 @@ from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
 from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
+from mgvq.runs.score import scores
 from mgvq.runs.store import SCHEMA_VERSION, RunFolder
 from mgvq.types import Site, SiteStats
 
@@ -110,7 +115,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             weights = report.weights
         if made is None:
             rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
-            ledger = save(folder.checkpoint, loaded, sites, weights, rounded)
+            made_of = _made_of(identity, calibration)
+            ledger = save(folder.checkpoint, loaded, sites, weights, rounded, provenance=made_of)
             if report and ledger.scope_bits() != report.stored_bits:
                 raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
             folder.write_table("ledger.parquet", ledger.frame())
@@ -129,10 +135,12 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
             check_same_model(loaded, weights, model, folder.checkpoint, rounded)
-        digest = file_digest(folder.checkpoint / TENSORS)
+        digest = file_digest(folder.checkpoint / FIRST_SHARD)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
+        write_card(folder.checkpoint, loaded.licence, scores(result, cfg.evaluation))
+        write_digests(folder.checkpoint)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
         metrics = {
             **result.metrics,
@@ -168,6 +176,15 @@ def samples_as_batches(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool
         batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
         parts = (batches, drawn.heldout(processor))
     return Samples(*map(list, parts))
+
+
+def _made_of(identity: Mapping[str, Any], calibration: Any) -> dict[str, Any]:
+    """How the checkpoint was made, for config.json and the model card: what would give the same bytes again.
+
+    The evaluation is no part of it, nor is the machine: provenance.json has that.
+    """
+    settings = {name: value for name, value in identity.items() if name != "evaluation"}
+    return {"mgvq": mgvq.__version__, "settings": settings, "texts": _texts(calibration)}
 
 
 def _texts(*parts: Any) -> dict[str, str]:

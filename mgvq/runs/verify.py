@@ -63,7 +63,7 @@ def _checkpoint(path: Path) -> str | None:
     if not (path / DIGESTS).is_file():
         return f"{path} has no {DIGESTS}: it was written before version 3, or has lost it. Delete the run and run it again."
     try:
-        check_digests(path)
+        check_digests(path, everything=True)
     except (UserError, OSError) as error:
         return str(error)
     return None

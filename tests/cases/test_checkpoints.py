@@ -1,8 +1,10 @@
 """Checkpoints that are not what was written, by kind. A new one is a line: what is done to a file, and what is said."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import mgvq
 from mgvq.checkpoint.digests import DIGESTS
-from mgvq.checkpoint.save import INDEX, TENSORS, save
+from mgvq.checkpoint.index import FIRST_SHARD, Packed, read_index, to_bytes
+from mgvq.checkpoint.save import save
 from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight
+from mgvq.model.files import INDEX, OLD_INDEX
 from mgvq.model.load import Loaded, load
 from mgvq.model.sites import list_sites
 
@@ -43,7 +47,7 @@ def checkpoint(whole: tuple[Path, Loaded], tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole[0], tmp_path / "checkpoint"))
 
 
-NAMES = [TENSORS, INDEX, DIGESTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+NAMES = [FIRST_SHARD, INDEX, DIGESTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
          "processor_config.json", "chat_template.jinja"]  # fmt: skip
 
 
@@ -73,10 +77,10 @@ HURTS: dict[str, Damage] = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_hurt_file_is_refused_by_its_name(name: str, hurt: str, checkpoint: Path) -> None:
     HURTS[hurt](checkpoint / name)
-    named = "no mgvq checkpoint" if hurt == "gone" and name in (TENSORS, INDEX) else name.replace(".", r"\.")
+    named = "no mgvq checkpoint" if hurt == "gone" and name == INDEX else name.replace(".", r"\.")
     with pytest.raises(UserError, match=named):
         mgvq.load(checkpoint)
-    if name not in (TENSORS, DIGESTS):
+    if name not in (FIRST_SHARD, DIGESTS):
         with pytest.raises(UserError, match=named):
             mgvq.load_processor(checkpoint)
 
@@ -122,16 +126,30 @@ def test_what_nobody_reads_may_lie_beside_it(checkpoint: Path) -> None:
     mgvq.load_processor(checkpoint)
 
 
+def edit_index(checkpoint: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    """Change what the index says of its layers, as objects of json."""
+    index = read_index(checkpoint / INDEX)
+    layers = {n: {"format": p.format, "tensors": dict(p.tensors), **p.settings} for n, p in index.layers.items()}
+    edit(layers)
+    packed = {n: Packed(e.pop("format", None), e, t) for n, e in layers.items() for t in [e.pop("tensors")]}
+    (checkpoint / INDEX).write_bytes(to_bytes(replace(index, layers=packed)))
+
+
 def layer(edit: Callable[[dict[str, Any]], Any]) -> Damage:
     """Change the first layer's entry in the index."""
-    return lambda c: edit_json(c / INDEX, lambda index: edit(next(iter(index["layers"].values()))))
+    return lambda c: edit_index(c, lambda layers: edit(next(iter(layers.values()))))
+
+
+def content(edit: Callable[[bytes], bytes]) -> Damage:
+    """Change the bytes of the index."""
+    return lambda c: (c / INDEX).write_bytes(edit((c / INDEX).read_bytes()))
 
 
 def stored(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
     def change(checkpoint: Path) -> None:
-        tensors = load_file(checkpoint / TENSORS)
+        tensors = load_file(checkpoint / FIRST_SHARD)
         edit(tensors)
-        save_file(tensors, checkpoint / TENSORS)
+        save_file(tensors, checkpoint / FIRST_SHARD)
 
     return change
 
@@ -139,20 +157,23 @@ def stored(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Damage:
 TABLE = "model.language_model.layers.0.mlp.up_proj.table"
 NORM = "model.language_model.norm.weight"
 UNFIT: dict[str, tuple[Damage, str]] = {
-    "version of tomorrow": (lambda c: edit_json(c / INDEX, lambda i: i.update(version=99)), r"mgvq\.json has version 99"),
-    "version a text": (lambda c: edit_json(c / INDEX, lambda i: i.update(version="three")), r"mgvq\.json has version three"),
-    "no version": (lambda c: edit_json(c / INDEX, lambda i: i.pop("version")), r"mgvq\.json has version None"),
-    "no layers": (lambda c: edit_json(c / INDEX, lambda i: i.pop("layers")), r"mgvq\.json does not describe layers"),
-    "layers a list": (lambda c: edit_json(c / INDEX, lambda i: i.update(layers=[1])), r"mgvq\.json does not describe layers"),
-    "a layer a number": (
-        lambda c: edit_json(c / INDEX, lambda i: i["layers"].update(x=3)),
-        r"mgvq\.json does not describe layers",
+    "version of tomorrow": (content(lambda b: b[:4] + b"\x63" + b[5:]), r"mgvq\.index has version 99"),
+    "no index": (content(lambda b: b"PICK" + b[4:]), r"mgvq\.index cannot be read .*PICK"),
+    "a byte too many": (content(lambda b: b + b"\0"), r"mgvq\.index does not describe layers .*too many"),
+    "a byte too few": (content(lambda b: b[:-1]), r"mgvq\.index does not describe layers"),
+    "names without end": (content(lambda b: b[:8] + b"\xff\xff\xff\xff\x07"), r"mgvq\.index does not describe layers"),
+    "a number without end": (content(lambda b: b[:8] + b"\xff" * 99), r"mgvq\.index does not describe layers"),
+    "a shard elsewhere": (
+        lambda c: (c / INDEX).write_bytes(to_bytes(replace(read_index(c / INDEX), shards=["../mgvq.safetensors"]))),
+        r"mgvq\.index names '\.\./mgvq\.safetensors'",
     ),
-    "no format": (layer(lambda e: e.pop("format")), r"mgvq\.json does not describe layers"),
-    "a format of tomorrow": (layer(lambda e: e.update(format="hologram")), r"mgvq\.json: layer .* has the format 'hologram'"),
-    "a tensor that is not there": (layer(lambda e: e["tensors"].update(codes="gone")), r"mgvq\.safetensors lacks \['gone'\]"),
-    "another shape": (layer(lambda e: e.update(shape=[3, 5])), r"layer model\.language_model\.layers\.0\.mlp\.up_proj cannot be"),
-    "a setting too many": (layer(lambda e: e.update(colour="red")), r"layers\.0\.mlp\.up_proj cannot be decoded"),
+    "a format of tomorrow": (layer(lambda e: e.update(format="hologram")), r"mgvq\.index: layer .* has the format 'hologram'"),
+    "a tensor that is not there": (layer(lambda e: e["tensors"].update(codes="gone")), r"mgvq\.safetensors lacks gone of layer"),
+    "another shape": (
+        layer(lambda e: e.update(shape=[3, 5])),
+        r"layer model\.language_model\.layers\.0\.mlp\.up_proj \(ValueError: codes is uint8",
+    ),
+    "a setting too many": (layer(lambda e: e.update(colour="red")), r"layers\.0\.mlp\.up_proj \(TypeError.*colour"),
     "a table of another shape": (stored(lambda t: t.update({TABLE: t[TABLE][:, :1, :1].contiguous()})), r"up_proj|does not fit"),
     "a table of numbers that are none": (stored(lambda t: t[TABLE].fill_(float("nan"))), r"mgvq\.safetensors: 1 tensors are NaN"),
     "a norm of numbers that are none": (stored(lambda t: t[NORM].fill_(float("inf"))), rf"mgvq\.safetensors: 1 .*{NORM}"),
@@ -183,28 +204,43 @@ def test_a_folder_that_is_no_checkpoint_is_told(tmp_path: Path) -> None:
                 step(folder)
 
 
-def test_version_2_is_read(checkpoint: Path) -> None:
-    """It had no digests."""
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_index_of_version_2_is_read(version: int, whole: tuple[Path, Loaded], checkpoint: Path) -> None:
+    """The first checkpoints of version 3 had it too, and digests."""
+    index = read_index(checkpoint / INDEX)
+    layers = {n: {"format": p.format, "tensors": p.tensors, **p.settings} for n, p in index.layers.items()}
+    old = {"version": version, "layers": layers, "source_dtype": index.source_dtype}
+    (checkpoint / OLD_INDEX).write_text(json.dumps(old))
+    (checkpoint / INDEX).unlink()
+    edit_json(checkpoint / "config.json", lambda c: (c.pop("quantization_config"), c.pop("transformers_weights")))
     (checkpoint / DIGESTS).unlink()
-    with pytest.raises(UserError, match=r"mgvq\.digests\.json cannot be read"):
-        mgvq.load(checkpoint)
-    edit_json(checkpoint / INDEX, lambda index: index.update(version=2))
-    mgvq.load(checkpoint)
+    if version == 3:
+        with pytest.raises(UserError, match=r"mgvq\.digests\.json cannot be read"):
+            mgvq.load(checkpoint)
+        digests = {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in checkpoint.iterdir()}
+        (checkpoint / DIGESTS).write_text(json.dumps(digests))
+    for packed in (False, True):
+        found, expected = (mgvq.load(folder, packed=packed).state_dict() for folder in (checkpoint, whole[0]))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
     mgvq.load_processor(checkpoint)
+    edit_json(checkpoint / OLD_INDEX, lambda i: i.update(version=99))
+    with pytest.raises(UserError, match=r"mgvq\.json has version 99"):
+        mgvq.load(checkpoint)
 
 
-def test_the_weights_are_what_they_were_in_version_2(whole: tuple[Path, Loaded]) -> None:
-    import struct
-
-    with (whole[0] / TENSORS).open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        assert json.loads(file.read(length))["__metadata__"] == {"mgvq": "2"}
-    assert json.loads((whole[0] / INDEX).read_text())["version"] == 3
+def test_a_checkpoint_of_version_2_gives_the_weights_that_it_had() -> None:
+    """It was written when there was no version 3; beside it lie the digests of its decoded weights, as they were then."""
+    folder = Path(__file__).parents[1] / "data" / "checkpoints" / "version2"
+    model = mgvq.load(folder)
+    for name, digest in json.loads(folder.with_suffix(".json").read_text()).items():
+        assert hashlib.sha256(model.get_submodule(name).weight.numpy().tobytes()).hexdigest() == digest, name
+    mgvq.load_processor(folder)
 
 
 def test_every_file_has_its_digest(whole: tuple[Path, Loaded]) -> None:
     digests = json.loads((whole[0] / DIGESTS).read_text())
-    assert set(digests) == {f.name for f in whole[0].iterdir()} - {DIGESTS}
+    assert set(digests["files"]) == {f.name for f in whole[0].iterdir()} - {DIGESTS}
 
 
 def test_auto_is_a_device(checkpoint: Path) -> None:

@@ -64,7 +64,7 @@ def test_only_the_evaluation_may_differ(change: Callable[[dict[str, Any]], None]
 
 def test_a_damaged_checkpoint_is_not_taken_over(first: Path, caplog: pytest.LogCaptureFixture) -> None:
     identity = json.loads((first / "identity.json").read_text())
-    file = first / "checkpoint" / "mgvq.json"
+    file = first / "checkpoint" / "mgvq.index"
     whole = file.read_text()
     try:
         file.write_text(whole + " ")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,11 +12,13 @@ from conftest import run_command
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mgvq
+from mgvq.checkpoint.index import read_index, to_bytes
 from mgvq.checkpoint.save import save
 from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
 from mgvq.errors import UserError
 from mgvq.model.encode import chat_prompt
+from mgvq.model.files import INDEX
 from mgvq.model.sites import list_sites
 
 KEYS = {
@@ -51,7 +54,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
 def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     ledger = pd.read_parquet(finished / "ledger.parquet")
-    stored = sum((finished / "checkpoint" / name).stat().st_size for name in ("mgvq.safetensors", "mgvq.json"))
+    stored = sum((finished / "checkpoint" / name).stat().st_size for name in ("mgvq.safetensors", "mgvq.index"))
     assert ledger.num_bytes.sum() == stored == metrics["bytes/checkpoint"]
     scope = ledger[ledger.quantized]
     assert metrics["bits/quantized_layers"] == pytest.approx(8 * scope.num_bytes.sum() / scope.num_weights.sum())
@@ -92,10 +95,19 @@ def test_unquantised_checkpoint_is_the_model_again(loaded, tmp_path: Path) -> No
         assert torch.equal(again[name], tensor), name
 
 
-def test_transformers_does_not_mistake_it_for_a_plain_model(finished: Path) -> None:
-    """A loader that finds no weights it knows must not fill in random ones."""
-    with pytest.raises(OSError, match="safetensors"):
-        AutoModelForImageTextToText.from_pretrained(finished / "checkpoint")
+def test_transformers_reads_it_packed(finished: Path) -> None:
+    model = AutoModelForImageTextToText.from_pretrained(finished / "checkpoint", dtype=torch.float32).state_dict()
+    packed = mgvq.load(finished / "checkpoint", packed=True).state_dict()
+    assert model.keys() == packed.keys()
+    assert all(torch.equal(tensor, packed[name]) for name, tensor in model.items())
+
+
+def test_the_card_has_the_numbers_of_the_run(finished: Path) -> None:
+    metrics, card = json.loads((finished / "metrics.json").read_text()), (finished / "checkpoint" / "README.md").read_text()
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
+    for name in ("bits/quantized_layers", "bits/language_model", "bits/model", "tiny_vqa/accuracy", "loss/answer"):
+        assert f"| {metrics[name]:.4f}" in card, name
+    assert "full precision" in card
 
 
 def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
@@ -103,14 +115,14 @@ def test_damage_is_named(finished: Path, tmp_path: Path) -> None:
         mgvq.load(tmp_path)
     broken = tmp_path / "broken"
     shutil.copytree(finished / "checkpoint", broken)
-    index = json.loads((broken / "mgvq.json").read_text())
-    name = next(iter(index["layers"]))
-    index["layers"][name]["tensors"]["codes"] = "gone"
-    (broken / "mgvq.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"mgvq\.json altered"):
+    index = read_index(broken / INDEX)
+    name, layer = next(iter(index.layers.items()))
+    gone = replace(index, layers={**index.layers, name: replace(layer, tensors={**layer.tensors, "codes": "gone"})})
+    (broken / INDEX).write_bytes(to_bytes(gone))
+    with pytest.raises(UserError, match=r"mgvq\.index altered"):
         mgvq.load(broken)
     with pytest.raises(UserError, match=name):
         mgvq.load(broken, verify=False)
-    (broken / "mgvq.json").write_text(json.dumps({**index, "version": 99}))
+    (broken / INDEX).write_bytes(b"MGVQ" + (99).to_bytes(4, "little"))
     with pytest.raises(UserError, match="version 99"):
         mgvq.load(broken)
