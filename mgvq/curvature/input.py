@@ -30,7 +30,7 @@ class Input:
 
     @property
     def needs(self) -> Needs:
-        return Needs(gram=True, clip=self.clip, gradients=self.fusion == "mbq_ratio")
+        return Needs(gram=True, clip=self.clip, saliency=self.fusion == "mbq_ratio")
 
     @property
     def needs_images(self) -> bool:
