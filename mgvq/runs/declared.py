@@ -4,6 +4,7 @@
       idle: true                   # the variant leaves everything as it is: it is no part of a run's identity
       identity: {path: content}    # how its settings count in a run's identity (`mgvq.runs.identity`)
       kind: {headline: ...}        # what tables make of an evaluation's metrics (`mgvq.studies.kinds`)
+      numerics: 1                  # raised by a commit that moves numbers of this variant alone
 
 What only a built variant is asked for is a property of the protocols (`mgvq.protocols`).
 """
@@ -14,7 +15,7 @@ from typing import Any
 from mgvq.errors import UserError
 
 KEY = "_declares_"
-_WORDS = ("idle", "identity", "kind")
+_WORDS = ("idle", "identity", "kind", "numerics")
 
 
 def declared(settings: Mapping[str, Any]) -> Mapping[str, Any]:
