@@ -22,7 +22,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
         loaded = load(source, torch.device("cpu"))
         sites, batches = list_sites(loaded.model, "language"), list(drawn.batches(loaded.processor))
         found[f"statistics of the language layers, 128 samples, {name}"] = (
-            partial(collect, loaded.model, sites, batches, Needs(gram=True, gradients=True), 0),
+            partial(collect, loaded.model, sites, batches, Needs(gram=True, fisher=True, saliency=True, gradient=True), 0),
             "a forward pass, a backward pass to the layers' outputs, one to outputs and weights",
             partial(plain, loaded, sites, batches),
         )

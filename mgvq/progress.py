@@ -1,13 +1,88 @@
-"""How far a loop is: a bar on a terminal, and nothing where the output goes into a file or a pipe."""
+"""How far a loop is, how long it will take, and the most memory so far: a bar on a terminal, a line now and then in a log."""
 
+import logging
+import re
+import resource
+import sys
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+_EVERY = 20.0  # seconds between two lines of a log, and before the first
+_LINE = re.compile(r"so far (\d+) of (\d+) (.*?), about ([\d.]+) min left, peak memory ([\d.]+) GB")
+_going_on: list[str] = []  # the loops in which a loop runs: the outermost alone is told of in a log
+_told_at = 0.0
+
 
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
-    """`items` one by one; the bar bears the name of what they are, and is gone when they are through."""
-    return iter(tqdm(items, what, leave=False, disable=None))  # None: shown on a terminal only
+    """`items` one by one, `what` being what they are.
+
+    A terminal shows a bar, which is gone when they are through. Anywhere else the outermost loop of known length says every 20
+    seconds which item of how many it is at, how many minutes are left at this pace, and the peak memory of the process.
+    """
+    if sys.stderr.isatty():
+        return _shown(items, what)
+    return _told(items, what)
+
+
+def _shown(items: Iterable[T], what: str) -> Iterator[T]:
+    with tqdm(items, what, leave=False) as bar:
+        for item in bar:
+            bar.set_postfix_str(f"peak {peak_gb():.2f} GB", refresh=False)
+            yield item
+
+
+def _told(items: Iterable[T], what: str) -> Iterator[T]:
+    global _told_at
+    number = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    start = time.monotonic()
+    if not _going_on:
+        _told_at = start
+    _going_on.append(what)
+    try:
+        for done, item in enumerate(items):
+            now = time.monotonic()
+            if number and done and len(_going_on) == 1 and now - _told_at >= _EVERY:
+                left = (now - start) / done * (number - done) / 60
+                log.info("so far %d of %d %s, about %.1f min left, peak memory %.2f GB", done, number, what, left, peak_gb())
+                _told_at = now
+            yield item
+    finally:
+        _going_on.remove(what)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a line of a log says."""
+
+    done: int
+    total: int
+    what: str
+    minutes_left: float
+    peak_gb: float
+
+    def __str__(self) -> str:
+        return f"{self.done} of {self.total} {self.what}, about {self.minutes_left:.1f} min left, peak {self.peak_gb:.2f} GB"
+
+
+def last_told(text: str) -> Progress | None:
+    """The last that a run's log says of its progress; None where it has not said anything yet."""
+    found = _LINE.findall(text)
+    if not found:
+        return None
+    done, total, what, left, peak = found[-1]
+    return Progress(int(done), int(total), what, float(left), float(peak))
+
+
+def peak_gb() -> float:
+    """The most memory that the accelerator has held, or the process where none is in use, in 10^9 bytes."""
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

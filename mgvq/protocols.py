@@ -465,7 +465,7 @@ class Curvature(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """Evaluates a model against its full-precision reference.
+    """Evaluates a model against its full-precision reference (`mgvq.model.reference.Reference`; its `model` is the model itself).
 
     What tables and plans make of its metrics is declared in its yaml (`mgvq.studies.kinds`).
     """
@@ -475,7 +475,7 @@ class Task(Protocol):
         """Whether the questions show images: a model that reads only text cannot answer them."""
         ...
 
-    def __call__(self, model: torch.nn.Module, reference: torch.nn.Module | None, processor: Any, label: str) -> EvalResult: ...
+    def __call__(self, model: torch.nn.Module, reference: Any, processor: Any, label: str) -> EvalResult: ...
 
 
 @runtime_checkable

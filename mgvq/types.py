@@ -85,8 +85,12 @@ class Needs:
     clip: float | None = None
     """How many times the median energy a token may weigh in the Gram; None: every token weighs 1. It is the same Gram that all
     variants of a run read."""
-    gradients: bool = False
-    """The output Fisher, the gradient and the saliency."""
+    fisher: bool = False
+    """The output Fisher by modality (a backward pass from sampled labels)."""
+    saliency: bool = False
+    """The mean absolute gradient of the outputs by modality (a backward pass from the right answers)."""
+    gradient: bool = False
+    """The gradient of the weight (the same pass)."""
     channel_groups: int = 0
     """This many Grams weighted by the squared gradients of groups of output channels (GuidedQuant; 1: weighted by token)."""
     sequences: bool = False
@@ -102,7 +106,7 @@ class Needs:
             if mine and theirs and mine != theirs:
                 raise ValueError(f"{name} of {mine} and of {theirs} cannot be collected together")
             merged[name] = mine or theirs
-        for name in ("gram", "gradients", "sequences"):
+        for name in ("gram", "fisher", "saliency", "gradient", "sequences"):
             merged[name] = getattr(self, name) or getattr(other, name)
         return Needs(**merged)
 

@@ -146,7 +146,7 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         print(
             "\nmgvq-run: interrupted. Finished runs and collected statistics are kept; the run that was going on is no result, "
-            "and the same command starts it again.",
+            "and the same command starts it again, behind the last block that was rounded where its method goes block by block.",
             file=sys.stderr,
         )
         name = str(interrupt) or "SIGINT"

@@ -194,7 +194,7 @@ def _verify(folders: list[Path]) -> int:
         if thing.fault:
             bad[thing.kind] += 1
             print(f"BAD {thing.kind}: {thing.fault}", flush=True)
-    names = {"run": "runs", "checkpoint": "checkpoints", "statistics": "files of statistics"}
+    names = {"run": "runs", "checkpoint": "checkpoints", "statistics": "files of statistics", "teacher": "files of states"}
     counts = ", ".join(f"{checked[kind]} {name}" for kind, name in names.items())
     wrong = ", ".join(f"{bad[kind]} {name}" for kind, name in names.items() if bad[kind])
     print(f"checked: {counts}; {f'bad: {wrong}' if wrong else 'all as they were written'}", file=sys.stderr)

@@ -33,7 +33,7 @@ class Input:
 
     @property
     def needs(self) -> Needs:
-        return Needs(gram=True, clip=self.clip, gradients=self.fusion in _POWERS)
+        return Needs(gram=True, clip=self.clip, saliency=self.fusion in _POWERS)
 
     @property
     def needs_images(self) -> bool:

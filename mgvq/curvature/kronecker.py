@@ -74,7 +74,7 @@ class KroneckerFisher:
             return Needs(sequences=True)
         if self.fusion == "token":
             return Needs(power_rounds=self.rounds or _ROUNDS)
-        return Needs(gram=True, clip=self.clip, gradients=True)
+        return Needs(gram=True, clip=self.clip, fisher=True, saliency=self.fusion == "mbq_ratio")
 
     @property
     def needs_images(self) -> bool:

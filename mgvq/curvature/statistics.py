@@ -51,8 +51,8 @@ def collect(
     if needs.power_rounds:
         batches = list(batches)
     sums = _Sums(needs)
-    sampled = needs.gradients or needs.sequences or needs.power_rounds > 0
-    answered = needs.gradients or needs.channel_groups > 0
+    sampled = needs.fisher or needs.sequences or needs.power_rounds > 0
+    answered = needs.saliency or needs.gradient or needs.channel_groups > 0
     further = further if needs.gram else ()
     if not (sampled or answered):  # the Gram is all there is: its batches are all alike
         batches, further = chain(batches, further), ()
@@ -123,7 +123,7 @@ class _Sums:
                 self.add(("gram", site.reads, modality), gram)
 
     def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
-        if self.needs.gradients:
+        if self.needs.fisher:
             for modality, tokens in rows.by_modality(site, g).items():
                 if len(tokens):
                     self.add(("fisher", site.name, modality), tokens.T @ tokens)
@@ -136,8 +136,9 @@ class _Sums:
             self.add(("token", site.name), _weighted_gram(rows.all(site, x), rows.all(site, g).square().mean(-1)))
 
     def add_answered(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
-        if self.needs.gradients:
+        if self.needs.gradient:
             self.add(("gradient", site.name), g.flatten(0, -2).T @ x.flatten(0, -2))
+        if self.needs.saliency:
             for modality, sizes in rows.by_modality(site, g.abs().mean(-1, keepdim=True)).items():
                 self._num_answered[site.name, modality] += len(sizes)
                 self.add(("saliency", site.name, modality), sizes.sum())
@@ -153,9 +154,11 @@ class _Sums:
         fisher: dict[Modality, Tensor] = {}
         saliency: dict[Modality, float] = {}
         gradient, channel_gram, sequence = None, None, None
-        if needs.gradients:
+        if needs.fisher:
             fisher = {m: self.take(("fisher", name, m), num_out, num_out) for m in MODALITIES}
+        if needs.saliency:
             saliency = {m: float(self.take(("saliency", name, m))) / n for m in MODALITIES if (n := self._num_answered[name, m])}
+        if needs.gradient:
             gradient = self.take(("gradient", name), num_out, num_in) / max(1, self.num_answers)
         if needs.channel_groups:
             groups = len(torch.empty(num_out).chunk(needs.channel_groups))

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_states, logits
 from mgvq.model.pack import PackedBatch
+from mgvq.model.reference import Reference
 from mgvq.progress import progress
 from mgvq.types import Batch
 
@@ -34,18 +35,21 @@ class Forced:
 
 
 @torch.inference_mode()
-def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: Iterable[Batch | PackedBatch]) -> dict[str, Forced]:
+def score(
+    model: PreTrainedModel, reference: Reference | PreTrainedModel | None, batches: Iterable[Batch | PackedBatch]
+) -> dict[str, Forced]:
     """What `model` makes of the right answers, by sample id; `reference` is the full-precision model that it is compared with."""
+    asked = reference if reference is None or isinstance(reference, Reference) else Reference(reference)
     scored: dict[str, Forced] = {}
     for batch in progress(batches, "answers"):
         batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
-        compared = reference is not None and reference is not model
+        compared = asked if asked is not None and asked.model is not model else None
         states = answer_states(model, batch)
-        expected = answer_states(reference, batch) if compared else states
+        expected = compared.states(batch) if compared else states
         size = max(1, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
         parts = [
-            _scored(model, reference if compared else None, *part)
+            _scored(model, compared, *part)
             for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
         ]
         losses, divergence, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
@@ -60,7 +64,7 @@ def score(model: PreTrainedModel, reference: PreTrainedModel | None, batches: It
 
 
 def _scored(
-    model: PreTrainedModel, reference: PreTrainedModel | None, targets: Tensor, states: Tensor, expected_states: Tensor
+    model: PreTrainedModel, reference: Reference | None, targets: Tensor, states: Tensor, expected_states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Losses, divergences and first choices of some tokens, then the reference's losses and first choices.
 
@@ -70,7 +74,7 @@ def _scored(
     losses = -logs.gather(1, targets[:, None])[:, 0]
     if reference is None:
         return losses, torch.zeros_like(losses), logs.argmax(-1), losses, logs.argmax(-1)
-    expected = _log_probabilities(logits(reference, expected_states))
+    expected = _log_probabilities(reference.logits(expected_states))
     divergence = (expected.exp() * (expected - logs)).sum(-1)
     return losses, divergence, logs.argmax(-1), -expected.gather(1, targets[:, None])[:, 0], expected.argmax(-1)
 

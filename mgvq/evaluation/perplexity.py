@@ -16,6 +16,7 @@ from mgvq.data.texts import TextSettings
 from mgvq.errors import UserError
 from mgvq.evaluation.forced import score
 from mgvq.evaluation.means import missing_flags, num_broken, weighted
+from mgvq.model.reference import Reference
 from mgvq.model.text import Passage, text_batches
 from mgvq.model.windows import Window, Windows, window_batches
 from mgvq.rng import generator
@@ -45,7 +46,7 @@ class Perplexity(TextSettings):
     def texts(self) -> Mapping[str, str]:
         return {"evaluation": self.sha256(language_reference())}
 
-    def __call__(self, model: PreTrainedModel, reference: PreTrainedModel | None, processor: Any, label: str) -> EvalResult:
+    def __call__(self, model: PreTrainedModel, reference: Reference | None, processor: Any, label: str) -> EvalResult:
         """One row a passage or window, its `type` the topic of the reference or the document; no prediction and no score.
 
         `loss/answer` and `kl/full_precision` are nats a token, `text/perplexity` is the exponential of the former.

@@ -19,6 +19,7 @@ from mgvq.data.benchmarks import BENCHMARKS
 from mgvq.errors import UserError
 from mgvq.evaluation.means import missing_flags, num_broken
 from mgvq.evaluation.suite_metrics import averages, metrics
+from mgvq.model.reference import Reference
 from mgvq.types import EvalResult
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Suite:
                 "moves, must be writable."
             )
 
-    def __call__(self, model: PreTrainedModel, reference: PreTrainedModel | None, processor: Any, label: str) -> EvalResult:
+    def __call__(self, model: PreTrainedModel, reference: Reference | None, processor: Any, label: str) -> EvalResult:
         """One row a question, with `parsed`, `chance` and `corrected` beside `score`; `metrics` says what is made of them.
 
         The reference is not asked: these questions have answers of their own.

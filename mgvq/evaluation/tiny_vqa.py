@@ -17,6 +17,7 @@ from mgvq.evaluation.forced import score
 from mgvq.evaluation.means import by_type, mean, missing_flags, num_broken, weighted
 from mgvq.model.encode import Example, batches
 from mgvq.model.pack import can_pack, packed_batches
+from mgvq.model.reference import Reference
 from mgvq.types import EvalResult
 
 _BATCH = 125  # fixed: the last digits of the losses move with it
@@ -38,7 +39,7 @@ class TinyVQA:
         if self.answers not in ("generated", "forced"):
             raise UserError(f"evaluation.answers must be generated or forced, got {self.answers!r}")
 
-    def __call__(self, model: PreTrainedModel, reference: PreTrainedModel | None, processor: Any, label: str) -> EvalResult:
+    def __call__(self, model: PreTrainedModel, reference: Reference | None, processor: Any, label: str) -> EvalResult:
         """One row a question. `loss/answer` and `kl/full_precision` are nats a token of the right answers."""
         docs = documents(self.seed, self.num_questions)
         examples = [Example(d["sample_id"], d["image"], d["question"], d["answer"]) for d in docs]

@@ -1,7 +1,7 @@
 """Rounding block by block, towards targets that a gradient has moved; how far is chosen on held-out samples."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,31 +40,43 @@ def blockwise_rounding(
     rates: Sequence[Rate],
     rounder: LayerRounder,
     flags: list[str],
+    finished: MutableMapping[str, Any] | None = None,
 ) -> tuple[Rounded, pd.DataFrame]:
     """At every block: take the gradient with the blocks before it quantised, try the steps, keep the best on held-out samples.
 
     With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that the later ones do not
-    see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n,
-    since its gradient is rounding noise.
+    see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n:
+    its gradient would be rounding noise, so that none is taken and nothing is moved.
 
-    Steps are tried from the smallest up, until one is worse than the one before it. From the second sweep on all blocks are
-    quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which rounding
-    makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is there.
+    Steps are tried from the smallest up, as far as a quadratic model of the loss looks for its minimum (`_leads_on`), which takes
+    two evaluations for most blocks, and never beyond one that is worse than the one before it. From the second sweep on all
+    blocks are quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which
+    rounding makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is
+    there.
 
-    Codebooks are fitted to the moved targets. `model` has its own weights again in the end. The table has a row for every sweep,
-    block and step that was tried: the gradient's norm, the change of the loss that it predicts to first order, the loss on the
-    held-out samples before the block was rounded (NaN in the first sweep) and after. Flag `no_step`: all steps that were chosen
-    are 0. Raises UserError for a gradient that is zero, and for a block that no step leaves with a finite loss.
+    Codebooks are fitted to the moved targets, or left to the refit where there is one. `model` has its own weights again in the
+    end. The table has a row for every sweep, block and step that was tried: the gradient's norm, the change of the loss that it
+    predicts to first order, the loss on the held-out samples before the block was rounded (NaN in the first sweep) and after.
+    Flag `no_step`: all steps that were chosen are 0. Raises UserError for a gradient that is zero, and for a block that no step
+    leaves with a finite loss.
+
+    `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
+    computed again, so that a loop which was stopped goes on from there, to the same bits.
     """
-    blocks = list(by_block(sites))
+    blocks, finished = list(by_block(sites)), {} if finished is None else finished
     teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
     with restored(model, {site: weight.clone() for site, weight in site_weights(model, sites).items()}):
         loop = _Loop(model, bank, shift, teacher, cache, rates, rounder)
-        for sweep in range(shift.sweeps):
-            teacher.unsettle()
-            for number, block in enumerate(progress(blocks, f"blocks, sweep {sweep + 1}")):
-                loop.visit(sweep, blocks[number:])
-                teacher.settle(block)
+        visits = [(sweep, number) for sweep in range(shift.sweeps) for number in range(len(blocks))]
+        for sweep, number in progress(visits, "blocks" if shift.sweeps == 1 else f"blocks in {shift.sweeps} sweeps"):
+            if number == 0:
+                teacher.unsettle()
+            name = f"sweep-{sweep}-block-{number:04}"
+            if (visit := finished.get(name)) is not None:
+                loop.take_over(visit, blocks[number])
+            else:
+                finished[name] = loop.visit(sweep, blocks[number:])
+            teacher.settle(blocks[number])
     rounded = Rounded()
     for trial in loop.chosen.values():
         rounded |= trial.rounded
@@ -87,6 +99,42 @@ class _Trial:
     first_order: float  # the change of the loss that the gradient predicts for the rounded weights
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """What a visit of a block has changed in the loop."""
+
+    chosen: _Trial | None  # None: what was there is better
+    rows: Sequence[dict[str, Any]]
+    gradients: Mapping[Site, Tensor]  # of blocks that are still to be visited
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A step, what it left, and what the gradient had promised for the move of the targets."""
+
+    step: float
+    loss: float
+    promised: float
+
+
+def _leads_on(last: _Point, here: _Point, larger: float) -> bool:
+    """Whether a larger step is worth an evaluation (docs/method.md, eq. (step-model)).
+
+    The parabola that has the two losses, and at `last` the slope that the gradient promises, has to have its minimum nearer to
+    the larger step than to this one. A step that is worse than the last ends the search, and one whose loss is no number does
+    not.
+    """
+    if here.loss > last.loss:
+        return False
+    apart = here.step - last.step
+    if not (math.isfinite(last.loss) and math.isfinite(here.loss)) or apart == 0:
+        return True
+    promised, found = here.promised - last.promised, here.loss - last.loss
+    if found <= promised:  # the loss falls at least as fast as its slope: no minimum in sight
+        return True
+    return last.step - apart * promised / (2 * (found - promised)) > (here.step + larger) / 2
+
+
 @dataclass
 class _Loop:
     """What the blocks have been rounded to so far."""
@@ -102,12 +150,13 @@ class _Loop:
     gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
     chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
+    loss: float = math.nan  # of the model as it is, on the held-out samples; NaN before anything is rounded
 
-    def visit(self, sweep: int, blocks: Sequence[Block]) -> None:
+    def visit(self, sweep: int, blocks: Sequence[Block]) -> _Visit:
         """Choose a step for the first of the blocks that are still to be visited, and leave it rounded in the model."""
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
-        gradient = self._gradient(blocks[:1] if untouched else blocks)
+        gradient = {} if untouched else self._gradient(blocks)
         norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
         if norm == 0 and not untouched:
             raise UserError(
@@ -115,7 +164,7 @@ class _Loop:
                 "compensation=hessian does without."
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
-        before = self.teacher.heldout_loss() if sweep else float("nan")
+        before = self.loss if sweep else math.nan
         present = {site: linear(self.model, site).weight.detach().clone() for site in block}
         trials = list(self._trials(block, gradient, present, steps, before))
         best = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
@@ -125,16 +174,26 @@ class _Loop:
                 f"{name} and its block: the loss on the held-out samples is not finite, whatever step is taken. The model's "
                 "answers leave the range of its dtype: set model.dtype=float32; or compensation=hessian, which asks for no loss."
             )
-        if improves:
-            self.chosen[name] = best
-            self.targets |= best.targets
-        install(self.model, best.rounded.decoded if improves else present)
-        for trial in trials:
-            self.rows.append(
-                {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
-                | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
-                | {"chosen": improves and trial is best}
-            )
+        rows = [
+            {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
+            | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
+            | {"chosen": improves and trial is best}
+            for trial in trials
+        ]
+        install(self.model, present)
+        visit = _Visit(best if improves else None, rows, dict(self.gradients))
+        self.take_over(visit, block)
+        return visit
+
+    def take_over(self, visit: _Visit, block: Block) -> None:
+        """Go on as after the visit of the block, which is rounded in the model as it was left there."""
+        self.rows += visit.rows
+        self.gradients = dict(visit.gradients)
+        if visit.chosen is not None:
+            self.chosen[block[0].name] = visit.chosen
+            self.targets |= visit.chosen.targets
+            self.loss = visit.chosen.loss
+            install(self.model, visit.chosen.rounded.decoded)
 
     def _gradient(self, blocks: Sequence[Block]) -> dict[Site, Tensor]:
         """Of the first block: from full precision, or left by an earlier pass, or from a pass over as many as go together."""
@@ -153,30 +212,54 @@ class _Loop:
         steps: Sequence[float],
         before: float,
     ) -> Iterator[_Trial]:
-        """Step after step, until one is worse than the one before it: larger ones would be worse still."""
-        last = before
-        for step in steps:
-            targets = {site: self._target(site, gradient[site], present[site], step) for site in block}
+        """Step after step, as far as the quadratic model leads (`_leads_on`)."""
+        last = _Point(0.0, before, 0.0)
+        aims = {site: self._aim(site, gradient.get(site), present[site]) for site in block}
+        for step, larger in zip(steps, [*steps[1:], None], strict=True):
+            targets = {site: self._target(site, aim, step) for site, aim in aims.items()}
             flags: list[str] = []
-            cache, name = (self.cache.with_targets(targets), "shifted") if step else (self.cache, "feedback")
+            cache, name = self.cache, "feedback"
+            if step:  # a refit moves the tables anyway, to where the codes of the moved target want them
+                cache, name = cache.with_targets(targets, fit=self.rounder.refit is None), "shifted"
             rounded = self.rounder.round(cache, self.rates, block, flags, name)
             install(self.model, rounded.decoded)
             change = {site: (rounded.decoded[site] - weight.float()).cpu() for site, weight in present.items()}
-            first_order = sum(float((gradient[site] * change[site]).sum()) for site in block)
-            loss = self.teacher.heldout_loss()
-            yield _Trial(step, targets, rounded, flags, loss, first_order)
-            if loss > last:
+            first_order = sum((float((g * change[site]).sum()) for site, g in gradient.items()), 0.0)
+            promised = sum((aim.promised(targets[site]) for site, aim in aims.items()), 0.0)
+            here = _Point(step, self.teacher.heldout_loss(), promised)
+            yield _Trial(step, targets, rounded, flags, here.loss, first_order)
+            if larger is None or not _leads_on(last, here, larger):
                 return
-            if math.isfinite(loss):
-                last = loss
+            if math.isfinite(here.loss):
+                last = here
 
-    def _target(self, site: Site, gradient: Tensor, present: Tensor, step: float) -> Tensor:
+    def _aim(self, site: Site, gradient: Tensor | None, present: Tensor) -> "_Aim":
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
-        target, gradient = problem.target, gradient.to(problem.target.device)
+        target = problem.target
+        if gradient is None:
+            return _Aim(target, None)
+        gradient = gradient.to(target.device)
         if problem.transform:
             gradient = problem.transform.weight(gradient)
         if site in self.targets:  # an earlier sweep has rounded it, with an error that the gradient knows
             target = self.targets[site]
             gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
-        return self.shift.target(target, problem.metric, gradient, step)
+        return _Aim(target, gradient)
+
+    def _target(self, site: Site, aim: "_Aim", step: float) -> Tensor:
+        metric = self.cache.problems[site].metric
+        assert metric is not None, "the method's checks ask for a metric"
+        return aim.target.float() if aim.gradient is None else self.shift.target(aim.target, metric, aim.gradient, step)
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """What a layer's target is moved from, and by which gradient there, in the basis of its problem."""
+
+    target: Tensor
+    gradient: Tensor | None  # None: it is not moved
+
+    def promised(self, moved: Tensor) -> float:
+        """The change of the loss that the gradient promises for the moved target, to first order."""
+        return 0.0 if self.gradient is None else float((self.gradient * (moved - self.target.float())).sum())

@@ -35,18 +35,18 @@ class CodebookCache:
             self._fitted[number, rate.name] = codebooks, flags
         return self._fitted[number, rate.name]
 
-    def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]]) -> "CodebookCache":
+    def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]], *, fit: bool = True) -> "CodebookCache":
         """The same layers with other targets for some of them; see `with_problems`."""
-        return self.with_problems({s: replace(self.problems[s], target=target) for s, target in targets.items()})
+        return self.with_problems({s: replace(self.problems[s], target=target) for s, target in targets.items()}, fit=fit)
 
-    def with_problems(self, problems: Mapping[Site, LayerProblem]) -> "CodebookCache":
+    def with_problems(self, problems: Mapping[Site, LayerProblem], *, fit: bool = True) -> "CodebookCache":
         """Other problems for some of the layers; codebooks are fitted to their targets.
 
-        A table group in which other layers have slices too keeps the codebooks that it has here.
+        A table group in which other layers have slices too keeps the codebooks that it has here, and without `fit` all do.
         """
         moved = CodebookCache(self.table_groups, self.codebook, {**self.problems, **problems})
         for number, table_group in enumerate(self.table_groups):
-            if any(channel_slice.site not in problems for channel_slice in table_group.slices):
+            if not fit or any(channel_slice.site not in problems for channel_slice in table_group.slices):
                 moved._borrowed[number] = self._borrowed.get(number, self)
         return moved
 

@@ -101,5 +101,5 @@ class Method:
     def needs(self) -> Needs:
         """The statistics that its stages read."""
         curvature = self.curvature.needs if self.curvature else Needs()
-        static = Needs(gradients=self.shift is not None and not self.shift.refresh)
+        static = Needs(gradient=self.shift is not None and not self.shift.refresh)
         return curvature | static | self.sensitivity.needs | self.grouping.needs

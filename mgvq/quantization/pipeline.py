@@ -1,7 +1,8 @@
 """`quantize()`: the algorithm in one screen. No Hydra, no files, no tracking."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.formats.outliers import Outliers
+from mgvq.model.blocks import block_name
 from mgvq.model.sites import site_weights
 from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
@@ -33,11 +35,14 @@ def quantize(
     method: Method,
     bits_per_weight: float,
     samples: Samples | None,
+    finished: MutableMapping[str, Any] | None = None,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
     `bank` holds what `method.needs` asks for, `samples` are there if `method.compensation` moves its targets by a gradient.
-    Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
+    `finished` holds the blocks that an earlier start has rounded, and is given the others one by one, where layers are rounded
+    block by block and no table is shared between blocks. Raises UserError for weights or scores that are not finite, and where
+    the budget cannot be met.
     """
     start = time.perf_counter()
     weights = site_weights(model, sites)
@@ -63,11 +68,15 @@ def quantize(
         rounded = rounder.round(cache, rates, sites, flags)
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
+        if any(len({block_name([s.site]) for s in group.slices}) > 1 for group in table_groups):
+            finished = None  # a table is one object in all layers that share it, which files of single blocks cannot tell
         if method.prefix is not None:
-            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags)
+            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags, finished)
         else:
             assert method.shift is not None, "the method is blockwise"
-            rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
+            rounded, blocks = blockwise_rounding(
+                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished
+            )
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,

@@ -1,7 +1,8 @@
 """Rounding in the order of the data, every layer on the inputs that the layers quantised before it give."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,26 +29,38 @@ def sequential_rounding(
     rates: Sequence[Rate],
     rounder: LayerRounder,
     flags: list[str],
+    finished: MutableMapping[str, Any] | None = None,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
     The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
-    output factor stays. `prefix` says how its target is moved before it is rounded. `model` has its own weights again in the end.
+    output factor stays. `prefix` says how its target is moved before it is rounded. `finished` is as in `blockwise_rounding`.
+    `model` has its own weights again in the end.
     """
+    finished = {} if finished is None else finished
     originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
     walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
     rounded = Rounded()
     with restored(model, originals):
-        for block in progress(list(by_block(sites)), "blocks"):
+        for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
             streams = [_Streams(walk, block, originals) for walk in walks]
-            for together in _by_input(block):
-                moments = [stream.moments(together) for stream in streams]
-                problems = {}
-                for site in together:
-                    problem = cache.problems[site]
-                    problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
-                rounded |= rounder.round(cache.with_problems(problems), rates, together, flags)
-                install(model, {site: rounded.decoded[site] for site in together})
+            name = f"block-{number:04}"
+            if (earlier := finished.get(name)) is not None:
+                own, taken = earlier
+                install(model, own.decoded)
+            else:
+                own, taken = Rounded(), []
+                for together in _by_input(block):
+                    moments = [stream.moments(together) for stream in streams]
+                    problems = {}
+                    for site in together:
+                        problem = cache.problems[site]
+                        problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
+                    own |= rounder.round(cache.with_problems(problems), rates, together, taken)
+                    install(model, {site: own.decoded[site] for site in together})
+                finished[name] = own, taken
+            rounded |= own
+            flags += taken
             for walk in walks:
                 walk.settle(block)
     return rounded

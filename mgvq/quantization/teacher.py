@@ -16,15 +16,19 @@ from mgvq.model.passes import forward, right_labels
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.types import Site
 
+_MOST_KEPT = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
+
 
 @dataclass
 class _Taught:
     """What the full-precision model says about one batch.
 
-    The head is no site and stays as it is, so its inputs are kept: its outputs would take the vocabulary over the width as much.
+    The head is no site and stays as it is, so its inputs are kept: its outputs take the vocabulary over the width as much, and
+    are kept where there is room.
     """
 
     states: Float[Tensor, "answers hidden"]  # what the head reads for the answers
+    logs: Float[Tensor, "answers vocabulary"] | None = None  # log-probabilities; None: computed anew whenever they are needed
     blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by block: its output, and the weight of every token
 
 
@@ -60,10 +64,24 @@ class Teacher:
             self._taught, self._taught_heldout = (
                 [_Taught(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
             )
+            if source != "sft":
+                self._keep_logs()
         self._walk, self._heldout_walk = (BlockWalk(model, sites, part) for part in (self.batches, self.heldout))
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)
+
+    def _keep_logs(self) -> None:
+        """Of the held-out samples first, which are looked at most often."""
+        room = _MOST_KEPT // self.model.config.get_text_config(decoder=True).vocab_size
+        for taught in (*self._taught_heldout, *self._taught):
+            if len(taught.states) > room:
+                return
+            room -= len(taught.states)
+            taught.logs = self._expected(taught)
+
+    def _expected(self, taught: _Taught) -> Float[Tensor, "answers vocabulary"]:
+        return logits(self.model, taught.states).log_softmax(-1) if taught.logs is None else taught.logs
 
     def settle(self, block: Block) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
@@ -112,7 +130,7 @@ class Teacher:
         if self.source == "sft":
             return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
         with torch.no_grad():
-            expected = logits(self.model, taught.states).log_softmax(-1)
+            expected = self._expected(taught)
         return (expected.exp() * (expected - logs)).sum(-1)
 
     def _blocks(self, sites: Sequence[Site], batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:

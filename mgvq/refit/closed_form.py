@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mgvq.codebook.exponent import FittedExponent
@@ -17,7 +17,10 @@ from mgvq.protocols import CodedSlice, FittedCodebook
 Tables = Float[Tensor, "t k d"]
 
 _STEPS = 50  # steps of the conjugate gradients, at most: enough for 256 centroids of length 4
-_PRECISION = 1e-8  # the size of the gradient, relative to the first one, at which they end
+_PRECISION = 1e-5  # the size of the gradient, relative to the first one, at which they end: finer than what tables are stored in
+_FEWER = (
+    4  # times fewer centroids than rows, from where on rows are summed by centroid: less than that saves no time for the memory
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +30,12 @@ class ClosedForm:
     Both factors are damped, so that directions in which the calibration samples see nothing count too: without that a layer with
     few massive channels trades the whole of its weights for these (docs/method.md, eq. (refit)).
 
-    With the codes given D is linear in the centroids. Conjugate gradients start from the present centroids, in float64, and each
-    step costs two products with the metric. A centroid that no code names stays, and where the metric leaves a choice the present
-    centroids decide. The result is stored as the tables were (fp16, or int8 with its step); unless it is better than they are
-    after that rounding, in the damped metric, the slices keep their tables: the objective never rises. Raises UserError for
-    centroids beyond fp16.
+    With the codes given D is linear in the centroids. Conjugate gradients start from the present centroids, in float64, scaled by
+    the diagonals of the factors, and each step costs a product with either factor. Where there are many rows for each centroid
+    the rows of `h_out` are summed by centroid once, before anything is multiplied with them. A centroid that no code names stays,
+    and where the metric leaves a choice the present centroids decide. The result is stored as the tables were (fp16, or int8 with
+    its step); unless it is better than they are after that rounding, in the damped metric, the slices keep their tables: the
+    objective never rises. Raises UserError for centroids beyond fp16.
     """
 
     rounds: int
@@ -62,7 +66,7 @@ class ClosedForm:
             return total([term.curvature(move) for term in terms])
 
         gradient = total([term.gradient(start) for term in terms])
-        found = start + _conjugate_gradients(curvature, -gradient)
+        found = start + _conjugate_gradients(curvature, -gradient, total([term.diagonal(start) for term in terms]))
         try:
             table, step = _stored(found, old)
         except ValueError as error:
@@ -108,19 +112,40 @@ class _Term:
         self.h_out = None if h_out is None else damped(h_out.to(device), damping, of)
         self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
+        few = num_centroids * _FEWER <= len(self.target) and len(self.h_in) == 1 and self.h_out is not None
+        self.summed = self._summed(codes, num_centroids) if few else None
 
     def gradient(self, tables: Tables) -> Tables:
         error = -self.target
         error[:, self.columns] += self._decode(tables)
-        return self._collect(self._weigh(error, self.h_in), tables)
+        return self._weighed(error, self.h_in, tables)
 
     def curvature(self, move: Tables) -> Tables:
         """Return the second derivative times `move`."""
-        return self._collect(self._weigh(self._decode(move), self.h_own), move)
+        return self._weighed(self._decode(move), self.h_own, move)
+
+    def diagonal(self, like: Tables) -> Tables:
+        """Return the second derivative's diagonal as it would be if the factors were their diagonals."""
+        runs = zip(row_runs(len(self.target), len(self.h_own)), self.h_own, strict=True)
+        columns = torch.cat([h.diagonal().expand(rows.stop - rows.start, -1) for rows, h in runs])
+        rows = 1.0 if self.h_out is None else self.h_out.diagonal()[:, None]
+        return self._collect(self.scale * columns * rows, like)
 
     def _decode(self, tables: Tables) -> Float[Tensor, "out c"]:
         vectors = tables.flatten(0, 1)[self.entries].sum(1)
         return self.scale * vectors.view(len(self.target), -1)[:, : len(self.columns)]
+
+    def _weighed(self, error: Float[Tensor, "out a"], h_in: Sequence[Float[Tensor, "a c"]], like: Tables) -> Tables:
+        """`h_out D h_in`, where each run of rows has its own input factor, summed by centroid."""
+        runs = zip(row_runs(len(self.target), len(h_in)), h_in, strict=True)
+        parts = [(rows, error[rows] @ h) for rows, h in runs]
+        if self.summed is not None:
+            vectors = to_vectors(self.scale * parts[0][1], like.shape[2]).transpose(0, 1)
+            found = self.summed @ vectors  # "v stages*k d"
+            subspaces = len(like) * like.shape[1] // found.shape[1]
+            folded = torch.nn.functional.pad(found, (0, 0, 0, 0, 0, -len(found) % subspaces)).unflatten(0, (-1, subspaces))
+            return folded.sum(0).view_as(like)
+        return self._collect(torch.cat([p if self.h_out is None else self.h_out[rows, rows] @ p for rows, p in parts]), like)
 
     def _collect(self, values: Float[Tensor, "out c"], like: Tables) -> Tables:
         """The transpose of `_decode`."""
@@ -129,11 +154,13 @@ class _Term:
         sums = torch.zeros_like(like).flatten(0, 1)
         return sums.index_add_(0, self.entries.flatten(), vectors.repeat_interleave(stages, 0)).view_as(like)
 
-    def _weigh(self, error: Float[Tensor, "out a"], h_in: Sequence[Float[Tensor, "a c"]]) -> Float[Tensor, "out c"]:
-        """`h_out D h_in`, where each run of rows has its own input factor as in `Metric`."""
-        runs = zip(row_runs(len(self.target), len(h_in)), h_in, strict=True)
-        parts = [(rows, error[rows] @ h) for rows, h in runs]
-        return torch.cat([part if self.h_out is None else self.h_out[rows, rows] @ part for rows, part in parts])
+    def _summed(self, codes: Int[Tensor, "out v stages"], num_centroids: int) -> Float[Tensor, "v stages_k out"]:
+        """The rows of `h_out` summed by the centroid that they name, for every vector and stage."""
+        assert self.h_out is not None
+        num_out, num_vectors, stages = codes.shape
+        named = codes.new_zeros(num_vectors, stages, num_centroids, num_out, dtype=torch.float64)
+        named.scatter_(2, codes.permute(1, 2, 0).unsqueeze(2), 1.0)
+        return (named.flatten(0, 2) @ self.h_out).view(num_vectors, stages * num_centroids, num_out)
 
 
 def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"], Float[Tensor, "t"] | None]:
@@ -144,18 +171,20 @@ def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"],
     return torch.stack([table for table, _ in stored]), torch.stack(steps) if steps else None
 
 
-def _conjugate_gradients(product: Callable[[Tables], Tables], right: Tables) -> Tables:
-    """Solve `product(x) = right` for a positive semidefinite product, from 0."""
-    solution, residual, direction = torch.zeros_like(right), right, right
-    squares = float(residual.square().sum())
-    limit = _PRECISION**2 * squares
+def _conjugate_gradients(product: Callable[[Tables], Tables], right: Tables, scale: Tables) -> Tables:
+    """Solve `product(x) = right` for a positive semidefinite product, from 0; positive entries of `scale` precondition it."""
+    inverse = torch.where(scale > 0, 1 / scale, 1.0)
+    solution, residual, direction = torch.zeros_like(right), right, inverse * right
+    size = float((residual * direction).sum())
+    limit = _PRECISION**2 * float(residual.square().sum())
     for _ in range(_STEPS):
         bent = product(direction)
         bend = float((direction * bent).sum())
-        if squares <= limit or bend <= 0:  # done, or no curvature that way but that of rounding errors
+        if bend <= 0 or float(residual.square().sum()) <= limit:  # no curvature that way but that of rounding errors, or done
             break
-        solution = solution + squares / bend * direction
-        residual = residual - squares / bend * bent
-        last, squares = squares, float(residual.square().sum())
-        direction = residual + squares / last * direction
+        solution = solution + size / bend * direction
+        residual = residual - size / bend * bent
+        scaled = inverse * residual
+        last, size = size, float((residual * scaled).sum())
+        direction = scaled + size / last * direction
     return solution

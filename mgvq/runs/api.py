@@ -1,4 +1,4 @@
-"""`mgvq.quantize`: what a run does to a model, for a program of one's own, without a command line, a run folder or an evaluation."""
+"""`mgvq.quantize`: what a run does to a model, without a command line, a run folder or an evaluation."""
 
 import copy
 import shutil

@@ -5,6 +5,7 @@
       identity: {path: content}    # how its settings count in a run's identity (`mgvq.runs.identity`)
       kind: {headline: ...}        # what tables make of an evaluation's metrics (`mgvq.studies.kinds`)
       metrics: {loss/answer: min}  # what an evaluation measures, and which way is better (`mgvq.runs.objective`)
+      numerics: 1                  # raised by a commit that moves numbers of this variant alone
 
 What only a built variant is asked for is a property of the protocols (`mgvq.protocols`).
 """
@@ -15,7 +16,7 @@ from typing import Any
 from mgvq.errors import UserError
 
 KEY = "_declares_"
-_WORDS = ("idle", "identity", "kind", "metrics")
+_WORDS = ("idle", "identity", "kind", "metrics", "numerics")
 
 
 def declared(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites
+from mgvq.progress import peak_gb
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.embeddings import round_embeddings
@@ -42,9 +42,10 @@ from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import build
-from mgvq.runs.cache import statistics
+from mgvq.runs.cache import reference, statistics
 from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
+from mgvq.runs.journal import Journal
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
 from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
@@ -90,7 +91,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, rounded, report, made = {}, {}, None, None
+        weights, rounded, report, made, journal = {}, {}, None, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
@@ -100,7 +101,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
             samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
-            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
+            code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
+            journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if samples else None
+            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples, journal)
             clock.lap("quantize")
             tables = {
                 "layers": report.layers,
@@ -136,7 +139,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
             check_same_model(loaded, weights, model, folder.checkpoint, rounded)
         digest = file_digest(folder.checkpoint / FIRST_SHARD)
-        result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
+        shared = {name: identity.get(name) for name in ("model", "evaluation", "threads", "device", "tf32", "numerics")}
+        with reference(Path(cfg.paths.results) / "cache" / "teacher", shared, loaded.model) as asked:
+            result = task(model, asked, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
         folder.write_table("samples.parquet", result.samples)
         write_card(folder.checkpoint, loaded.licence, scores(result, cfg.evaluation))
@@ -147,7 +152,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             **dict.fromkeys(broken),
             **made["sizes"],
             **{f"time/{name}_s": seconds for name, seconds in {**made["seconds"], "evaluate": clock.seconds["evaluate"]}.items()},
-            "memory/peak_gb": _peak_gb(device),
+            "memory/peak_gb": peak_gb(),
             "rate": made["rate"],
             "checkpoint_sha256": digest,
             "flags": [
@@ -160,6 +165,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
+    if journal is not None:
+        journal.close()
     return metrics
 
 
@@ -247,10 +254,3 @@ def _device(cfg: DictConfig) -> torch.device:
         raise SharedFault(str(error)) from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
     return device
-
-
-def _peak_gb(device: torch.device) -> float:
-    """The most memory that the accelerator has held, or the process where there is none, in 10^9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -27,8 +27,9 @@ _AS_IT_IS = "as it is"
 def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings that count, numbers in one spelling (2 is 2.0).
 
-    A group counts by the name of its variant (`variants`, see `mgvq.runs.compose`) and by its fields, a model by what determines
-    its weights. Variants that do nothing do not count. Raises UserError where the model's files are missing.
+    A group counts by the name of its variant (`variants`, see `mgvq.runs.compose`), by its fields, and by how often the code of
+    the variant has moved its numbers (`numerics` under `_declares_`); a model by what determines its weights. Variants that do
+    nothing do not count. Raises UserError where the model's files are missing.
     """
     whole = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(whole, dict)
@@ -40,7 +41,8 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
         if is_idle(settings[group]):
             del settings[group]
         else:
-            settings[group] = {"variant": whole["variants"][group], **_fields(group, settings[group])}
+            moved = {"numerics": number} if (number := declared(settings[group]).get("numerics")) else {}
+            settings[group] = {"variant": whole["variants"][group], **moved, **_fields(group, settings[group])}
     if "codebook" not in settings:  # nothing is quantised, in any scope
         del settings["scope"]
     return _canonical({name: value for name, value in settings.items() if name not in NEUTRAL or value != NEUTRAL[name]})

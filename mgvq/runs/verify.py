@@ -15,9 +15,9 @@ class Verified:
     """A thing that was checked."""
 
     path: Path
-    """Run folder, checkpoint folder or file of statistics."""
+    """Run folder, checkpoint folder, or file of the cache."""
     kind: str
-    """`run`, `checkpoint` or `statistics`."""
+    """`run`, `checkpoint`, `statistics` or `teacher` (cached states of a full-precision model)."""
     fault: str | None
     """What is wrong and what mends it, in a sentence; None where nothing is."""
 
@@ -47,8 +47,8 @@ def _found(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield checkpoint, "checkpoint"
         elif file.name == DIGESTS and not (file.parent.parent / "DONE").is_file():  # one that was copied out of its run
             yield file.parent, "checkpoint"
-        elif file.suffix == ".safetensors" and file.parent.name == "statistics":
-            yield file, "statistics"
+        elif file.suffix == ".safetensors" and file.parent.name in ("statistics", "teacher"):
+            yield file, file.parent.name
 
 
 def _run(path: Path) -> str | None:
@@ -69,9 +69,9 @@ def _checkpoint(path: Path) -> str | None:
     return None
 
 
-def _statistics(path: Path) -> str | None:
+def _cached(path: Path) -> str | None:
     why = broken_seal(path)
-    return f"{path} {why}: the next run that needs it collects it again; it can be deleted." if why else None
+    return f"{path} {why}: the next run that needs it makes it again; it can be deleted." if why else None
 
 
-_CHECKS = {"run": _run, "checkpoint": _checkpoint, "statistics": _statistics}
+_CHECKS = {"run": _run, "checkpoint": _checkpoint, "statistics": _cached, "teacher": _cached}

@@ -19,7 +19,7 @@ class FisherDiag(LayerScore):
     (docs/method.md, eq. (fisher)).
     """
 
-    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+    needs: ClassVar[Needs] = Needs(gram=True, fisher=True)
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         squares = weight.double().square()

@@ -36,7 +36,7 @@ class GlobalLocal:
     """What it is a share of, as in `obs`."""
     modality: str
     """`both`, `image` or `text`: the tokens whose statistics count, on both sides."""
-    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+    needs: ClassVar[Needs] = Needs(gram=True, fisher=True)
 
     def __post_init__(self) -> None:
         if self.reading not in READINGS:

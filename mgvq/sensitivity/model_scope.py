@@ -21,7 +21,7 @@ class ModelScope(LayerScore):
     reconstruction: the paper's equation is not public.
     """
 
-    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+    needs: ClassVar[Needs] = Needs(gram=True, fisher=True)
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         trace = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)

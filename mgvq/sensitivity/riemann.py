@@ -24,7 +24,7 @@ class Riemann(LayerScore):
 
     damping: float
     """a and b as a share of the mean diagonals of both factors, in (0, 1]."""
-    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+    needs: ClassVar[Needs] = Needs(gram=True, fisher=True, gradient=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

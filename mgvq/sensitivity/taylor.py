@@ -19,7 +19,7 @@ class Taylor(LayerScore):
     the curvature only: the gradient is that of all tokens.
     """
 
-    needs: ClassVar[Needs] = Needs(gram=True, gradients=True)
+    needs: ClassVar[Needs] = Needs(gram=True, fisher=True, gradient=True)
 
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:
         assert stats.gradient is not None  # as `needs` says

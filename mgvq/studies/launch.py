@@ -9,9 +9,10 @@ from typing import IO
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mgvq.errors import SharedFault, UserError
+from mgvq.progress import last_told
 from mgvq.runs.files import disk_faults_told
 from mgvq.studies.launchers.job import Job, Launcher, command
 from mgvq.studies.launchers.local import Local
@@ -19,6 +20,7 @@ from mgvq.studies.launchers.ray import Ray
 from mgvq.studies.launchers.slurm import Slurm
 from mgvq.studies.plan import PlannedRun, distinct
 
+_LOOK_S, _TELL_S = 2.0, 60.0  # how often a terminal, and a pipe, is told how far the runs are
 LAUNCHERS: dict[str, type[Local] | type[Slurm] | type[Ray]] = {"local": Local, "slurm": Slurm, "ray": Ray}
 
 
@@ -56,8 +58,9 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
     """Run every planned run that is not done, each once; a failure does not stop the others, unless all would meet its reason.
 
     Runs that another study has started are left to it, until they are done or it gives them up. Outputs are kept in
-    `runs/.logs`. A terminal shows a bar with the time left, a pipe gets a line a finished run (stderr, both). When interrupted
-    the started runs are ended.
+    `runs/.logs`. A terminal shows a bar with the time left and one for each run that is going on, with its block, minutes left
+    and peak memory; a pipe gets a line a finished run, and one a minute for each that is going on (stderr, both). When
+    interrupted the started runs are ended.
     """
     waiting = [run for run in distinct(runs) if not run.folder.is_done()]
     if not waiting:
@@ -84,6 +87,7 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
                     slot, log = slots.pop(0), logs / f"{run.folder.path.name}.log"
                     job = start(command(run, log), slot)
                     running.append(_Started(run, job, slot, log, reserved, time.monotonic()))
+                report.going_on(running)
                 for started in running.copy():
                     if (status := started.job.poll()) is None:
                         continue
@@ -108,15 +112,22 @@ def _tail(log: Path) -> str:
     return log.read_text(errors="replace", encoding="utf-8")[-2000:] if log.is_file() else ""
 
 
+def _words(run: PlannedRun) -> str:
+    return " ".join(map(str, [*run.point.values(), run.arm, "seed", run.seed]))
+
+
 class _Report:
     """Tells how far a study is."""
 
     def __init__(self, total: int) -> None:
         self.total, self.number, self.since = total, 0, time.monotonic()
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
-        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+        left = TextColumn("left"), TimeRemainingColumn()
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.bar.add_task("runs", total=total)
+        self.going: dict[str, TaskID] = {}  # the bars of what runs now, by its folder
+        self.looked = self.since
 
     def __enter__(self) -> "_Report":
         self.bar.start()
@@ -129,10 +140,30 @@ class _Report:
         """One more run has ended."""
         self.number += 1
         self.bar.advance(self.task)
-        words = " ".join(map(str, [*run.point.values(), run.arm, "seed", run.seed]))
         left = (time.monotonic() - self.since) / self.number * (self.total - self.number)
-        line = f"{self.number}/{self.total} {state}: {words}" + (f" (about {left / 60:.1f} min left)" if left else "")
+        line = f"{self.number}/{self.total} {state}: {_words(run)}" + (f" (about {left / 60:.1f} min left)" if left else "")
         self.say(line)
+
+    def going_on(self, running: Sequence[_Started]) -> None:
+        """Tell how far the started runs are, by the last line of their logs that says so: now and then, since it reads files."""
+        now = time.monotonic()
+        if now - self.looked < (_LOOK_S if self.console.is_terminal else _TELL_S):
+            return
+        self.looked = now
+        told = {started.run.folder.path.name: (started, last_told(_tail(started.log))) for started in running}
+        if not self.console.is_terminal:
+            for started, progress in told.values():
+                if progress is not None:
+                    self.say(f"running: {_words(started.run)}: {progress}")
+            return
+        for name in self.going.keys() - told.keys():
+            self.bar.remove_task(self.going.pop(name))
+        for name, (started, progress) in told.items():
+            if name not in self.going:
+                self.going[name] = self.bar.add_task(_words(started.run), total=None)
+            if progress is not None:
+                words = f"{_words(started.run)}: {progress}"
+                self.bar.update(self.going[name], description=words, completed=progress.done, total=progress.total)
 
     def say(self, line: str) -> None:
         """A line beside the bar."""

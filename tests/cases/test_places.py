@@ -228,7 +228,7 @@ def test_what_was_written_is_verified(results: Path, capsys: pytest.CaptureFixtu
     assert verified(results) == 0
     told = capsys.readouterr()
     assert told.out == ""
-    assert told.err == "checked: 1 runs, 1 checkpoints, 1 files of statistics; all as they were written\n"
+    assert told.err == "checked: 1 runs, 1 checkpoints, 1 files of statistics, 0 files of states; all as they were written\n"
     shutil.copytree(results / "runs" / "r" / "checkpoint", results / "copied")
     assert verified(results / "copied") == 0
     assert "1 checkpoints" in capsys.readouterr().err

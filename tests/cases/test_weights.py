@@ -17,7 +17,7 @@ from mgvq.types import Batch, Needs, Site
 CODEBOOKS = each("codebook")
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 NAMES = ["model.layers.0.self_attn.o_proj", UP, DOWN]
-NEEDS = Needs(gram=True, gradients=True)
+NEEDS = Needs(gram=True, fisher=True, saliency=True, gradient=True)
 
 
 def small_model() -> LlamaForCausalLM:

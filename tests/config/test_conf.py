@@ -157,6 +157,13 @@ def test_what_does_nothing_or_came_later_does_not_count() -> None:
     assert identity("method=kmeans", later, "codebook.table=int8") == identity("method=kmeans", "codebook.table=int8")
 
 
+def test_a_variant_whose_code_has_moved_numbers_names_its_own_runs_anew() -> None:
+    moved = "++codebook._declares_.numerics=1"
+    assert identity("method=kmeans", moved) != identity("method=kmeans")
+    assert identity("method=kmeans", moved) != identity("method=kmeans", "++codebook._declares_.numerics=2")
+    assert scientific_settings(composed("method=mgvq"))["refit"]["numerics"] == 1.0
+
+
 def test_settings_outside_of_the_groups_that_came_later_count_off_their_neutral_values() -> None:
     for name, neutral, other in (("outliers", 0, 4), ("embedding_bits", "null", 8)):
         for method in ("kmeans", "mgvq"):

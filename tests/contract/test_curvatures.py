@@ -38,8 +38,8 @@ def stats(site, needs, *, image=9, text=9, importance=1.0):
         num_tokens,
         {m: v.T @ v for m, v in x.items()} if needs.gram else {},
         num_answers=3,
-        fisher={m: v.T @ v for m, v in g.items()} if needs.gradients else {},
-        saliency={m: v.abs().mean().item() for m, v in g.items() if len(v)} if needs.gradients else {},
+        fisher={m: v.T @ v for m, v in g.items()} if needs.fisher else {},
+        saliency={m: v.abs().mean().item() for m, v in g.items() if len(v)} if needs.saliency else {},
         channel_gram=torch.stack([(everything * r.mean(1)[:, None]).T @ everything for r in runs])
         if needs.channel_groups
         else None,
@@ -84,7 +84,7 @@ def test_what_is_missing_is_zero_and_never_nan(curvature, missing) -> None:
 
 
 def test_one_modality_is_not_touched_by_the_fusion() -> None:
-    needs = Needs(gram=True, gradients=True)
+    needs = Needs(gram=True, fisher=True, saliency=True, gradient=True)
     bank = {VISION: stats(VISION, needs)}
     gram = bank[VISION].gram["image"] / 9
     torch.testing.assert_close(Input(fusion="mbq_ratio").fuse(bank)[VISION].h_in[0], gram)
@@ -126,7 +126,7 @@ def test_the_clip_is_asked_of_the_gram_and_two_clips_are_not_one(clip) -> None:
 
 
 def test_mbq_weighs_the_image_tokens_of_a_gram() -> None:
-    bank = {LANGUAGE: stats(LANGUAGE, Needs(gram=True, gradients=True), image=9, text=4)}
+    bank = {LANGUAGE: stats(LANGUAGE, Needs(gram=True, fisher=True, saliency=True, gradient=True), image=9, text=4)}
     one = bank[LANGUAGE]
     ratio = one.saliency["image"] / one.saliency["text"]
     expected = (ratio * one.gram["image"] + one.gram["text"]) / (ratio * 9 + 4)

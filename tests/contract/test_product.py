@@ -49,7 +49,12 @@ def problem():
         for name, block in layers.items()
     ]
     batches, heldout = [batch(model, 1)], [batch(model, 2)]
-    return model, sites, collect(model, sites, batches, Needs(gram=True, gradients=True), 0), Samples(batches, heldout)
+    return (
+        model,
+        sites,
+        collect(model, sites, batches, Needs(gram=True, fisher=True, saliency=True, gradient=True), 0),
+        Samples(batches, heldout),
+    )
 
 
 def batch(model, seed: int) -> Batch:

@@ -61,9 +61,13 @@ def model():
 
 def stripped(stats: SiteStats, needs: Needs) -> SiteStats:
     """Only what was asked for, as the collection hands it over."""
-    if needs.gradients:
-        return stats
-    return SiteStats(stats.num_tokens, stats.gram if needs.gram else {})
+    return SiteStats(
+        stats.num_tokens,
+        stats.gram if needs.gram else {},
+        stats.num_answers,
+        fisher=stats.fisher if needs.fisher else {},
+        gradient=stats.gradient if needs.gradient else None,
+    )
 
 
 @each_case

@@ -14,10 +14,11 @@ from mgvq.evaluation.forced import score
 from mgvq.evaluation.harness import evaluate
 from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask
 from mgvq.evaluation.tiny_vqa import TinyVQA
-from mgvq.model.answers import answer_logits
+from mgvq.model.answers import answer_logits, answer_states
 from mgvq.model.encode import Example, batches, encode
 from mgvq.model.generate import generate
 from mgvq.model.pack import can_pack, packed_batches
+from mgvq.runs.cache import reference
 
 sys.path.append(str(ROOT / "experiments" / "three_ways"))
 from ask import Agreement, ask
@@ -123,6 +124,31 @@ def test_kl_is_that_of_the_definition(loaded) -> None:
             p, q = (m(**batch.inputs).logits[row, at].softmax(-1) for m in (loaded.model, other))
         assert scored[key].kl == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-3, abs=1e-5)
         assert scored[key].num_tokens == len(at)
+
+
+def test_what_the_full_precision_model_says_is_asked_once_for_all_runs(loaded, tmp_path, monkeypatch) -> None:
+    """And read back to the bit; other questions are asked anew, and so is everything where the file is not what was written."""
+    other, batched = copy.deepcopy(loaded.model), list(batches(loaded.processor, examples(4), 2))
+    with torch.no_grad():
+        other.get_decoder().norm.weight.mul_(0.9)
+    plain, asked = score(other, loaded.model, batched), []
+    monkeypatch.setattr("mgvq.model.reference.answer_states", lambda m, b: asked.append(b.sample_ids) or answer_states(m, b))
+
+    def run(batched):
+        asked.clear()
+        with reference(tmp_path, {"model": 1}, loaded.model) as known:
+            return score(other, known, batched)
+
+    assert run(batched) == plain
+    assert len(asked) == 2
+    assert run(batched) == plain
+    assert not asked
+    assert run([*batched, *batches(loaded.processor, examples(5)[4:], 1)]).items() > plain.items()
+    assert len(asked) == 1
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert run(batched) == plain
+    assert len(asked) == 2
 
 
 def test_the_loss_mask_covers_the_answer_and_its_end(loaded) -> None:

@@ -16,6 +16,7 @@ from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.teacher import Teacher
+from mgvq.runs.journal import Journal
 from mgvq.types import Metric, SiteStats
 
 GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
@@ -45,11 +46,11 @@ def loop(loaded):
     table_groups = cut_table_groups(problems, codebook)
     rates = [next(r for r in codebook.rates() if r.index_bits == 1.0)] * len(table_groups)
 
-    def run(bank=None, **settings):
+    def run(bank=None, finished=None, **settings):
         shift, flags = GradientHessian(**GRADIENT | settings), []
         rounder, cache = LayerRounder(shift, None, {}), CodebookCache(table_groups, codebook, problems)
         samples = Samples(batches, heldout)
-        return *blockwise_rounding(model, sites, bank or {}, shift, samples, cache, rates, rounder, flags), flags
+        return *blockwise_rounding(model, sites, bank or {}, shift, samples, cache, rates, rounder, flags, finished), flags
 
     run.sites, run.model = sites, model
     return run
@@ -120,9 +121,39 @@ def test_with_a_refresh_of_two_every_second_block_is_passed_over(loop, monkeypat
 
     monkeypatch.setattr(Teacher, "gradient", counted)
     _, plain, _ = loop(sweeps=2)
-    assert passes == 2 * [[1, 1], [2, 2]]
+    assert passes == [[2, 2], [1, 1], [2, 2]], "none where nothing is quantised yet"
     passes.clear()
     _, blocks, _ = loop(sweeps=2, refresh=2)
-    assert passes == [[1, 1], [2, 2], [1, 1, 2, 2]]
+    assert passes == [[2, 2], [1, 1, 2, 2]]
     first = (plain.sweep == 0).sum()
     assert blocks.iloc[:first].equals(plain.iloc[:first])
+
+
+class Stopping(dict):
+    """Finished blocks of a loop that is stopped when it wants to add one more than `room`."""
+
+    room = 1
+
+    def __setitem__(self, name, value):
+        if len(self) == self.room:
+            raise KeyboardInterrupt
+        super().__setitem__(name, value)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3])
+def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(loop, room, tmp_path) -> None:
+    """Stopped at every place in two sweeps, with gradients of several blocks taken together, and read back from files."""
+    settings = dict(sweeps=2, refresh=2, steps=[0.0, 0.1])
+    whole, table, _ = loop(**settings)
+    stopped = Stopping()
+    stopped.room = room
+    with pytest.raises(KeyboardInterrupt):
+        loop(finished=stopped, **settings)
+    journal = Journal(tmp_path / "journal", "code")
+    journal.update(stopped)
+    rounded, blocks, _ = loop(finished=Journal(tmp_path / "journal", "code"), **settings)
+    assert blocks.equals(table)
+    for site in loop.sites:
+        assert torch.equal(rounded.decoded[site], whole.decoded[site])
+        assert rounded.stored[site].tensors().keys() == whole.stored[site].tensors().keys()
+        assert all(torch.equal(t, whole.stored[site].tensors()[role]) for role, t in rounded.stored[site].tensors().items())

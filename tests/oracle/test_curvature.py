@@ -27,7 +27,7 @@ from mgvq.runs.cache import statistics
 from mgvq.types import MODALITIES, Batch, Needs, Site, SiteStats
 
 SEED = 5
-EVERYTHING = Needs(gram=True, gradients=True, channel_groups=3, sequences=True)
+EVERYTHING = Needs(gram=True, fisher=True, saliency=True, gradient=True, channel_groups=3, sequences=True)
 CHOSEN = {("language", 1, "k_proj"), ("language", 3, "down_proj"), ("vision", 2, "v_proj"), ("vision", 2, "qkv")}
 
 
@@ -131,7 +131,9 @@ def test_statistics_equal_autograd_sample_by_sample(loaded) -> None:
 
 def test_gradient_equals_finite_differences_of_the_answer_loss(loaded) -> None:
     examples, sites = draw(1).examples, chosen_sites(loaded.model)[::2]
-    bank = collect(loaded.model, sites, batches(loaded.processor, examples, 3), Needs(gradients=True), SEED)
+    bank = collect(
+        loaded.model, sites, batches(loaded.processor, examples, 3), Needs(fisher=True, saliency=True, gradient=True), SEED
+    )
     exact, batch = copy.deepcopy(loaded.model).double(), encode(loaded.processor, examples)
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.inputs.items()}
 
@@ -214,7 +216,7 @@ def test_a_clipped_gram_is_that_of_a_literal_loop(loaded) -> None:
     """Every token by the median of its modality in its batch; nothing but the Gram knows of it."""
     site = next(s for s in list_sites(loaded.model, "language") if (s.block, s.kind) == (3, "down_proj"))
     data, clip = list(batches(loaded.processor, draw(2).examples, 3)), 1.2
-    needs = Needs(gram=True, gradients=True)
+    needs = Needs(gram=True, fisher=True, saliency=True, gradient=True)
     plain, clipped = (collect(loaded.model, [site], data, n, SEED)[site] for n in (needs, replace(needs, clip=clip)))
     expected = {m: torch.zeros(site.in_features, site.in_features, dtype=torch.float64) for m in MODALITIES}
     for batch in data:
@@ -265,7 +267,7 @@ def test_without_gradients_further_batches_are_batches_like_others(loaded) -> No
     found = collect(loaded.model, [site], text, Needs(gram=True), SEED, shown)[site]
     same(found.gram, collect(loaded.model, [site], shown, Needs(gram=True), SEED)[site].gram, 0)
     with pytest.raises(UserError, match="no calibration sample reaches the vision layers"):
-        collect(loaded.model, [site], text, Needs(gram=True, gradients=True), SEED, shown)
+        collect(loaded.model, [site], text, Needs(gram=True, fisher=True, saliency=True, gradient=True), SEED, shown)
 
 
 class Toy(torch.nn.Module):
@@ -383,7 +385,7 @@ def test_the_kronecker_metrics_are_in_nats_of_the_mean_answer_loss(site) -> None
     Up to the noise of the sampled labels, that is. Tokens are independent in the layer behind the mixing only.
     """
     model, data = Toy(), list(toy_batches(40))
-    needs = Needs(gram=True, gradients=True, sequences=True, power_rounds=1)
+    needs = Needs(gram=True, fisher=True, saliency=True, gradient=True, sequences=True, power_rounds=1)
     bank = collect(model, [site], data, needs, SEED)
     weight, step, risen = linear(model, site).weight, 0.02, 0.0
 

@@ -240,7 +240,7 @@ def test_loaded_from_the_hub_format_it_is_calibrated_and_answers(name: str, tmp_
     batch = encode(loaded.processor, [Example(d["sample_id"], d["image"], d["question"], d["answer"]) for d in docs])
     assert batch.image_mask.any(1).all()
     assert not (batch.image_mask & ~batch.valid_mask).any()
-    bank = collect(model, list_sites(model, "all"), [batch], Needs(gram=True, gradients=True), 0)
+    bank = collect(model, list_sites(model, "all"), [batch], Needs(gram=True, fisher=True, saliency=True, gradient=True), 0)
     assert {stats.num_tokens["image"] for s, stats in bank.items() if s.tower == "language"} == {batch.image_mask.sum().item()}
     assert not [s.name for s, stats in bank.items() if not stats.gram["image"].any()]
     # Greedy decoding, step by step and padded on the left, computes what one forward pass over all tokens does.

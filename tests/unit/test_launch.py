@@ -150,3 +150,12 @@ def test_without_slurm_its_launcher_says_so(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
     with pytest.raises(UserError, match="login node"):
         launch(planned(tmp_path / "runs", WORK), choose("slurm", 1, None))
+
+
+def test_a_study_says_how_far_its_runs_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mgvq.studies.launch._TELL_S", 0.1)
+    told = "print('12:00:00 so far 3 of 20 blocks, about 1.5 min left, peak memory 0.25 GB', flush=True)"
+    launch(planned(tmp_path / "runs", f"{told}\nimport time; time.sleep(0.5)\n{WORK}"), choose("local", 1, None))
+    assert "running: arm 0 seed 0: 3 of 20 blocks, about 1.5 min left, peak 0.25 GB" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+"""What a run has finished before it was stopped: a file a block, from which the next start of the same run goes on."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mgvq.errors import SharedFault
+from mgvq.runs.files import disk_faults_told
+
+log = logging.getLogger(__name__)
+_CODE = "code.json"
+
+
+class Journal(MutableMapping[str, Any]):
+    """A mapping whose entries are files of `folder`, each with its SHA-256 before it, written completely or not at all.
+
+    Entries are of the code that `code` describes: those of other code are thrown away when the journal is opened, since it might
+    have gone another way. An entry that is not what was written is not there. Where nothing can be written, a warning says so and
+    the run goes on: it is then not resumed. Entries are pickled: a results folder is as trusted as the code that runs from it.
+    """
+
+    def __init__(self, folder: Path, code: Any) -> None:
+        self._folder, self._broken = folder, False
+        text = json.dumps(code, sort_keys=True)
+        try:
+            with disk_faults_told(folder):
+                if folder.is_dir() and (not (folder / _CODE).is_file() or (folder / _CODE).read_text(encoding="utf-8") != text):
+                    self.close()
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / _CODE).write_text(text, encoding="utf-8")
+        except (SharedFault, OSError) as fault:
+            self._give_up(fault)
+        if number := len(self):
+            log.info("going on behind %d blocks that an earlier start has finished", number)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            content = self._file(name).read_bytes()
+        except OSError:
+            raise KeyError(name) from None
+        digest, payload = content[:64], content[64:]
+        if hashlib.sha256(payload).hexdigest().encode() != digest:
+            raise KeyError(name)
+        try:
+            return torch.load(io.BytesIO(payload), weights_only=False)
+        except (RuntimeError, AttributeError, ImportError, EOFError, pickle.UnpicklingError):
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if self._broken:
+            return
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        payload = buffer.getbuffer()
+        temporary = self._file(name).with_suffix(".tmp")
+        try:
+            with disk_faults_told(self._folder), temporary.open("wb") as file:
+                file.write(hashlib.sha256(payload).hexdigest().encode())
+                file.write(payload)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(self._file(name))
+        except (SharedFault, OSError) as fault:
+            temporary.unlink(missing_ok=True)
+            self._give_up(fault)
+
+    def __delitem__(self, name: str) -> None:
+        try:
+            self._file(name).unlink()
+        except FileNotFoundError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return (file.stem for file in sorted(self._folder.glob("*.entry")))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def close(self) -> None:
+        """Throw all of it away: the run is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.entry"
+
+    def _give_up(self, fault: BaseException) -> None:
+        self._broken = True
+        log.warning("a run that is stopped will have to begin again: %s", fault.args[0])

@@ -1,0 +1,35 @@
+"""The files from which a stopped run goes on."""
+
+import pytest
+import torch
+
+from mgvq.runs.journal import Journal
+
+
+def test_entries_outlive_the_process_and_other_code_takes_none_of_them(tmp_path) -> None:
+    Journal(tmp_path / "run", "this code")["block-0001"] = {"codes": torch.arange(3)}
+    again = Journal(tmp_path / "run", "this code")
+    assert list(again) == ["block-0001"]
+    assert torch.equal(again["block-0001"]["codes"], torch.arange(3))
+    assert not Journal(tmp_path / "run", "other code")
+    again.close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:70] + bytes([b[70] ^ 1]) + b[71:], lambda _: b""])
+def test_an_entry_that_is_not_what_was_written_is_not_there(tmp_path, damage) -> None:
+    journal = Journal(tmp_path / "run", "code")
+    journal["block"] = [1, 2]
+    (file,) = (tmp_path / "run").glob("block.*")
+    file.write_bytes(damage(file.read_bytes()))
+    assert "block" not in journal
+    with pytest.raises(KeyError):
+        journal["block"]
+
+
+def test_where_nothing_can_be_written_the_run_goes_on(tmp_path, caplog) -> None:
+    (tmp_path / "file").write_text("in the way")
+    journal = Journal(tmp_path / "file" / "run", "code")
+    journal["block"] = 1
+    assert "block" not in journal
+    assert "will have to begin again" in caplog.text
