@@ -1,4 +1,4 @@
-"""A linear layer that keeps its weight packed and decodes it at every call."""
+"""A linear layer that keeps its weight packed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mgvq.kernels.linear import packed_linear
+
 
 class PackedLinear(torch.nn.Module):
-    """Slower than a decoded layer, but memory stays at the stored size; tables that layers share stay shared."""
+    """Memory stays at the stored size, and `packed_linear` multiplies; tables that layers share stay shared."""
 
     def __init__(
         self, format_class: Any, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], bias: Tensor | None
@@ -20,10 +22,14 @@ class PackedLinear(torch.nn.Module):
         self.out_features, self.in_features = settings["shape"]
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored, by role."""
+        return {role: self.get_buffer(f"packed_{number}") for number, role in enumerate(self.roles)}
+
+    @property
     def weight(self) -> Tensor:
         """The decoded weight (out, in), float32."""
-        tensors = {role: self.get_buffer(f"packed_{number}") for number, role in enumerate(self.roles)}
-        return self.format_class.load(tensors, **self.settings).decode()
+        return self.format_class.load(self.tensors, **self.settings).decode()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.nn.functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)
+        return packed_linear(inputs, self)

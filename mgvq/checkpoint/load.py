@@ -40,7 +40,7 @@ def load(
 ) -> PreTrainedModel:
     """The quantised model, ready to generate; `mgvq.load_processor(path)` gives its processor.
 
-    The codes are decoded once, into weights of `dtype`; with `packed` they stay packed in memory and every call decodes them.
+    The codes are decoded once, into weights of `dtype`; with `packed` they stay packed in memory (`mgvq.kernels.linear`).
     `device`: as torch names it, or `auto`, an accelerator where there is one. `attention`: transformers' `attn_implementation`.
     `trust_remote_code`: for a model whose class came with its repository. `verify`: hold all files against the digests that the
     checkpoint carries. Raises UserError, with the file, where `path` is no packed checkpoint, is of another version, is damaged

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.kernels.lattice import multiply_points
 from mgvq.lattice.coding import STAGES, decode
 from mgvq.lattice.points import DIMENSION
 
@@ -57,6 +58,13 @@ class LatticeWeight:
             stages.append((parts << torch.arange(0, width, 8, device=parts.device)).sum(2, dtype=torch.int32))
             at += width // 8
         return cls(torch.stack(stages, 2), tensors["scales"], bits, shape[1])
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], bits: int
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.lattice`)."""
+        return multiply_points(inputs, tensors["codes"], bits, tensors["scales"])
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int) -> int:
