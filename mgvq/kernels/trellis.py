@@ -53,7 +53,8 @@ def _multiply(first, last, codes, values, window, step_bits, step_weights, input
     sums = np.empty(_TILE, np.float32)
     for token in range(len(inputs)):
         for tile in range(first, last):
-            sums[:] = 0
+            for row in range(_TILE):
+                sums[row] = 0
             for column in range(columns):
                 for i in range(8):
                     walk[i] = codes[tile, column, num_bytes - 8 + i]
@@ -68,7 +69,8 @@ def _multiply(first, last, codes, values, window, step_bits, step_weights, input
                         sums[half // 2] += _single(bits, values, window, step_bits, x)
                     else:
                         sums[half // 2] += _pairs(bits, values, window, step_bits, x)
-            outputs[token, tile * _TILE : (tile + 1) * _TILE] = sums
+            for row in range(_TILE):
+                outputs[token, tile * _TILE + row] = sums[row]
 
 
 @njit(reorder=True)
