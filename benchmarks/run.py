@@ -1,7 +1,8 @@
 """`make bench`: what costs time, as ratios against a reference measured in the same run.
 
-Each pair is timed alternately, several times, on one thread; the table shows the median of each and their ratio. Written to
-results/tables/benchmarks.md; `--only SUBSTRING` measures the rows that have it in their name, and prints them alone.
+Each pair is timed alternately, several times, on one thread (the kernels on two); the table shows the median of each and their
+ratio. Written to results/tables/benchmarks.md; `--only SUBSTRING` measures the rows that have it in their name, and prints them
+alone.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import codebook
 import codes
 import compensation
 import curvature
+import kernels
 import torch
 
 from mgvq.evaluation.documents import documents
@@ -42,6 +44,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
         **codes.pairs(),
         **compensation.pairs(),
         **curvature.pairs(),
+        **kernels.pairs(),
         "104 answers generated through lmms-eval": (
             lambda: evaluate(loaded.model, loaded.processor, TinyVQATask(docs), "benchmark", 104),
             "104 answers teacher-forced",

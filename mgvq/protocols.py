@@ -19,7 +19,8 @@ from mgvq.types import Batch, ChannelSlice, EvalResult, Metric, Needs, Rate, Rat
 class QuantizedWeight(Protocol):
     """A weight as it is stored. `tensors` are written as they are, so their bytes are what the weight costs.
 
-    A tensor object that several weights hold (a shared table) is stored once.
+    A tensor object that several weights hold (a shared table) is stored once. A class may also offer a kernel, `multiply(inputs,
+    tensors, **settings)`, the product of few tokens with what is stored (`mgvq.kernels.linear`).
     """
 
     format: ClassVar[str]

@@ -1,9 +1,11 @@
-"""A linear layer that keeps its weight packed and decodes it at every call."""
+"""A linear layer that keeps its weight packed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from mgvq.kernels.linear import packed_linear
 
 
 class Held(nn.Module):
@@ -37,7 +39,7 @@ class Held(nn.Module):
 
 
 class PackedLinear(Held):
-    """Slower than a decoded layer, but memory stays at the stored size."""
+    """Memory stays at the stored size, and `packed_linear` multiplies; tables that layers share stay shared."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class PackedLinear(Held):
         return self.stored.decode()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return nn.functional.linear(inputs, self.weight.to(inputs.dtype), self.bias)
+        return packed_linear(inputs, self)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.format_class.format}"

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mgvq.formats.fit import rows_and_columns
-from mgvq.formats.vector import VectorWeight
+from mgvq.formats.vector import VectorWeight, centroids, index_width
+from mgvq.kernels.gather import multiply_columns
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,12 @@ class ColumnWeight:
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], stages: int) -> "ColumnWeight":
         return cls(VectorWeight.load(tensors, shape[::-1], stages))
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], stages: int
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.gather`)."""
+        tables, scale = centroids(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
+        width = index_width(tables.shape[1])
+        return multiply_columns(inputs, tensors["codes"], width, tables, stages, shape[0]) * scale.float()

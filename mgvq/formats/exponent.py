@@ -14,6 +14,7 @@ from mgvq.formats.lattice import LatticeWeight
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.trellis import TrellisWeight
 from mgvq.formats.vector import VectorWeight
+from mgvq.kernels.linear import multiply_by
 
 PlainWeight = ScalarWeight | GridWeight | VectorWeight | ColumnWeight | TrellisWeight | LatticeWeight
 MOST = 120
@@ -59,3 +60,10 @@ class ExponentWeight:
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], exponent: int, plain: Mapping[str, Any]) -> "ExponentWeight":
         settings = {key: value for key, value in plain.items() if key != "format"}
         return cls(PLAIN_FORMATS[plain["format"]].load(tensors, **settings), exponent)
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], exponent: int, plain: Mapping[str, Any]
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it."""
+        return multiply_by(PLAIN_FORMATS[plain["format"]], inputs, tensors, plain) * 2.0**exponent

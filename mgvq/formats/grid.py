@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
+from mgvq.kernels.bits import entries
+from mgvq.kernels.scalar import group_sums, multiply_codes
 
 CHANNEL_BITS = 3  # bits of the power of sqrt(2) that an input channel is stretched by, from 1 to 11.3
 
@@ -85,6 +87,25 @@ class GridWeight:
         codes = unpack(tensors["codes"], bits, num_out * num_in).view(num_out, num_in)
         scale_codes = unpack(tensors["scales"], scale_bits, num_out * num_groups).view(num_out, num_groups)
         return cls(codes, scale_codes, tensors["span"], bits, scale_bits, group_size, tensors.get("channels"))
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"],
+        tensors: Mapping[str, Tensor],
+        shape: list[int],
+        bits: int,
+        scale_bits: int,
+        group_size: int,
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.scalar`)."""
+        num_out, num_in = shape
+        groups = -(-num_in // group_size)
+        levels = scale_levels(tensors["span"], scale_bits)
+        scales = entries(tensors["scales"], scale_bits, num_out * groups, levels).view(num_out, groups)
+        if "channels" in tensors:
+            inputs = inputs / stretch(unpack(tensors["channels"], CHANNEL_BITS, num_in))
+        products = multiply_codes(inputs, tensors["codes"], bits, scales, group_size)
+        return products - middle(bits) * group_sums(inputs, group_size) @ scales.T
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int, scale_bits: int, group_size: int) -> int:

@@ -1,6 +1,6 @@
 """Channel groups: the columns of each group are a weight of their own, and every input channel says which group it belongs to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from mgvq.formats.exponent import PLAIN_FORMATS, ExponentWeight, PlainWeight
 from mgvq.formats.fit import check_inner, check_packed, check_roles, rows_and_columns
 from mgvq.formats.packing import pack, unpack
 from mgvq.formats.vector import index_width
+from mgvq.kernels.linear import multiply_by
 
 SliceWeight = PlainWeight | ExponentWeight
 SLICE_FORMATS = {**PLAIN_FORMATS, ExponentWeight.format: ExponentWeight}  # what a group can be stored as
@@ -36,7 +37,7 @@ class GroupedWeight:
 
     def channel_groups(self) -> Int[Tensor, "in"]:
         """The group of every input channel."""
-        return unpack(self.groups, index_width(len(self.slices)), self.num_in)
+        return group_numbers(self.groups, len(self.slices), self.num_in)
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
@@ -85,14 +86,33 @@ class GroupedWeight:
 
     @classmethod
     def load(cls, tensors: Mapping[str, Tensor], shape: list[int], pieces: Sequence[Mapping[str, Any]]) -> "GroupedWeight":
-        loaded = []
-        for g, entry in enumerate(pieces):
-            own = {role.removeprefix(f"{g}."): tensor for role, tensor in tensors.items() if role.startswith(f"{g}.")}
-            settings = {key: value for key, value in entry.items() if key != "format"}
-            loaded.append(SLICE_FORMATS[entry["format"]].load(own, **settings))
-        return cls(tuple(loaded), tensors["groups"], shape[1])
+        loaded = tuple(kind.load(own, **settings) for kind, own, settings in _parts(tensors, pieces))
+        return cls(loaded, tensors["groups"], shape[1])
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], pieces: Sequence[Mapping[str, Any]]
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it: the sum over the groups."""
+        group = group_numbers(tensors["groups"], len(pieces), shape[1])
+        total = inputs.new_zeros(len(inputs), shape[0])
+        for g, (kind, own, settings) in enumerate(_parts(tensors, pieces)):
+            total += multiply_by(kind, inputs[:, group == g], own, settings)
+        return total
 
 
 def pack_groups(group: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:
     """Pack the group of every input channel as it is stored; groups are numbered 0, 1, ... without a gap."""
     return pack(group, index_width(int(group.max()) + 1))
+
+
+def group_numbers(packed: UInt8[Tensor, "bytes"], num_groups: int, num_in: int) -> Int[Tensor, "in"]:
+    """The group of every input channel, as `pack_groups` was given it."""
+    return unpack(packed, index_width(num_groups), num_in)
+
+
+def _parts(tensors: Mapping[str, Tensor], pieces: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, Mapping, Mapping]]:
+    """Each slice's format, its stored tensors and its settings."""
+    for g, entry in enumerate(pieces):
+        own = {role.removeprefix(f"{g}."): tensor for role, tensor in tensors.items() if role.startswith(f"{g}.")}
+        yield SLICE_FORMATS[entry["format"]], own, {key: value for key, value in entry.items() if key != "format"}

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
+from mgvq.kernels.lattice import multiply_points
 from mgvq.lattice.coding import STAGES, decode
 from mgvq.lattice.points import DIMENSION
 
@@ -69,6 +70,13 @@ class LatticeWeight:
             stages.append((parts << torch.arange(0, width, 8, device=parts.device)).sum(2, dtype=torch.int32))
             at += width // 8
         return cls(torch.stack(stages, 2), tensors["scales"], bits, shape[1])
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], bits: int
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.lattice`)."""
+        return multiply_points(inputs, tensors["codes"], bits, tensors["scales"])
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int) -> int:

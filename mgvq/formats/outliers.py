@@ -13,6 +13,8 @@ from mgvq.formats.fit import check_inner, check_packed, check_tensor, check_whol
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.formats.rotated import INNER_FORMATS, RotatedWeight
 from mgvq.formats.vector import index_width
+from mgvq.kernels.linear import multiply_by
+from mgvq.kernels.sparse import multiply_sparse
 
 REST_FORMATS = {**INNER_FORMATS, RotatedWeight.format: RotatedWeight}
 _ROLES = ("outlier_positions", "outlier_values")
@@ -106,6 +108,15 @@ class OutlierWeight:
         settings = {key: value for key, value in rest.items() if key != "format"}
         loaded = REST_FORMATS[rest["format"]].load(own, **settings)
         return cls(loaded, Outliers(positions, values, exponent, (shape[0], shape[1])))
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], exponent: int, rest: Mapping[str, Any]
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it: the rest's and the outliers' own."""
+        positions, values = (tensors[role] for role in _ROLES)
+        exact = multiply_sparse(inputs, positions, _width((shape[0], shape[1])), values, shape[0]) * 2.0**exponent
+        return multiply_by(REST_FORMATS[rest["format"]], inputs, tensors, rest) + exact
 
 
 def _width(shape: tuple[int, int]) -> int:

@@ -9,8 +9,10 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mgvq.formats.fit import check_inner, check_packed, rows_and_columns
-from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, SliceWeight
+from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, SliceWeight, group_numbers
 from mgvq.formats.packing import pack, unpack
+from mgvq.kernels.linear import multiply_by
+from mgvq.kernels.rotation import turn
 from mgvq.rotation import Rotation, rotate_matrix_back
 
 _SIGNS = ("signs_in", "signs_out")
@@ -81,6 +83,20 @@ class RotatedWeight:
         loaded = INNER_FORMATS[inner["format"]].load(own, **settings)
         return cls(loaded, tensors.get("signs_in"), tensors.get("signs_out"), within)
 
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], within: str, inner: Mapping[str, Any]
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it: `U^T W' V x` for each input x."""
+        if "signs_in" in tensors:
+            grouped = within == "group" and inner["format"] == GroupedWeight.format
+            groups = group_numbers(tensors["groups"], len(inner["pieces"]), shape[1]) if grouped else None
+            inputs = turn(inputs, signs_of(tensors["signs_in"], shape[1]), groups)
+        outputs = multiply_by(INNER_FORMATS[inner["format"]], inputs, tensors, inner)
+        if "signs_out" in tensors:
+            outputs = turn(outputs, signs_of(tensors["signs_out"], shape[0]), back=True)
+        return outputs
+
 
 def pack_signs(rotation: Rotation) -> UInt8[Tensor, "bytes"]:
     """One bit a channel, 1 for a negative sign."""
@@ -90,9 +106,14 @@ def pack_signs(rotation: Rotation) -> UInt8[Tensor, "bytes"]:
     return pack((signs < 0).int(), 1)
 
 
+def signs_of(packed: UInt8[Tensor, "bytes"], n: int) -> Float[Tensor, "n"]:
+    """The n signs that were packed, +1 and -1, float32."""
+    return 1.0 - 2.0 * unpack(packed, 1, n).float()
+
+
 def rotation_of(packed: UInt8[Tensor, "bytes"], n: int, groups: Tensor | None) -> Rotation:
     """The rotation of n channels whose signs were packed; within each of the `groups` of channels, or of all together."""
-    signs = 1.0 - 2.0 * unpack(packed, 1, n).float()
+    signs = signs_of(packed, n)
     numbers = torch.zeros(n, dtype=torch.int64) if groups is None else groups
     blocks = [torch.nonzero(numbers == g).flatten() for g in numbers.unique().tolist()]
     return Rotation(blocks, [signs[block] for block in blocks])

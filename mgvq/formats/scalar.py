@@ -11,6 +11,8 @@ from torch import Tensor
 
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
+from mgvq.kernels.bits import entries
+from mgvq.kernels.scalar import group_sums, multiply_codes
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class ScalarWeight:
         scales = tensors["scales"]
         zeros = unpack(tensors["zeros"], bits, scales.numel()).view_as(scales)
         return cls(codes, zeros, scales, bits, group_size)
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], bits: int, group_size: int
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.scalar`)."""
+        scales = tensors["scales"].float()
+        zeros = entries(tensors["zeros"], bits, scales.numel(), torch.arange(2.0**bits)).view_as(scales)
+        products = multiply_codes(inputs, tensors["codes"], bits, scales, group_size)
+        return products - group_sums(inputs, group_size) @ (scales * zeros).T
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], bits: int, group_size: int) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
+from mgvq.kernels.trellis import multiply_walks
 from mgvq.trellis.code import TrellisCode, Values
 from mgvq.trellis.coding import decode
 
@@ -69,6 +70,20 @@ class TrellisWeight:
     ) -> "TrellisWeight":
         code = TrellisCode(state_bits=state_bits, step_bits=step_bits, step_weights=step_weights, values=values)
         return cls(tensors["codes"], code, tensors["scale"], *shape)
+
+    @staticmethod
+    def multiply(
+        inputs: Float[Tensor, "m in"],
+        tensors: Mapping[str, Tensor],
+        shape: list[int],
+        values: Values,
+        state_bits: int,
+        step_bits: int,
+        step_weights: int,
+    ) -> Float[Tensor, "m out"]:
+        """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.trellis`)."""
+        code = TrellisCode(state_bits=state_bits, step_bits=step_bits, step_weights=step_weights, values=values)
+        return multiply_walks(inputs, tensors["codes"], code, shape[0]) * tensors["scale"].float()
 
     @staticmethod
     def storage_bits(shape: tuple[int, int], code: TrellisCode) -> int:

@@ -23,6 +23,7 @@ STAGES = (
 LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit", "export"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
           ["data", "formats", "linalg", "rng", "progress"], ["checks", "digest"],
+          ["kernels"],
           ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HYDRA_ALLOWED = ("cli", "studies", "runs")
