@@ -541,7 +541,9 @@ def descend(row, value, hessian, entries, vectors, sweeps):
 def test_aqlm(seed):
     """Sums of two centroids, one of each table: with a beam as wide as all of them, the best of 256 for each vector."""
     item = layer(seed)
-    method = preset("method=aqlm", "codebook.vector_length=4", "codebook.beam=256", "compensation.sweeps=3")
+    method = preset(
+        "method=aqlm", "sensitivity=uniform", *(f"codebook.{s}" for s in ("vector_length=4", "beam=256")), "compensation.sweeps=3"
+    )
     (found,), (codebook,) = quantized(method, item)
     first, second = table_of(codebook)
     sums, vectors = (first[:, None] + second).flatten(0, 1), [range(c, c + 4) for c in range(0, NUM_IN, 4)]
