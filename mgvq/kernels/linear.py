@@ -16,9 +16,11 @@ class Packed(Protocol):
 
     format_class: Any
     """The class of the format. What it offers as `multiply(inputs, tensors, **settings)` is its kernel; it may have none."""
-    settings: Mapping[str, Any]
+    settings: dict[str, Any]
     """What the format needs beside the tensors."""
-    bias: Tensor | None
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:

@@ -173,7 +173,7 @@ def _drawn(samples: Samples | None, seed: int) -> CalibrationSet | None:
     if all(isinstance(sample, str) for sample in samples):
         passages = [Passage(f"text {number}-0", str(text)) for number, text in enumerate(samples)]
         kept = len(passages) - len(passages) // _HELDOUT
-        return PassageSet(passages[:kept], passages[kept:], (), seed)
+        return PassageSet(passages[:kept], passages[kept:], (), seed)  # type: ignore[return-value]  (`packable` is of the class)
     groups: dict[str, list[Chat]] = {}
     for number, content in enumerate(samples):
         chat = _chat(number, content)
