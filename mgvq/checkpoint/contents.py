@@ -130,5 +130,4 @@ def check_place(folder: Path, name: str) -> None:
 
 
 def _files(contents: Contents) -> str:
-    first, *more = contents.index.shards
-    return f"{contents.folder / first}{f' (of {1 + len(more)} files)' if more else ''}"
+    return f"{contents.folder}/{', '.join(contents.index.shards)}"

@@ -39,6 +39,8 @@ class Held(nn.Module):
 class PackedLinear(Held):
     """Slower than a decoded layer, but memory stays at the stored size."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         format_class: Any,
