@@ -247,7 +247,10 @@ def _lines(record: StudyRecord) -> Iterator[dict[str, object]]:
 
 
 def read_record(path: str | Path) -> StudyRecord:
-    """Read what `write_record` wrote; `mgvq.read_study` is this function. Raises UserError, naming the file, where it is missing, damaged or no record."""
+    """Read what `write_record` wrote; `mgvq.read_study` is this function.
+
+    Raises UserError, naming the file, where it is missing, damaged or no record.
+    """
     path = Path(path)
     frame = read_parquet(path, "mgvq-report STUDY.yaml writes it from finished runs.")
     told = frame.attrs
