@@ -1,4 +1,4 @@
-"""The codes of other packages say what ours say: decoded by loops over single numbers, and by the packages where they are here."""
+"""The codes of other packages say what ours say: decoded by loops over numbers, and by the packages where they are here."""
 
 import pytest
 import torch
