@@ -11,7 +11,8 @@ from conftest import ROOT
 from made_up_study import STUDY, plan, with_names
 
 from mgvq.analysis.html import write_html
-from mgvq.analysis.records.collect import collect, collect_layers
+from mgvq.analysis.records.collect import collect
+from mgvq.analysis.records.layers import collect_layers
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.errors import UserError
 
