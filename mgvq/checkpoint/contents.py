@@ -115,8 +115,7 @@ def check_layer(contents: Contents, name: str, tensors: Mapping[str, Tensor]) ->
         raise UserError(
             f"{contents.index_file}: layer {name} has the format {layer.format!r}; this mgvq reads {', '.join(FORMATS)}."
         )
-    where = f"{contents.index_file} and {_files(contents)} do not fit each other: layer {name}"
-    with told_as(where, ADVICE):
+    with told_as(f"{contents.index_file} and {_files(contents)} do not fit each other: layer {name}", ADVICE):
         FORMATS[layer.format].check(tensors, **layer.settings)
 
 
