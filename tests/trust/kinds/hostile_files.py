@@ -283,7 +283,7 @@ STRUCTURES: dict[str, tuple[tuple[str, ...], Change]] = {
     "the end cut off": ((*SHARDS, INDEX), rewritten(end)),
     "bytes inserted": ((INDEX,), rewritten(insert)),
     "another version": ((INDEX,), rewritten(version)),
-    "indices out of range": (SHARDS, out_of_range),
+    "indices out of range": (SHARDS[1:], out_of_range),
     "a pickle in disguise": ((), disguise),
     "a link": ((), link),
     "deleted": ((*SHARDS, INDEX, "config.json", "generation_config.json"), lambda file, rng: file.unlink()),
