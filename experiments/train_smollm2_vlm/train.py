@@ -43,9 +43,9 @@ class Recipe:
     seed: int = 0
     images: int = 4000  # that the projector first looks at
     epochs: int = 16  # of that
-    steps: int = 1500
-    decay: int = 400  # steps at the end in which the rate falls to nothing
-    caption_until: int = 300  # steps in which every image is described in full
+    steps: int = 900
+    decay: int = 300  # steps at the end in which the rate falls to nothing
+    caption_until: int = 200  # steps in which every image is described in full
     rows: int = 2  # images a step
     row_tokens: int = 192  # filled with questions
     rate: float = 1e-3  # of the adapters

@@ -11,8 +11,6 @@ import argparse
 import hashlib
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,8 +18,8 @@ from safetensors import safe_open
 from train import RECIPES
 
 from mgvq.analysis.records.records import metric_frame, read_record
+from mgvq.analysis.tables.accuracy import accuracy_by_type
 from mgvq.data.tiny_vqa.dataset import draw_test, fingerprint
-from mgvq.data.tiny_vqa.questions import CONTROLS, HEADLINE, num_answers
 from mgvq.data.tiny_vqa.scene import SPLITS
 from mgvq.model.source import SHIPPED
 from mgvq.runs.places import results_folder
@@ -93,7 +91,7 @@ SHA-256 of model.safetensors: `{digest}`
 Exact match of the whole answer, {"teacher-forced, which equals greedy generation" if name in TITLES else "generated greedily"}; {num_questions:,} test questions (`evaluation.seed=0`), run `{run["run"]}`.
 **Headline {100 * run["tiny_vqa/accuracy"]:.1f} %**: the mean over the headline types.
 
-{_accuracy_table(run, num_questions)}
+{accuracy_by_type(run, num_questions)}
 
 Chance: one over the number of different answers; majority: always the most frequent answer of the test. Lists have too many answers for a chance
 level. `{100 * run["tiny_vqa/unparsed"]:.2f} %` of the answers are none of the words that answers of their type are made of.
@@ -109,22 +107,6 @@ weights, fresh pictures at every step; {training["seconds_per_step"]} s a step o
 Mix of question types: {mix}.
 Validation headline by step (teacher-forced, bf16): {course}.
 """
-
-
-def _accuracy_table(run: Mapping[str, float], num_questions: int) -> str:
-    answers: dict[str, Counter[str]] = defaultdict(Counter)
-    for picture in draw_test("test", 0, num_questions):
-        for question in picture.questions:
-            answers[question.type][question.answer] += 1
-    lines = ["| type | | n | accuracy % | chance % | majority % |", "|---|---|---|---|---|---|"]
-    for role, kinds in (("headline", HEADLINE), ("control", CONTROLS)):
-        for kind in kinds:
-            count = answers[kind].total()
-            majority = 100 * answers[kind].most_common(1)[0][1] / count
-            chance = f"{100 / n:.1f}" if (n := num_answers(kind)) else "-"
-            accuracy = 100 * run[f"tiny_vqa/accuracy/{kind}"]
-            lines.append(f"| {kind} | {role} | {count} | {accuracy:.1f} | {chance} | {majority:.1f} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

@@ -133,24 +133,18 @@ def test_errors_are_one_paragraph(arguments: list[str], named: str, tmp_path: Pa
 
 
 def test_bad_calibration_data_is_named_before_the_model_loads(tmp_path: Path) -> None:
+    """Other faults of rows: tests/cases/test_rows.py."""
     rows = tmp_path / "rows.jsonl"
     weighted = ("method=kmeans", "codebook.weight_power=0.5", "curvature=input", "calibration=image_text",
                 f"calibration.path={rows}", "calibration.num_samples=1", "calibration.heldout_samples=0")  # fmt: skip
 
-    def refused() -> str:
-        done = run_command(RUN, *weighted, results=tmp_path, check=False)
-        assert done.returncode == 2
-        assert "Traceback" not in done.stderr
-        assert "loading" not in done.stderr
-        return done.stderr
-
-    rows.write_text("")
-    assert "has 0 rows" in refused()
     (tmp_path / "note.png").write_text("this is text")
     rows.write_text('{"image": "note.png", "question": "what is it ?", "answer": "text"}\n')
-    assert "note.png cannot be read as an image" in refused()
-    rows.write_text('{"picture": "note.png"}\n')
-    assert "line 1" in refused()
+    done = run_command(RUN, *weighted, results=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "note.png cannot be read as an image" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "loading" not in done.stderr
 
 
 def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:
@@ -171,6 +165,7 @@ def test_local_model_and_local_calibration_data(tmp_path: Path) -> None:
     assert metrics["checkpoint_sha256"] != other["checkpoint_sha256"]
 
 
+@pytest.mark.trust
 def test_conversations_from_a_file_calibrate_a_whole_run(tmp_path: Path) -> None:
     """Of text alone, of one image and of two in one set; the statistics weigh the codebooks."""
     rows = ROOT / "tests/data/calibration/chat.jsonl"

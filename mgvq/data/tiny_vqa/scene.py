@@ -6,8 +6,11 @@ disjoint by construction: a layout belongs to the split that its checksum names,
 """
 
 import functools
+import gzip
 import zlib
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 
@@ -166,10 +169,11 @@ def _shape_mask(kind: str, size: str) -> np.ndarray:
 @functools.cache
 def _written_digits() -> tuple[np.ndarray, np.ndarray]:
     """1,797 images of 8 x 8 in [0, 1] and their labels."""
-    from sklearn.datasets import load_digits  # here: over a second of import that config checks do not need
-
-    images, labels = load_digits(return_X_y=True)
-    return np.asarray(images, np.float32).reshape(-1, 8, 8) / 16, np.asarray(labels)
+    # The file of `sklearn.datasets.load_digits`, which would import all of the package: over a second in every run.
+    (folder,) = find_spec("sklearn").submodule_search_locations  # type: ignore[union-attr]
+    with gzip.open(Path(folder, "datasets", "data", "digits.csv.gz"), "rt", encoding="ascii") as file:
+        table = np.loadtxt(file, np.float32, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8) / 16, table[:, -1].astype(np.int64)
 
 
 def _digit_mask(rng: np.random.Generator, writing: int) -> np.ndarray:
