@@ -11,7 +11,8 @@ from pages import Page
 
 REFUSALS = {"UserError", "SharedFault"}  # who makes one refuses something
 HELPERS = {"whole_number", "told_as"}  # of mgvq/checks.py, which refuse for others
-MAKERS = {"error", "refusal", "_not_here", "_unclear", "_unfit"}  # functions that put a place, or an advice, around a text that becomes a UserError
+# Functions that put a place, or an advice, around a text that becomes a UserError.
+MAKERS = {"error", "refusal", "_not_here", "_unclear", "_unfit"}
 
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
