@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from mgvq.checkpoint.digests import write_digests
 from mgvq.checkpoint.ledger import Entry, Ledger, Part
-from mgvq.model.load import Loaded
+from mgvq.model.load import Loaded, as_stored
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
 from mgvq.types import Site
@@ -28,12 +27,14 @@ def save(
     sites: Sequence[Site],
     weights: Mapping[Site, QuantizedWeight],
     embeddings: Mapping[str, QuantizedWeight] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> Ledger:
     """Write the checkpoint and return its ledger; equal inputs give equal bytes.
 
     Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. `embeddings` are
-    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. Raises
-    AssertionError where the ledger and the bytes on disk differ.
+    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. `parameters` are
+    what others were tuned to, by name, and are written as they are. Raises AssertionError where the ledger and the bytes on disk
+    differ.
     """
     folder.mkdir(parents=True)
     towers = find_towers(loaded.model)
@@ -55,11 +56,11 @@ def save(
                 entries.append(Entry(name, part, quantized, tensor.nbytes, num_weights.get(role, 0)))
             roles[role] = named[id(tensor)][1]
         layers[module] = {"format": weight.format, **weight.settings(), "tensors": roles}
-    in_scope = {f"{s.name}.weight" for s in sites}
+    in_scope, changed = {f"{s.name}.weight" for s in sites}, parameters or {}
     packed = {f"{module}.weight" for module in layers}
     for name, parameter in [*loaded.model.named_parameters(), *_persistent_buffers(loaded)]:
         if name not in packed:
-            stored = _as_stored(parameter.detach(), loaded.stored_dtype)
+            stored = changed[name] if name in changed else as_stored(parameter.detach(), loaded.stored_dtype)
             tensors[name] = stored.contiguous().cpu()
             part: Part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, stored.nbytes, stored.numel()))
@@ -74,14 +75,6 @@ def save(
         shutil.copy(file, folder)
     write_digests(folder)
     return _close(folder, entries)
-
-
-def _as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype that the source's config names, if no number changes by that: a few may be wider there."""
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def _save_generation(folder: Path, loaded: Loaded) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mgvq.errors import UserError
@@ -37,6 +38,14 @@ class Loaded:
     processor: Any  # the tokenizer where the model reads nothing but text
     stored_dtype: torch.dtype  # in which the source stores its weights; what is not quantised is stored so again
     code: tuple[Path, ...] = ()  # the Python files of a repository whose own class the model is; a checkpoint needs them too
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that the source's config names, if no number changes by that: a few may be wider there."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def describe(source: Source) -> Described:

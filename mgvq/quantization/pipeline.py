@@ -23,6 +23,7 @@ from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
+from mgvq.quantization.tuning import BlockTuner
 from mgvq.types import LayerProblem, Site, StatsBank
 
 
@@ -33,10 +34,12 @@ def quantize(
     method: Method,
     bits_per_weight: float,
     samples: Samples | None,
+    stored_dtype: torch.dtype = torch.float32,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
-    `bank` holds what `method.needs` asks for, `samples` are there if `method.compensation` moves its targets by a gradient.
+    `bank` holds what `method.needs` asks for, `samples` are there if `method.is_blockwise`. What a tuning moves beside the
+    layers' own tensors is stored in `stored_dtype`; a tuning of the whole model comes behind (`mgvq.quantization.tuning.tuned`).
     Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
     """
     start = time.perf_counter()
@@ -59,15 +62,17 @@ def quantize(
     limits = Limits(bits_by_layer(held, table_groups, table, chosen))
     rounder = LayerRounder(method.compensation, method.refit, ids, limits)
     blocks = pd.DataFrame()
+    tuner = None
     if not method.is_blockwise:
         rounded = rounder.round(cache, rates, sites, flags)
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
-        if method.prefix is not None:
-            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags)
-        else:
-            assert method.shift is not None, "the method is blockwise"
+        if method.shift is not None:
             rounded, blocks = blockwise_rounding(model, sites, bank, method.shift, samples, cache, rates, rounder, flags)
+        else:
+            if method.tuning is not None and method.tunes_blocks:
+                tuner = BlockTuner(model, sites, method.tuning, table_groups, stored_dtype)
+            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags, tuner)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,
@@ -78,6 +83,8 @@ def quantize(
         blocks=blocks,
         flags=tuple(flags),
         seconds=time.perf_counter() - start,
+        parameters=tuner.parameters if tuner else {},
+        tuning=pd.concat(tuner.tables, ignore_index=True) if tuner else pd.DataFrame(),
     )
 
 

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
@@ -37,6 +38,7 @@ from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
+from mgvq.quantization.tuning import tuned
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics
 from mgvq.runs.device import device_name
@@ -86,7 +88,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, rounded, report, made = {}, {}, None, None
+        weights, rounded, parameters, report, made = {}, {}, {}, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
@@ -95,23 +97,31 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
-            samples = _samples(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
-            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples)
+            run_on_samples = method.is_blockwise or method.tuning is not None
+            samples = _samples(loaded, drawn, for_grams=for_grams) if drawn and run_on_samples else None
+            if method.tuning is not None:
+                _check_heldout(samples, cfg.variants.tuning)
+            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples, loaded.stored_dtype)
             clock.lap("quantize")
+            if method.tuning is not None and method.tuning.within == "model":
+                log.info("tuning %d layers, which stay in memory decoded, with their gradients", len(sites))
+                report = tuned(loaded.model, sites, report, method.tuning, samples, loaded.stored_dtype)
+                clock.lap("tune")
             tables = {
                 "layers": report.layers,
                 "proxy": report.proxy,
                 "allocation": report.allocation,
                 "channels": report.channels,
                 "blocks": report.blocks,
+                "tuning": report.tuning,
             }
             for name, table in tables.items():
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
-            weights = report.weights
+            weights, parameters = report.weights, report.parameters
         if made is None:
             rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
-            ledger = save(folder.checkpoint, loaded, sites, weights, rounded)
+            ledger = save(folder.checkpoint, loaded, sites, weights, rounded, parameters)
             if report and ledger.scope_bits() != report.stored_bits:
                 raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
             folder.write_table("ledger.parquet", ledger.frame())
@@ -121,6 +131,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                 "sizes": {**ledger.bits(), "bytes/checkpoint": ledger.num_bytes},
                 "seconds": {name: clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize")},
             }
+            if report and not report.tuning.empty:
+                made["sizes"]["tuning/tokens"] = _tokens(report.tuning)
+                made["seconds"] |= {"tune": clock.seconds["tune"]} if "tune" in clock.seconds else {}
             folder.write_json(QUANTIZATION, made)
 
         log.info("evaluating %s", folder.checkpoint)
@@ -129,7 +142,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
-            check_same_model(loaded, weights, model, folder.checkpoint, rounded)
+            check_same_model(loaded, weights, model, folder.checkpoint, rounded, parameters)
         digest = file_digest(folder.checkpoint / TENSORS)
         result = task(model, loaded.model, load_processor(folder.checkpoint, **trusted), digest)
         clock.lap("evaluate")
@@ -169,6 +182,19 @@ def _samples(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Sampl
         batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
         parts = (batches, drawn.heldout(processor))
     return Samples(*map(list, parts))
+
+
+def _check_heldout(samples: Samples | None, tuning: str) -> None:
+    if samples is None or not samples.heldout:
+        raise UserError(
+            f"tuning={tuning} keeps the best state on held-out samples, and there are none: raise calibration.heldout_images (of "
+            "a text calibration.heldout_samples)."
+        )
+
+
+def _tokens(tuning: pd.DataFrame) -> int:
+    """The tokens that a tuning has learned from, all its blocks together."""
+    return int(tuning.groupby("site", dropna=False).tokens.max().sum())
 
 
 def _texts(*parts: Any) -> dict[str, str]:
