@@ -347,6 +347,7 @@ class Prefix(Protocol):
         ...
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a tuning brings down: a loss of values in float32, by name, and how they do on held-out samples."""
 
@@ -374,7 +375,7 @@ class Descended:
 
     tensors: Mapping[str, Tensor]
     """The best state, in the dtypes of the start; the very tensors of the start where that was best."""
-    rows: Sequence[Mapping[str, float]]
+    rows: Sequence[Mapping[str, int | float]]
     """The start and every check: `step, tokens, seconds, loss, heldout_loss`."""
     flags: Sequence[str]
     """What tables must say of it."""

@@ -64,8 +64,8 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
     if further is not None and not method.needs.gram and method.prefix is None:
         raise UserError(
             f"calibration.gram_samples={further} has no effect: {' and '.join(readers) or 'what is'} as set here reads no plain "
-            "Gram (all its statistics take gradients), and the Gram alone sees these samples. Set it to null, or raise the number "
-            "of samples."
+            "Gram (all its statistics take gradients), and the Gram alone sees these samples. Set it to null, or raise the "
+            "number of samples."
         )
     turned = [name for name, stage in stages.items() if stage is not None and stage.needs_images]
     if turned and calibration is not None and not calibration.shows_images:

@@ -54,7 +54,9 @@ class Descent:
         clock, tokens = time.perf_counter(), 0
         floats = {key: tensor.float() for key, tensor in start.items()}
         best, least = dict(start), objective.heldout(floats)
-        rows = [{"step": 0, "tokens": 0, "seconds": time.perf_counter() - clock, "loss": math.nan, "heldout_loss": least}]
+        rows: list[dict[str, int | float]] = [
+            {"step": 0, "tokens": 0, "seconds": time.perf_counter() - clock, "loss": math.nan, "heldout_loss": least}
+        ]
         flags: list[str] = []
         sizes = {key: tensor.float().square().mean().sqrt() for key, tensor in moving.items()}
         shares = {key: torch.zeros(tensor.shape, device=tensor.device, requires_grad=True) for key, tensor in moving.items()}
