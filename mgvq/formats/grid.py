@@ -48,7 +48,9 @@ class GridWeight:
     def tunable(self) -> Mapping[str, Tensor]:
         return {"span": self.span}
 
-    is_linear: ClassVar[bool] = False
+    @property
+    def is_linear(self) -> bool:
+        return False
 
     def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         num_in, chosen, centred = self.codes.shape[1], self.scale_codes.long(), self.codes.float() - middle(self.bits)

@@ -40,7 +40,9 @@ class LatticeWeight:
     def tunable(self) -> Mapping[str, Tensor]:
         return {"scales": self.scales}
 
-    is_linear: ClassVar[bool] = True
+    @property
+    def is_linear(self) -> bool:
+        return True
 
     def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         stages = points(self.codes.flatten(0, 1), self.bits)

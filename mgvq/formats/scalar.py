@@ -40,7 +40,9 @@ class ScalarWeight:
     def tunable(self) -> Mapping[str, Tensor]:
         return {"scales": self.scales}
 
-    is_linear: ClassVar[bool] = True
+    @property
+    def is_linear(self) -> bool:
+        return True
 
     def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         levels = self.codes.float() - self._by_channel(self.zeros)

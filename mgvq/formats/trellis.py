@@ -38,7 +38,9 @@ class TrellisWeight:
     def tunable(self) -> Mapping[str, Tensor]:
         return {"scale": self.scale}
 
-    is_linear: ClassVar[bool] = True
+    @property
+    def is_linear(self) -> bool:
+        return True
 
     def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         values = decode(self.codes.flatten(0, 1), self.code, TILE * TILE)

@@ -22,7 +22,7 @@ from mgvq.quantization.embeddings import embeddings
 from mgvq.quantization.report import QuantReport
 from mgvq.quantization.rounding import Rounded
 from mgvq.quantization.table_groups import TableGroup
-from mgvq.types import Site
+from mgvq.types import Site, Tower
 
 _FEW = 4  # numbers that a weight may be linear in for the weight of each to be kept, which is quicker than decoding
 
@@ -228,7 +228,8 @@ class _BlockObjective:
     """The squared error of a block's output over the squared output at full precision, a mean over tokens, eq. (block-tuning)."""
 
     def __init__(self, model: PreTrainedModel, block: Block, decoders: Decoders, visit: Visit, heldout: Visit) -> None:
-        self._model, self._tower, self._decoders = model, block[0].tower, decoders
+        self._model, self._decoders = model, decoders
+        self._tower: Tower = block[0].tower
         self._visit, self._heldout = visit, heldout
         self._expected, self._expected_heldout = visit.kept(), heldout.kept()
 

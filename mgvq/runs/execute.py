@@ -104,6 +104,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples, loaded.stored_dtype)
             clock.lap("quantize")
             if method.tuning is not None and method.tuning.within == "model":
+                assert samples is not None, "held-out samples were asked for"
                 log.info("tuning %d layers, which stay in memory decoded, with their gradients", len(sites))
                 report = tuned(loaded.model, sites, report, method.tuning, samples, loaded.stored_dtype)
                 clock.lap("tune")
