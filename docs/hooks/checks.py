@@ -33,7 +33,7 @@ MOMENTS = {
     "weights and logits, when the model is loaded": ("model",),
     "samples and statistics, while they are collected": ("curvature", "model.passes", "model.answers"),
     "layers, while they are quantised": (
-        "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix",
+        "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix", "tuning",
     ),
     "checkpoints, whenever one is read": ("checkpoint",),
     "finished runs, records and tables, whenever one is read": ("runs.store", "runs.verify", "analysis"),
