@@ -11,7 +11,7 @@ from pages import Page
 
 REFUSALS = {"UserError", "SharedFault"}  # who makes one refuses something
 HELPERS = {"whole_number", "told_as"}  # of mgvq/checks.py, which refuse for others
-MAKERS = {"error", "_not_here", "_unclear"}  # functions that put a place, or an advice, around a text that becomes a UserError
+MAKERS = {"error", "refusal", "_not_here", "_unclear", "_unfit"}  # functions that put a place, or an advice, around a text that becomes a UserError
 
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
@@ -24,6 +24,7 @@ MOMENTS = {
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
     "study files and launchers, before the first run": ("studies",),
     "the results folder and the device, before a run starts": ("runs.files", "runs.execute"),
+    "what `mgvq.quantize` was given, before anything is collected": ("runs.api",),
     "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (
         "model.files", "model.processor", "model.chat", "model.encode", "model.text", "model.fit", "model.family", "model.gguf",
@@ -36,6 +37,7 @@ MOMENTS = {
         "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix", "tuning",
     ),
     "checkpoints, whenever one is read": ("checkpoint",),
+    "checkpoints, before they are exported": ("export",),
     "finished runs, records and tables, whenever one is read": ("runs.store", "runs.verify", "analysis"),
 }  # fmt: skip
 BUILT = next(iter(MOMENTS))

@@ -42,6 +42,10 @@ class Contents:
     def shards(self) -> Sequence[Path]:
         return [self.folder / name for name in self.index.shards]
 
+    @property
+    def index_file(self) -> Path:
+        return self.folder / (INDEX if (self.folder / INDEX).exists() else OLD_INDEX)
+
     def plain(self) -> list[str]:
         """The tensors that are stored as they are, whose names are those of the model's parameters and buffers."""
         packed = {name for layer in self.index.layers.values() for name in layer.tensors.values()}
@@ -91,7 +95,10 @@ def _with_headers(folder: Path, index: Index) -> Contents:
                 headers[key] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
                 shard[key] = file
     contents = Contents(folder, index, headers, shard)
+    own = {f"{name}.{role}" for name, layer in index.layers.items() for role in layer.tensors}
     for name, layer in index.layers.items():
+        if strange := sorted(set(layer.tensors.values()) - own):
+            raise UserError(f"{contents.index_file}: {', '.join(strange)} of layer {name} belongs to no packed layer. {ADVICE}")
         if lacking := sorted(set(layer.tensors.values()) - set(headers)):
             raise UserError(f"{_files(contents)} lacks {', '.join(lacking)} of layer {name}. {ADVICE}")
         check_layer(contents, name, {role: headers[key] for role, key in layer.tensors.items()})
@@ -106,10 +113,9 @@ def check_layer(contents: Contents, name: str, tensors: Mapping[str, Tensor]) ->
     layer = contents.index.layers[name]
     if layer.format not in FORMATS:
         raise UserError(
-            f"{contents.folder / INDEX}: layer {name} has the format {layer.format!r}; this mgvq reads {', '.join(FORMATS)}."
+            f"{contents.index_file}: layer {name} has the format {layer.format!r}; this mgvq reads {', '.join(FORMATS)}."
         )
-    where = f"{contents.folder / INDEX} and {_files(contents)} do not fit each other: layer {name}"
-    with told_as(where, ADVICE):
+    with told_as(f"{contents.index_file} and {_files(contents)} do not fit each other: layer {name}", ADVICE):
         FORMATS[layer.format].check(tensors, **layer.settings)
 
 
@@ -123,5 +129,4 @@ def check_place(folder: Path, name: str) -> None:
 
 
 def _files(contents: Contents) -> str:
-    first, *more = contents.index.shards
-    return f"{contents.folder / first}{f' (of {1 + len(more)} files)' if more else ''}"
+    return f"{contents.folder}/{', '.join(contents.index.shards)}"

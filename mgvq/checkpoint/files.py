@@ -57,7 +57,7 @@ def write_config(folder: Path, model: PreTrainedModel, source_dtype: torch.dtype
     Its dtype is the source's, whatever the model was computed in. transformers takes `transformers_weights` away whenever it
     writes a config, so that it is put in afterwards.
     """
-    config = model.config
+    config: Any = model.config
     before = getattr(config, "quantization_config", None)
     if before is not None:
         del config.quantization_config

@@ -41,6 +41,8 @@ class Held(nn.Module):
 class PackedLinear(Held):
     """Memory stays at the stored size, and `packed_linear` multiplies; tables that layers share stay shared."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         format_class: Any,

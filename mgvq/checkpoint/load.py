@@ -40,7 +40,7 @@ def load(
     path, where = Path(path), find_device(device)
     open_checkpoint(path, verify=verify)
     trusted = {"trust_remote_code": trust_remote_code, "local_files_only": True}
-    settings = {"attn_implementation": attention} if attention else {}
+    settings: dict[str, Any] = {"attn_implementation": attention} if attention else {}
     with reading_folder(path, path):
         config = AutoConfig.from_pretrained(path, **trusted)
         described = getattr(config, "quantization_config", None) or {}  # version 2 has none

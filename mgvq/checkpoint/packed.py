@@ -130,8 +130,8 @@ class Placing:
                 yield name, role, key
 
     def _unfit(self, why: str) -> UserError:
-        where = self.contents.shards[0]
-        return UserError(f"{where} does not fit its config.json: {why}. {ADVICE}")
+        files = ", ".join([self.contents.index_file.name, *self.contents.index.shards])
+        return UserError(f"{self.contents.folder} ({files}) does not fit its config.json: {why}. {ADVICE}")
 
 
 class SavePacked:
@@ -178,7 +178,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
 def decode_layers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Put plain linear layers of `dtype` in the place of packed ones, one after the other."""
     for name, layer in list(packed_layers(model)):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear: Any = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         weight = layer.weight.to(width(model, f"{name}.weight", dtype))
         linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         model.set_submodule(name, linear.train(layer.training))

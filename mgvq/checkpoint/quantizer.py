@@ -33,6 +33,7 @@ class MgvqConfig(QuantizationConfigMixin):
 class MgvqQuantizer(HfQuantizer):
     """Puts packed layers into the empty model, has transformers read the tensors into them, and checks what was read."""
 
+    quantization_config: Any  # a MgvqConfig
     requires_calibration = True  # a model that is not packed yet is quantised by a run, not while it is loaded
 
     def update_attn_implementation(self, config: Any) -> Any:

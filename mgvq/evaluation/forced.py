@@ -58,8 +58,8 @@ def score(
         for sample_id, loss, kl, choice, expected_loss, expected_choice, target in zip(batch.sample_ids, *columns, strict=True):
             total = loss.sum().item()
             exact = bool(torch.equal(choice, target)) and math.isfinite(total)
-            reference = expected_loss.sum().item(), bool(torch.equal(expected_choice, target))
-            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()), *reference)
+            other = expected_loss.sum().item(), bool(torch.equal(expected_choice, target))
+            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()), *other)
     return scored
 
 

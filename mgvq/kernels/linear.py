@@ -1,7 +1,7 @@
 """The forward pass of a packed layer: a kernel of its format for few tokens, the decoded weight for many."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,28 +11,8 @@ FEW = 16  # tokens up to which a kernel of its format beats decoding the layer a
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly
 
 
-class Packed(Protocol):
-    """A layer whose weight is stored by a format (`mgvq.protocols.QuantizedWeight`), and never held decoded."""
-
-    format_class: Any
-    """The class of the format. What it offers as `multiply(inputs, tensors, **settings)` is its kernel; it may have none."""
-    settings: Mapping[str, Any]
-    """What the format needs beside the tensors."""
-    bias: Tensor | None
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """The stored tensors by role, on the device of the layer."""
-        ...
-
-    @property
-    def weight(self) -> Float[Tensor, "out in"]:
-        """The decoded weight, float32."""
-        ...
-
-
-def packed_linear(inputs: Float[Tensor, "*b in"], layer: Packed) -> Float[Tensor, "*b out"]:
-    """`inputs W^T + bias`, in the dtype of the inputs.
+def packed_linear(inputs: Float[Tensor, "*b in"], layer: Any) -> Float[Tensor, "*b out"]:
+    """`inputs W^T + bias` of a packed layer (`mgvq.checkpoint.linear.PackedLinear`), in the dtype of the inputs.
 
     Up to `FEW` tokens on the CPU go through the kernel of the layer's format, which sums in float32 and rounds at the end. All
     else (more tokens, another device, float64, inputs whose gradient is asked for, a format without a kernel) decodes the
@@ -57,8 +37,8 @@ def multiply_by(
     return inputs @ format_class.load(tensors, **own).decode().T
 
 
-def has_kernel(inputs: Float[Tensor, "*b in"], layer: Packed) -> bool:
-    """Whether `packed_linear` multiplies these inputs without decoding the weight."""
+def has_kernel(inputs: Float[Tensor, "*b in"], layer: Any) -> bool:
+    """Whether `packed_linear` multiplies these inputs without decoding the weight: by what its format offers as `multiply`."""
     num_tokens = inputs.numel() // max(1, inputs.shape[-1])
     return (
         hasattr(layer.format_class, "multiply")

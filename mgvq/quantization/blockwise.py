@@ -242,6 +242,7 @@ class _Loop:
         gradient = gradient.to(target.device)
         if problem.transform:
             gradient = problem.transform.weight(gradient)
+            assert gradient is not None, "a transform gives a weight for a weight"
         if site in self.targets:  # an earlier sweep has rounded it, with an error that the gradient knows
             target = self.targets[site]
             gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)

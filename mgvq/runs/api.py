@@ -1,4 +1,4 @@
-"""`mgvq.quantize`: what a run does to a model, without a command line, a run folder or an evaluation."""
+"""`mgvq.quantize`: what a run does to a model, for a program of one's own: no command line, run folder or evaluation."""
 
 import copy
 import shutil
@@ -173,7 +173,7 @@ def _drawn(samples: Samples | None, seed: int) -> CalibrationSet | None:
     if all(isinstance(sample, str) for sample in samples):
         passages = [Passage(f"text {number}-0", str(text)) for number, text in enumerate(samples)]
         kept = len(passages) - len(passages) // _HELDOUT
-        return PassageSet(passages[:kept], passages[kept:], (), seed)
+        return PassageSet(passages[:kept], passages[kept:], (), seed)  # type: ignore[return-value]  (`packable` is of the class)
     groups: dict[str, list[Chat]] = {}
     for number, content in enumerate(samples):
         chat = _chat(number, content)
@@ -185,7 +185,7 @@ def _drawn(samples: Samples | None, seed: int) -> CalibrationSet | None:
 
 
 def _chat(number: int, content: Any) -> Chat:
-    row = Row("samples", f"row {number}", content)
+    row = Row("samples", f"row {number}", lambda: content)
     found = row.content("image", "question", "answer")
     image = open_image(row, found["image"], Path())
     return Chat(row.sample_id, question_turns(row, [image], found["question"], found["answer"]))

@@ -88,7 +88,7 @@ def _names(cfg: DictConfig) -> list[str]:
     names = value if isinstance(value, list) else [] if value is None else [value]
     if value == [] or not all(isinstance(name, str) for name in names):
         raise SharedFault(f"objective must be the name of a metric, a list of names, or null; got {value!r}.")
-    return names
+    return list(map(str, names))
 
 
 def _known(cfg: DictConfig) -> dict[str, str]:
@@ -106,6 +106,6 @@ def _told(known: Mapping[str, str]) -> str:
 
 def _directions(sweeper: Mapping[str, Any]) -> Sequence[str]:
     """The directions in which a sweeper searches; none for one that tries all combinations."""
-    found = sweeper.get("direction")
+    found: Any = sweeper.get("direction")
     listed = list(found) if OmegaConf.is_list(found) else [] if found is None else [found]
     return [getattr(direction, "name", str(direction)) for direction in listed]

@@ -43,7 +43,8 @@ def estimate(totals: Sequence[float] | Any, counts: Any, clusters: pd.Series) ->
     """The sum of `totals` over the sum of `counts`, with the interval in which it lies; no interval for a single cluster."""
     totals, counts = np.asarray(totals, float), np.asarray(counts, float)
     value = float(totals.sum() / counts.sum())
-    sums = pd.Series(totals - value * counts).groupby(clusters.to_numpy()).sum().to_numpy()
+    _, cluster = np.unique(clusters.to_numpy(), return_inverse=True)
+    sums = np.bincount(cluster, totals - value * counts)
     if (number := len(sums)) < 2:
         return Estimate(value, math.nan, math.nan)
     error = math.sqrt(number / (number - 1) * float((sums**2).sum())) / float(counts.sum())

@@ -11,7 +11,8 @@ from conftest import ROOT
 from made_up_study import STUDY, plan, with_names
 
 from mgvq.analysis.html import write_html
-from mgvq.analysis.records.collect import collect, collect_layers
+from mgvq.analysis.records.collect import collect
+from mgvq.analysis.records.layers import collect_layers
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.errors import UserError
 
@@ -70,7 +71,7 @@ def test_a_report_takes_no_name_for_html(tmp_path: Path) -> None:
         runs = plan(results, study)
         record = collect(study, runs)
         write_figures("made_up", record, collect_layers(runs, record), results)
-        (page := Tags()).feed(write_html("made_up", study, record, results).read_text())
+        (page := Tags()).feed(write_html("made_up", study, record, results / "page").read_text())
         pages.append(page)
     plain, hostile = pages
     assert hostile.tags == plain.tags, "the names have added no tag"
@@ -91,7 +92,7 @@ def test_the_name_of_an_arm_leads_nowhere(arm: str, tmp_path: Path) -> None:
     study = replace(with_names("full", "base", arm), baseline=["base", arm], primary=None)
     runs = plan(results, study)
     record = collect(study, runs)
-    written = [*write_tables("made_up", record, results), write_html("made_up", study, record, results)]
+    written = [*write_tables("made_up", record, results), write_html("made_up", study, record, results / "page")]
     write_figures("made_up", record, collect_layers(runs, record), results)
     assert all(file.resolve().is_relative_to(results) for file in written)
     assert [path.name for path in tmp_path.iterdir()] == ["inner"]

@@ -42,8 +42,8 @@ NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
 HELPERS = {
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
-    "codebook": {"exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
-    "compensation": {"damping", "direction", "ldl", "ldlq", "vectors"},
+    "codebook": {"beam", "exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
+    "compensation": {"damping", "direction", "ldl", "ldlq", "tiles", "vectors"},
     "evaluation": {"documents", "forced", "harness", "means", "suite_metrics"},
 }  # fmt: skip
 
@@ -345,7 +345,6 @@ def test_bad_combinations_are_refused_before_any_work(overrides: list[str], name
         (["sensitivity=weight_norm", "grouping=modality"], "sensitivity has no effect"),
         (["grouping=modality"], "grouping reads statistics"),
         (["method=kmeans_ldlq", "calibration=none"], "curvature reads statistics"),
-        (["method=yaqa", "codebook=columns"], "codebook=kmeans"),
         (["method=gptq", "compensation=hessian_two_sided"], "this curvature has no metric: choose curvature=kronecker"),
         (["method=gptq", "refit=closed_form"], "refit has no effect"),
         (["method=mbq", "calibration=text"], "curvature as set here tells images from text"),
@@ -441,7 +440,7 @@ def test_no_torch_for_planning() -> None:
 def test_the_shipped_default_is_what_help_shows() -> None:
     done = subprocess.run([sys.executable, "-m", "mgvq.cli.run", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0
-    codebooks = "codebook: columns, grid, kmeans, lattice, none, product, residual, scalar, scaled_grid, trellis"
+    codebooks = "codebook: additive, columns, grid, kmeans, lattice, none, product, residual, scalar, scaled_grid, trellis"
     for word in (codebooks, "method=kmeans", "bits_per_weight: 2.0"):
         assert word in done.stdout
 

@@ -18,7 +18,7 @@ def test_every_refusal_of_the_code_is_on_the_page_once() -> None:
     for file in (ROOT / "mgvq").rglob("*.py"):
         text = file.read_text(encoding="utf-8")
         number = len(re.findall(r"(?<!class )(?<!def )\b(?:UserError|SharedFault|whole_number|told_as)\(", text))
-        number += len(re.findall(r"raise (?:\w+\.)?(?:error|_not_here|_unclear)\(", text))
+        number += len(re.findall(r"raise (?:\w+\.)?(?:error|refusal|_not_here|_unclear|_unfit)\(", text))
         if number and file.name != "checks.py":
             written[".".join(file.relative_to(ROOT / "mgvq").with_suffix("").parts)] = number
     assert Counter(check.module for check in FOUND) == written
@@ -46,5 +46,5 @@ def test_functions_that_make_errors_are_known() -> None:
 def test_a_refusal_says_something() -> None:
     """Or it hands on what another says."""
     handed_on = {"*what* (*its words*). *advice*", "*no such setting*", "*known**setup*", "*error*", "*overrides*: *error*"}
-    handed_on |= {"*source*, *where*: *text*", "*group*.*wrong*.", "*words*: *text*"}
+    handed_on |= {"*source*, *where*: *text*", "*group*.*wrong*.", "*words*: *text*", "*get*"}  # the last: a reason of mgvq/export/codes.py
     assert not [c for c in FOUND if c.says not in handed_on and not re.search("[a-z]{2}", re.sub(r"\*[^*]*\*", "", c.says))]

@@ -48,7 +48,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LlamaForCausa
         weights[site] = GroupedWeight(parts, ids, width) if parts else vector(rows, width)
     tokenizer = load_processor(str(SHIPPED / "tiny_internvl")).tokenizer
     loaded = Loaded(model.requires_grad_(False), tokenizer, torch.bfloat16)
-    save(folder, loaded, sites, weights, round_embeddings(model, 8), shard_bytes=12_000)
+    save(folder, loaded, sites, weights, round_embeddings(model, 8), shard_bytes=2_500)
     return folder, model
 
 
@@ -114,7 +114,7 @@ def test_tables_stay_exact(change: str, given: tuple[Path, LlamaForCausalLM], tm
     assert same(model, changed)
     with torch.inference_mode():
         assert torch.isfinite(changed(IDS).logits).all()
-    changed.save_pretrained(tmp_path, max_shard_size=12_000)
+    changed.save_pretrained(tmp_path, max_shard_size=2_500)
     assert not (tmp_path / "model.safetensors").exists()
     again = mgvq.load(tmp_path, packed=True)
     assert same(model, again)

@@ -26,8 +26,10 @@ def metrics_that_differ(a: ListedRun, b: ListedRun) -> list[list[str]]:
     for name in _names(a.metrics, b.metrics):
         first, second = a.metrics.get(name), b.metrics.get(name)
         if first != second and name not in _OWN:
-            both = isinstance(first, int | float) and isinstance(second, int | float)
-            lines.append([name, shown(first), shown(second), f"{second - first:+.4g}" if both else NOTHING])
+            difference = NOTHING
+            if isinstance(first, int | float) and isinstance(second, int | float):
+                difference = f"{second - first:+.4g}"
+            lines.append([name, shown(first), shown(second), difference])
     flags = [sorted(set(run.metrics.get("flags", ()))) for run in (a, b)]
     if flags[0] != flags[1]:
         lines.append(["flags", *(", ".join(own) or NOTHING for own in flags), NOTHING])

@@ -98,8 +98,7 @@ def loaded(folder: Path) -> tuple[dict[str, torch.Tensor], Any]:
     """Every weight, and every setting that answers depend on."""
     model, processor = mgvq.load(folder, packed=True), mgvq.load_processor(folder)
     settings = [model.config.to_dict(), model.generation_config.to_dict(), processor.init_kwargs, processor.get_vocab()]
-    turn = [{"role": "user", "content": "how many things ?"}]
-    settings += [processor.chat_template, processor.apply_chat_template(turn, tokenize=False), processor("red blue")["input_ids"]]
+    settings += [processor.chat_template, processor("how many red things ?")["input_ids"]]
     text = json.dumps(settings, sort_keys=True, default=str).replace(str(folder), "")
     return {**model.state_dict(), "embedding": model.get_input_embeddings().weight}, text
 
