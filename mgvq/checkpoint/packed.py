@@ -18,6 +18,7 @@ from mgvq.checkpoint.linear import Held, PackedLinear
 from mgvq.errors import UserError
 from mgvq.model.files import read_json
 from mgvq.model.health import is_finite
+from mgvq.model.load import as_stored
 from mgvq.model.terms import term_files
 
 

@@ -73,7 +73,7 @@ def _counted(cfg: DictConfig, source: Source, method: Method | None) -> list[str
         "statistics of the layers come on top",
     ]
     if method is not None and method.tuning is not None and not method.tunes_blocks:
-        lines.append(f"tuning      {_number(tuning_bytes(sites))}B more for decoded layers and gradients; activations come on top")
+        lines.append(f"tuning      {_number(tuning_bytes(sites))}B more for decoded layers and gradients; activations on top")
     if (bits := cfg.budget.bits_per_weight) is not None:
         inside = sum(s.num_weights for s in sites)
         stored = inside * bits / 8 + (total - inside) * size / total

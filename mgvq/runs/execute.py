@@ -105,8 +105,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
-            run_on_samples = drawn and (method.is_blockwise or method.tuning is not None)
-            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if run_on_samples else None
+            run_on_samples = method.is_blockwise or method.tuning is not None
+            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and run_on_samples else None
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
             journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if method.is_blockwise else None
             bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
