@@ -4,7 +4,7 @@ A variant *declares* what others must know of it: whoever checks that the stages
 properties and knows no class. Dimension names are those of `mgvq.types`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -29,6 +29,24 @@ class QuantizedWeight(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
     def decode(self) -> Float[Tensor, "out in"]: ...
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        """Those of `tensors` that are continuous, by the same roles: tables and scales, which a tuning may move. The others are
+        codes: choices that are made."""
+        ...
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the decoded weight is linear in the tunable tensors, taken together."""
+        ...
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        """`decode` as a function of the tunable tensors, in any floating-point dtype, with a gradient with respect to them.
+
+        What follows from the codes alone is computed once, when the function is made.
+        """
+        ...
+
     def tensors(self) -> Mapping[str, Tensor]: ...
     def num_weights(self) -> Mapping[str, int]:
         """The number of weights that each of the tensors stands for; a tensor that is left out stands for none, as a table."""
@@ -339,6 +357,59 @@ class Prefix(Protocol):
         `lacking` is `E[r x~^T]` and `gram` `E[x~ x~^T]`: x~ is the layer's present input, and r what the layer should add to
         `W x~` for the stream (where its output goes into the residual stream) or its own output to be that of full precision.
         `heldout` are both of the held-out samples, None where there are none.
+        """
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a tuning brings down: a loss of values in float32, by name, and how they do on held-out samples."""
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches there are to learn from."""
+        ...
+
+    def tokens(self, batch: int) -> int:
+        """The tokens of a batch."""
+        ...
+
+    def loss(self, values: Mapping[str, Tensor], batch: int) -> Float[Tensor, ""]:
+        """The mean loss over a batch, with a graph to the values."""
+        ...
+
+    def heldout(self, values: Mapping[str, Tensor]) -> float:
+        """The mean loss over all held-out samples; NaN where there are none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Descended:
+    """What a tuning has come to."""
+
+    tensors: Mapping[str, Tensor]
+    """The best state, in the dtypes of the start; the very tensors of the start where that was best."""
+    rows: Sequence[Mapping[str, int | float]]
+    """The start and every check: `step, tokens, seconds, loss, heldout_loss`."""
+    flags: Sequence[str]
+    """What tables must say of it."""
+
+
+@runtime_checkable
+class Tuning(Protocol):
+    """Moves what is continuous once codes are chosen; these stay, and so do the bits."""
+
+    within: Literal["block", "model"]
+    """Against what: a block's own output, before the next block is rounded, or the answers of the whole model in the end."""
+    whole_towers: bool
+    """Whether all parameters of the towers in scope are tuned, not only biases and the vectors in blocks of quantised layers."""
+    embeddings: bool
+    """Whether token embedding and head are tuned too."""
+
+    def descend(self, name: str, start: Mapping[str, Tensor], objective: Objective) -> Descended:
+        """From stored tensors to better ones of the same dtypes and shapes, never to worse ones by the held-out loss.
+
+        `name` is that of the random stream.
         """
         ...
 

@@ -35,7 +35,7 @@ MOMENTS = {
     "weights and logits, when the model is loaded": ("model",),
     "samples and statistics, while they are collected": ("curvature", "model.passes", "model.answers"),
     "layers, while they are quantised": (
-        "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix",
+        "quantization", "sensitivity", "codebook", "compensation", "refit", "transform", "prefix", "tuning",
     ),
     "checkpoints, whenever one is read": ("checkpoint",),
     "checkpoints, before they are exported": ("export",),

@@ -26,6 +26,7 @@ GROUPS = {
     "refit": "Refit",
     "transform": "Transform",
     "prefix": "Prefix",
+    "tuning": "Tuning",
     "evaluation": "Task",
     "tracker": None,
     "experiment": None,

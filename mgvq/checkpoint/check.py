@@ -1,6 +1,6 @@
 """The check inside every run that the checkpoint is the model that was quantised: a few logits of both."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,17 +27,19 @@ def check_same_model(
     back: PreTrainedModel,
     path: object,
     embeddings: Mapping[str, QuantizedWeight] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Raises UserError where the model that was read back from `path` says other things than `loaded` with `weights` and
-    `embeddings` (by the names of their modules) in place.
+    """Raises UserError where the model that was read back from `path` says other things than `loaded` with `weights`,
+    `embeddings` (by the names of their modules) and `parameters` (by their own) in place.
 
-    Without either the logits have to be equal to the bit. One layer is decoded at a time: no second model is needed.
+    Without any the logits have to be equal to the bit. One layer is decoded at a time: no second model is needed.
     """
     batch = probe(loaded.model, loaded.processor)
-    rounded = embeddings or {}
-    with _in_place(loaded.model, weights), _exchanged(loaded.model, rounded):
+    exchanged = {f"{name}.weight": weight.decode for name, weight in (embeddings or {}).items()}
+    exchanged |= {name: tensor.clone for name, tensor in (parameters or {}).items()}
+    with _in_place(loaded.model, weights), _exchanged(loaded.model, exchanged):
         expected = answer_logits(loaded.model, batch)
-    check_same_logits(expected, answer_logits(back, batch), exact=not (weights or rounded), path=path)
+    check_same_logits(expected, answer_logits(back, batch), exact=not (weights or exchanged), path=path)
 
 
 def check_same_logits(
@@ -71,13 +73,13 @@ def _in_place(model: nn.Module, weights: Mapping[Site, QuantizedWeight]) -> Iter
 
 
 @contextmanager
-def _exchanged(model: nn.Module, embeddings: Mapping[str, QuantizedWeight]) -> Iterator[None]:
-    """Inside, these parameters are the decoded ones, also where a head is tied to them."""
-    parameters = {name: model.get_parameter(f"{name}.weight") for name in embeddings}
+def _exchanged(model: nn.Module, values: Mapping[str, Callable[[], Tensor]]) -> Iterator[None]:
+    """Inside, parameters are what these functions give, also where a head is tied to them."""
+    parameters = {name: model.get_parameter(name) for name in values}
     own = {name: parameter.data for name, parameter in parameters.items()}
     try:
         for name, parameter in parameters.items():
-            parameter.data = embeddings[name].decode().to(parameter.data)
+            parameter.data = values[name]().to(parameter.data)
         yield
     finally:
         for name, parameter in parameters.items():

@@ -85,14 +85,6 @@ def write_generation(folder: Path, model: PreTrainedModel) -> None:
     settings.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
 
 
-def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype that the source's config names, if no number changes by that: a few may be wider there."""
-    if not tensor.is_floating_point() or tensor.dtype == dtype:
-        return tensor
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
-
-
 def plain_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters, one that is tied under its first name, and the buffers that are stored."""
     kept = model.state_dict().keys()

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from mgvq.checkpoint.contents import FORMATS, Contents, check_layer
 from mgvq.checkpoint.digests import write_digests
-from mgvq.checkpoint.files import SHARD_BYTES, as_stored, plain_tensors, write_config, write_generation, write_weights
+from mgvq.checkpoint.files import SHARD_BYTES, plain_tensors, write_config, write_generation, write_weights
 from mgvq.checkpoint.index import ADVICE, Packed
 from mgvq.checkpoint.linear import Held, PackedLinear
 from mgvq.errors import UserError
 from mgvq.model.files import read_json
 from mgvq.model.health import is_finite
+from mgvq.model.load import as_stored
 from mgvq.model.terms import term_files
 
 

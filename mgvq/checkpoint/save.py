@@ -11,7 +11,6 @@ from mgvq.checkpoint.card import write_card
 from mgvq.checkpoint.digests import write_digests
 from mgvq.checkpoint.files import (
     SHARD_BYTES,
-    as_stored,
     plain_tensors,
     weight_bytes,
     write_config,
@@ -20,7 +19,7 @@ from mgvq.checkpoint.files import (
 )
 from mgvq.checkpoint.index import Packed
 from mgvq.checkpoint.ledger import Entry, Ledger, Part
-from mgvq.model.load import Loaded
+from mgvq.model.load import Loaded, as_stored
 from mgvq.model.towers import find_towers
 from mgvq.protocols import QuantizedWeight
 from mgvq.types import Site
@@ -32,6 +31,7 @@ def save(
     sites: Sequence[Site],
     weights: Mapping[Site, QuantizedWeight],
     embeddings: Mapping[str, QuantizedWeight] | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
     *,
     provenance: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -39,9 +39,9 @@ def save(
     """Write the checkpoint and return its ledger; equal inputs give equal bytes.
 
     Layers of `sites` without an entry in `weights` are stored like everything else, in the source's dtype. `embeddings` are
-    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. `provenance`
-    goes into config.json and the model card: how the model was made. Raises AssertionError where the ledger and the bytes on
-    disk differ.
+    weights outside of the scope by the names of their modules; one that is tied is stored under its first name. `parameters` are
+    what others were tuned to, by name, and are written as they are. `provenance` goes into config.json and the model card: how
+    the model was made. Raises AssertionError where the ledger and the bytes on disk differ.
     """
     folder.mkdir(parents=True)
     towers = find_towers(loaded.model)
@@ -63,11 +63,11 @@ def save(
                 entries.append(Entry(name, part, quantized, tensor.nbytes, num_weights.get(role, 0)))
             roles[role] = named[id(tensor)][1]
         layers[module] = Packed(weight.format, weight.settings(), roles)
-    in_scope = {f"{s.name}.weight" for s in sites}
+    in_scope, tuned = {f"{s.name}.weight" for s in sites}, parameters or {}
     packed = {f"{module}.weight" for module in layers}
     for name, tensor in plain_tensors(loaded.model).items():
         if name not in packed:
-            tensors[name] = as_stored(tensor, loaded.stored_dtype)
+            tensors[name] = tuned[name] if name in tuned else as_stored(tensor, loaded.stored_dtype)
             part: Part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, tensors[name].nbytes, tensors[name].numel()))
     overhead = write_weights(folder, tensors, layers, loaded.stored_dtype, shard_bytes)

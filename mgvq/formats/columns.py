@@ -1,6 +1,6 @@
 """Vector codes along the output channels, where each run of `d` rows of a column is an index into a table of centroids."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,7 +29,19 @@ class ColumnWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        return self.transposed.decode().T.contiguous()
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return self.transposed.tunable
+
+    @property
+    def is_linear(self) -> bool:
+        return self.transposed.is_linear
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        transposed = self.transposed.decoder()
+        return lambda tensors: transposed(tensors).T.contiguous()
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self.transposed.tensors()

@@ -1,6 +1,6 @@
 """Weights far outside the range of fp16: stored as a power of two times a weight that lies inside."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, get_args
 
@@ -38,7 +38,19 @@ class ExponentWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        return self.plain.decode() * 2.0**self.exponent
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return self.plain.tunable
+
+    @property
+    def is_linear(self) -> bool:
+        return self.plain.is_linear
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        plain = self.plain.decoder()
+        return lambda tensors: plain(tensors) * 2.0**self.exponent
 
     def tensors(self) -> Mapping[str, Tensor]:
         return self.plain.tensors()

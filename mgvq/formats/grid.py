@@ -1,7 +1,7 @@
 """Symmetric uniform grids, `w = scale * (code - middle)`, where each group of channels takes one of a few scales."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,10 +45,26 @@ class GridWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        num_in = self.codes.shape[1]
-        scales = scale_levels(self.span, self.scale_bits)[self.scale_codes.long()]
-        weight = scales.repeat_interleave(self.group_size, 1)[:, :num_in] * (self.codes.float() - middle(self.bits))
-        return weight if self.channels is None else weight / stretch(unpack(self.channels, CHANNEL_BITS, num_in))
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return {"span": self.span}
+
+    @property
+    def is_linear(self) -> bool:
+        return False
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        num_in, chosen, centred = self.codes.shape[1], self.scale_codes.long(), self.codes.float() - middle(self.bits)
+        stretched = None if self.channels is None else stretch(unpack(self.channels, CHANNEL_BITS, num_in))
+
+        def weight(tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+            scales = _differentiable_levels(tensors["span"], self.scale_bits)[chosen]
+            weight = scales.repeat_interleave(self.group_size, 1)[:, :num_in] * centred
+            return weight if stretched is None else weight / stretched
+
+        return weight
 
     def tensors(self) -> Mapping[str, Tensor]:
         stored = {
@@ -126,6 +142,16 @@ def scale_levels(span: Float[Tensor, "2"], scale_bits: int) -> Float[Tensor, "le
     top = 2**scale_bits - 1
     levels = [low * (high / low) ** (i / top) for i in range(top + 1)]
     return torch.tensor(levels, dtype=torch.float16, device=span.device).float()
+
+
+def _differentiable_levels(span: Float[Tensor, "2"], scale_bits: int) -> Float[Tensor, "levels"]:
+    """`scale_levels`, with the gradient that they have before they are rounded to fp16."""
+    exact = scale_levels(span.detach(), scale_bits)
+    if not span.requires_grad:
+        return exact
+    low, high = span.double()
+    smooth = low * (high / low) ** torch.linspace(0, 1, 2**scale_bits, dtype=torch.float64, device=span.device)
+    return exact + (smooth - smooth.detach()).float()
 
 
 def pack_channels(code: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:

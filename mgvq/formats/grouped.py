@@ -1,9 +1,10 @@
 """Channel groups: the columns of each group are a weight of their own, and every input channel says which group it belongs to."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
@@ -41,27 +42,31 @@ class GroupedWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        parts = [channel_slice.decode() for channel_slice in self.slices]
-        group = self.channel_groups().to(parts[0].device)
-        weight = parts[0].new_empty(self.shape)
-        for g, part in enumerate(parts):
-            weight[:, group == g] = part
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return _numbered([channel_slice.tunable for channel_slice in self.slices])
+
+    @property
+    def is_linear(self) -> bool:
+        return all(channel_slice.is_linear for channel_slice in self.slices)
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        parts = [channel_slice.decoder() for channel_slice in self.slices]
+        place = torch.argsort(self.channel_groups(), stable=True).argsort()  # of every input channel, group by group
+
+        def weight(tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+            sorted_by_group = torch.cat([part(_own(tensors, g)) for g, part in enumerate(parts)], 1)
+            return sorted_by_group.index_select(1, place.to(sorted_by_group.device))
+
         return weight
 
     def tensors(self) -> Mapping[str, Tensor]:
-        parts = {
-            f"{g}.{role}": tensor
-            for g, channel_slice in enumerate(self.slices)
-            for role, tensor in channel_slice.tensors().items()
-        }
-        return {**parts, "groups": self.groups}
+        return {**_numbered([channel_slice.tensors() for channel_slice in self.slices]), "groups": self.groups}
 
     def num_weights(self) -> Mapping[str, int]:
-        return {
-            f"{g}.{role}": number
-            for g, channel_slice in enumerate(self.slices)
-            for role, number in channel_slice.num_weights().items()
-        }
+        return _numbered([channel_slice.num_weights() for channel_slice in self.slices])
 
     def settings(self) -> Mapping[str, Any]:
         return {"shape": list(self.shape), "pieces": [{"format": p.format, **p.settings()} for p in self.slices]}
@@ -73,11 +78,10 @@ class GroupedWeight:
         sizes = [rows_and_columns(piece["shape"])[1] for piece in pieces]
         if not sizes or sum(sizes) != num_in:
             raise ValueError(f"its pieces have {sizes} columns instead of {num_in} in all")
-        own = {g: f"{g}." for g in range(len(sizes))}
-        check_roles(tensors, ("groups",), [role for role in tensors if role.startswith(tuple(own.values()))])
+        parts = [_own(tensors, g) for g in range(len(sizes))]
+        check_roles(tensors, ("groups",), _numbered(parts))
         check_packed(tensors, "groups", num_in, index_width(len(sizes)), len(sizes))
-        for g, (piece, size) in enumerate(zip(pieces, sizes, strict=True)):
-            part = {role.removeprefix(own[g]): tensor for role, tensor in tensors.items() if role.startswith(own[g])}
+        for part, piece, size in zip(parts, pieces, sizes, strict=True):
             check_inner(SLICE_FORMATS, part, piece, (num_out, size))
         if not tensors["groups"].is_meta:
             found = unpack(tensors["groups"], index_width(len(sizes)), num_in).bincount(minlength=len(sizes)).tolist()
@@ -101,6 +105,16 @@ class GroupedWeight:
         return total
 
 
+def _numbered(slices: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What each slice has by role, by the roles that a layer stores them under."""
+    return {f"{g}.{role}": value for g, own in enumerate(slices) for role, value in own.items()}
+
+
+def _own(tensors: Mapping[str, Tensor], group: int) -> dict[str, Tensor]:
+    """What belongs to one slice, by its own roles."""
+    return {role.removeprefix(f"{group}."): tensor for role, tensor in tensors.items() if role.startswith(f"{group}.")}
+
+
 def pack_groups(group: Int[Tensor, "in"]) -> UInt8[Tensor, "bytes"]:
     """Pack the group of every input channel as it is stored; groups are numbered 0, 1, ... without a gap."""
     return pack(group, index_width(int(group.max()) + 1))
@@ -114,5 +128,4 @@ def group_numbers(packed: UInt8[Tensor, "bytes"], num_groups: int, num_in: int) 
 def _parts(tensors: Mapping[str, Tensor], pieces: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Any, Mapping, Mapping]]:
     """Each slice's format, its stored tensors and its settings."""
     for g, entry in enumerate(pieces):
-        own = {role.removeprefix(f"{g}."): tensor for role, tensor in tensors.items() if role.startswith(f"{g}.")}
-        yield SLICE_FORMATS[entry["format"]], own, {key: value for key, value in entry.items() if key != "format"}
+        yield SLICE_FORMATS[entry["format"]], _own(tensors, g), {key: value for key, value in entry.items() if key != "format"}

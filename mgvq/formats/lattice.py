@@ -1,7 +1,7 @@
 """Lattice codes: runs of eight input channels of a row, a point of a lattice at each stage; no table is stored."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.kernels.lattice import multiply_points
-from mgvq.lattice.coding import STAGES, decode
+from mgvq.lattice.coding import STAGES, points
 from mgvq.lattice.points import DIMENSION
 
 
@@ -36,8 +36,27 @@ class LatticeWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        vectors = decode(self.codes.flatten(0, 1), self.bits, self.scales.tolist())
-        return vectors.view(len(self.codes), -1)[:, : self.num_in]
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return {"scales": self.scales}
+
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        stages = points(self.codes.flatten(0, 1), self.bits)
+
+        def weight(tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+            scales = tensors["scales"].float()
+            total = torch.zeros((), device=scales.device)
+            for stage, scale in zip(stages, scales.unbind(), strict=True):
+                total = total + stage * scale
+            return total.view(len(self.codes), -1)[:, : self.num_in]
+
+        return weight
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The codes of a vector are as many bytes as a weight has bits: each stage's own, the lowest first."""

@@ -1,6 +1,6 @@
 """Weights of which a few are stored exactly, beside any other format: `W = S + R`, S sparse in the layer's own basis."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,9 +42,13 @@ class Outliers:
 
     def dense(self) -> Float[Tensor, "out in"]:
         """S, float32."""
+        return self.decoder()(self.values)
+
+    def decoder(self) -> Callable[[Float[Tensor, "n"]], Float[Tensor, "out in"]]:
+        """`dense` as a function of the values."""
         flat = torch.zeros(self.shape[0] * self.shape[1], device=self.values.device)
-        flat[unpack(self.positions, _width(self.shape), len(self.values)).long()] = self.values.float() * 2.0**self.exponent
-        return flat.view(self.shape)
+        positions = unpack(self.positions, _width(self.shape), len(self.values)).long()
+        return lambda values: flat.scatter(0, positions, values.float() * 2.0**self.exponent).view(self.shape)
 
     def tensors(self) -> Mapping[str, Tensor]:
         return dict(zip(_ROLES, (self.positions, self.values), strict=True))
@@ -72,7 +76,19 @@ class OutlierWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """float32, in the layer's own basis."""
-        return self.rest.decode() + self.outliers.dense()
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return {**self.rest.tunable, _ROLES[1]: self.outliers.values}
+
+    @property
+    def is_linear(self) -> bool:
+        return self.rest.is_linear
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        rest, sparse = self.rest.decoder(), self.outliers.decoder()
+        return lambda tensors: rest(tensors) + sparse(tensors[_ROLES[1]])
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {**self.rest.tensors(), **self.outliers.tensors()}

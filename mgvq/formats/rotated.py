@@ -1,6 +1,6 @@
 """Weights that are stored in a rotated basis: `W = U^T W' V`, with the signs of both rotations."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,7 +52,19 @@ class RotatedWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """float32, in the layer's own basis."""
-        return rotate_matrix_back(self.inner.decode(), self.outputs, self.inputs)
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return self.inner.tunable
+
+    @property
+    def is_linear(self) -> bool:
+        return self.inner.is_linear
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        inner, outputs, inputs = self.inner.decoder(), self.outputs, self.inputs
+        return lambda tensors: rotate_matrix_back(inner(tensors), outputs, inputs)
 
     def tensors(self) -> Mapping[str, Tensor]:
         signs = {"signs_in": self.signs_in, "signs_out": self.signs_out}

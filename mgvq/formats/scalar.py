@@ -1,12 +1,12 @@
 """Uniform grids, `w = scale * (code - zero)`, with an fp16 scale and a packed zero point for each group of input channels."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
@@ -38,9 +38,22 @@ class ScalarWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
-        num_in = self.codes.shape[1]
-        scales, zeros = (t.repeat_interleave(self.group_size, 1)[:, :num_in].float() for t in (self.scales, self.zeros))
-        return scales * (self.codes.float() - zeros)
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return {"scales": self.scales}
+
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
+        levels = self.codes.float() - self._by_channel(self.zeros)
+        return lambda tensors: self._by_channel(tensors["scales"]) * levels
+
+    def _by_channel(self, values: Shaped[Tensor, "out groups"]) -> Float[Tensor, "out in"]:
+        return values.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]].float()
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {

@@ -1,6 +1,6 @@
 """Trellis codes: tiles of 16 x 16 weights, each a tail-biting walk through the states of a shift register; no table is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,8 +34,20 @@ class TrellisWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """float32; exact for every device."""
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        return {"scale": self.scale}
+
+    @property
+    def is_linear(self) -> bool:
+        return True
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         values = decode(self.codes.flatten(0, 1), self.code, TILE * TILE)
-        return from_tiles(values.unflatten(0, self.codes.shape[:2]))[: self.num_out, : self.num_in] * self.scale.float()
+        values = from_tiles(values.unflatten(0, self.codes.shape[:2]))[: self.num_out, : self.num_in]
+        return lambda tensors: values * tensors["scale"].float()
 
     def tensors(self) -> Mapping[str, Tensor]:
         return {"codes": self.codes, "scale": self.scale}

@@ -1,7 +1,7 @@
 """Vector codes, where each run of `d` input channels of a row is an index into a table of `k` centroids, or several."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,14 +47,32 @@ class VectorWeight:
 
     def decode(self) -> Float[Tensor, "out in"]:
         """Return the weight in float32, exactly the same on every device."""
+        return self.decoder()(self.tunable)
+
+    @property
+    def tunable(self) -> Mapping[str, Tensor]:
+        stored = {"table": self.table, "step": self.step, "scale": self.scale}
+        return {role: tensor for role, tensor in stored.items() if tensor is not None}
+
+    @property
+    def is_linear(self) -> bool:
+        return self.step is None and self.scale is None
+
+    def decoder(self) -> Callable[[Mapping[str, Tensor]], Float[Tensor, "out in"]]:
         _, num_vectors, stages = self.codes.shape
-        tables = centroids(self.table, self.step)
-        subspace = torch.arange(num_vectors, device=self.codes.device) % (len(tables) // stages)
-        vectors = torch.zeros((), device=tables.device)
-        for i in range(stages):
-            vectors = vectors + tables[subspace * stages + i, self.codes[:, :, i].long()]
-        weight = vectors.flatten(1)[:, : self.num_in]
-        return weight if self.scale is None else weight * self.scale.float()
+        num_tables, num_centroids, _ = self.table.shape
+        subspace = torch.arange(num_vectors, device=self.codes.device) % (num_tables // stages)
+        rows = [(subspace * stages + i) * num_centroids + self.codes[:, :, i].long() for i in range(stages)]
+
+        def weight(tensors: Mapping[str, Tensor]) -> Float[Tensor, "out in"]:
+            tables = centroids(tensors["table"], tensors.get("step")).flatten(0, 1)
+            vectors = torch.zeros((), device=tables.device)
+            for own in rows:
+                vectors = vectors + torch.nn.functional.embedding(own, tables)
+            weight = vectors.flatten(1)[:, : self.num_in]
+            return weight if "scale" not in tensors else weight * tensors["scale"].float()
+
+        return weight
 
     def tensors(self) -> Mapping[str, Tensor]:
         codes = pack(self.codes.flatten(), index_width(self.table.shape[1]))

@@ -29,11 +29,16 @@ def encode(vectors: Float[Tensor, "n 8"], bits: int, scales: Sequence[float]) ->
 
 def decode(codes: Int[Tensor, "n stages"], bits: int, scales: Sequence[float]) -> Float[Tensor, "n 8"]:
     """What the codes of `encode` stand for, float32. Raises ValueError as that does."""
-    widths = _stages(bits, scales)
+    _stages(bits, scales)
     total = torch.zeros(len(codes), 8, device=codes.device)
-    for stage, (width, scale) in enumerate(zip(widths, scales, strict=True)):
-        total = total + _POINTS[width](codes[:, stage]) * scale
+    for stage, scale in zip(points(codes, bits), scales, strict=True):
+        total = total + stage * scale
     return total
+
+
+def points(codes: Int[Tensor, "n stages"], bits: int) -> list[Float[Tensor, "n 8"]]:
+    """The points that the codes of each stage name, before they are scaled, float32."""
+    return [_POINTS[width](codes[:, stage]) for stage, width in enumerate(STAGES[bits])]
 
 
 def _stages(bits: int, scales: Sequence[float]) -> tuple[int, ...]:

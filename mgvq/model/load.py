@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
 from mgvq.digest import file_digest
@@ -44,6 +45,14 @@ class Loaded:
     code: tuple[Path, ...] = ()  # the Python files of a repository whose own class the model is; a checkpoint needs them too
     terms: tuple[Path, ...] = ()  # the files that say how the source may be used, which go with what is made of it
     licence: str | None = None  # the name of the source's licence, where its model card says it
+
+
+def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in the dtype that the source's config names, if no number changes by that: a few may be wider there."""
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    narrow = tensor.to(dtype)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
 def describe(source: Source) -> Described:

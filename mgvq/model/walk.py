@@ -1,7 +1,7 @@
 """The block walk: what goes into and comes out of every block, over all batches, as the blocks are quantised one by one.
 
 Gradients and held-out losses of the block loop go through here, so that how a pass comes about can change in one place. `visit`
-is for statistics of the quantised prefix, which no stage takes yet.
+is for what is done to one block behind the quantised prefix: its statistics, and its tuning.
 """
 
 import copy
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from mgvq.model.blocks import Block, block_name, install, modules_before, restor
 from mgvq.model.hooks import before_forward, outputs_of
 from mgvq.model.pack import PackedBatch
 from mgvq.model.sites import linear
-from mgvq.types import Batch, Site
+from mgvq.types import Batch, Site, Tower
 
 AnyBatch = Batch | PackedBatch
 PrefixName = Literal["full_precision", "quantized"]
@@ -88,7 +89,7 @@ class BlockWalk:
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if not self.batches:
             return []
-        with torch.inference_mode(), modules_before(self.model, sites) as static:
+        with torch.no_grad(), modules_before(self.model, sites) as static:
             answer_states(self.model, self.batches[-1])  # the batch with the most images: the first may have none
         return static
 
@@ -128,7 +129,7 @@ class BlockWalk:
         self._visited.append(block_name(block))
         return Visit(self, block, full_precision)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode, whose tensors no later graph may hold
     def calls(self, block: Block, prefix: PrefixName) -> list[Call]:
         """Every call of the block in passes over all batches, which end where the next block of its tower begins."""
         calls: list[Call] = []
@@ -187,6 +188,25 @@ class Visit:
         """The pass of the first call alone; nothing where there is no call."""
         return self._run(prefix, self.calls[prefix][:1], watch, False, True)
 
+    def kept(self) -> list[Tensor]:
+        """What the block put out at full precision, call by call, once it has run so; whoever reads it writes nothing into it."""
+        outputs = self._walk._kept["full_precision"].outputs
+        calls = [one for number in range(len(self._walk.batches)) for one in outputs.get((number, self.name), [])]
+        return [one if isinstance(one, Tensor) else one[0] for one in calls]
+
+    def answer(self, call: Call, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for a call with these in place of parameters of the model, by their names in the model, with a graph
+        wherever it is wanted."""
+        own = {name.removeprefix(f"{self.name}."): value for name, value in parameters.items()}
+        returned = torch.func.functional_call(self.module, own, call.args, dict(call.kwargs))
+        return returned if isinstance(returned, Tensor) else returned[0]
+
+    def tokens(self, call: Call, values: Float[Tensor, "*b c"], tower: Tower) -> Float[Tensor, "tokens c"]:
+        """The rows of real tokens among values that the block of a tower has for a call."""
+        if tower != "language":  # towers without padding
+            return values.flatten(0, -2)
+        return values[self._walk.batches[call.number].valid_mask]
+
     def outputs(self, prefix: PrefixName, names: Sequence[str]) -> dict[str, Tensor]:
         """The outputs of modules inside the block in the pass of its first call."""
         with outputs_of(self.module, names) as seen:
@@ -211,7 +231,7 @@ class Visit:
             for call in calls:
                 seen.clear()
                 returned = None
-                with torch.enable_grad() if graph else torch.inference_mode(), suppress(_Stop):
+                with torch.enable_grad() if graph else torch.no_grad(), suppress(_Stop):
                     returned = self.module(*call.args, **call.kwargs)
                 yield BlockPass(call, dict(seen), returned)
 

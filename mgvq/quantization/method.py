@@ -14,6 +14,7 @@ from mgvq.protocols import (
     Sensitivity,
     TargetShift,
     Transform,
+    Tuning,
 )
 from mgvq.types import Needs
 
@@ -34,6 +35,7 @@ class Method:
     refit: Refit | None = None
     transform: Transform | None = None
     prefix: Prefix | None = None
+    tuning: Tuning | None = None
     outliers: int = 0
     """How many weights of each layer are stored exactly."""
 
@@ -43,6 +45,11 @@ class Method:
             raise UserError(
                 "prefix=quantized and a compensation that moves its targets by a gradient both decide in which order layers are "
                 "rounded and towards what: choose prefix=none, or a compensation such as hessian."
+            )
+        if self.tunes_blocks and self.shift is not None:
+            raise UserError(
+                "tuning=block and a compensation that moves its targets by a gradient both walk through the blocks, each in its "
+                "own way: choose tuning=tables or end_to_end, or a compensation such as hessian."
             )
         if self.prefix is not None and self.curvature is not None and (clip := self.curvature.needs.clip) is not None:
             raise UserError(
@@ -90,7 +97,12 @@ class Method:
     @property
     def is_blockwise(self) -> bool:
         """Whether layers are rounded behind those that are quantised before them, for which the model runs on samples."""
-        return self.shift is not None or self.prefix is not None
+        return self.shift is not None or self.prefix is not None or self.tunes_blocks
+
+    @property
+    def tunes_blocks(self) -> bool:
+        """Whether a block is tuned before the next one is rounded."""
+        return self.tuning is not None and self.tuning.within == "block"
 
     @property
     def uses_score(self) -> bool:

@@ -25,6 +25,7 @@ from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
+from mgvq.quantization.tuning import BlockTuner
 from mgvq.types import LayerProblem, Site, StatsBank
 
 
@@ -36,13 +37,15 @@ def quantize(
     bits_per_weight: float,
     samples: Samples | None,
     finished: MutableMapping[str, Any] | None = None,
+    stored_dtype: torch.dtype = torch.float32,
 ) -> QuantReport:
     """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
 
-    `bank` holds what `method.needs` asks for, `samples` are there if `method.compensation` moves its targets by a gradient.
-    `finished` holds the blocks that an earlier start has rounded, and is given the others one by one, where layers are rounded
-    block by block and no table is shared between blocks. Raises UserError for weights or scores that are not finite, and where
-    the budget cannot be met.
+    `bank` holds what `method.needs` asks for, `samples` are there if `method.is_blockwise`. `finished` holds the blocks that an
+    earlier start has rounded, and is given the others one by one, where layers are rounded block by block, no table is shared
+    between blocks, and no block is tuned: the norms that a tuning moves are no part of an entry. What a tuning moves beside the
+    layers' own tensors is stored in `stored_dtype`; a tuning of the whole model comes behind (`mgvq.quantization.tuning.tuned`).
+    Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
     """
     start = time.perf_counter()
     weights = site_weights(model, sites)
@@ -64,19 +67,22 @@ def quantize(
     limits = Limits(bits_by_layer(held, table_groups, table, chosen))
     rounder = LayerRounder(method.compensation, method.refit, ids, limits)
     blocks = pd.DataFrame()
+    tuner = None
     if not method.is_blockwise:
         rounded = rounder.round(cache, rates, sites, flags)
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
         if any(len({block_name([s.site]) for s in group.slices}) > 1 for group in table_groups):
             finished = None  # a table is one object in all layers that share it, which files of single blocks cannot tell
-        if method.prefix is not None:
-            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags, finished)
-        else:
-            assert method.shift is not None, "the method is blockwise"
+        if method.shift is not None:
             rounded, blocks = blockwise_rounding(
                 model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished
             )
+        else:
+            if method.tuning is not None and method.tunes_blocks:
+                finished = None
+                tuner = BlockTuner(model, sites, method.tuning, table_groups, stored_dtype)
+            rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags, finished, tuner)
     return QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,
@@ -87,6 +93,8 @@ def quantize(
         blocks=blocks,
         flags=tuple(flags),
         seconds=time.perf_counter() - start,
+        parameters=tuner.parameters if tuner else {},
+        tuning=pd.concat(tuner.tables, ignore_index=True) if tuner else pd.DataFrame(),
     )
 
 

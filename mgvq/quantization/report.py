@@ -1,9 +1,10 @@
 """What a quantised model is reported with: its stored layers, their bits, and five tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
+from torch import Tensor
 
 from mgvq.protocols import QuantizedWeight
 from mgvq.quantization.rounding import Rounded
@@ -24,6 +25,8 @@ class QuantReport:
     blocks: pd.DataFrame  # a row for every trial of the block loop; empty without one
     flags: tuple[str, ...]  # fallbacks that were taken
     seconds: float
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # others that were tuned, by name, as they are stored
+    tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row for every check of a tuning; empty without one
 
 
 def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """Rounding in the order of the data, every layer on the inputs that the layers quantised before it give."""
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,53 +18,71 @@ from mgvq.protocols import Lacking, Prefix
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
+from mgvq.quantization.tuning import BlockTuner
 from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
 def sequential_rounding(
     model: PreTrainedModel,
     sites: Sequence[Site],
-    prefix: Prefix,
+    prefix: Prefix | None,
     samples: Samples,
     cache: CodebookCache,
     rates: Sequence[Rate],
     rounder: LayerRounder,
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
+    tuner: BlockTuner | None = None,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
     The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
-    output factor stays. `prefix` says how its target is moved before it is rounded. `finished` is as in `blockwise_rounding`.
-    `model` has its own weights again in the end.
+    output factor stays. `prefix` says how its target is moved before it is rounded; without one layers are rounded as they are.
+    A `tuner` has the block once it is rounded. `finished` is as in `blockwise_rounding`, and not for tuned blocks, since an entry
+    lacks what a tuner moves beside the layers. `model` has its own parameters again in the end.
     """
     finished = {} if finished is None else finished
     originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
     walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
     rounded = Rounded()
-    with restored(model, originals):
+    with restored(model, originals), tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
-            streams = [_Streams(walk, block, originals) for walk in walks]
-            name = f"block-{number:04}"
-            if (earlier := finished.get(name)) is not None:
-                own, taken = earlier
+            own, taken, name = Rounded(), list[str](), f"block-{number:04}"
+            if prefix is None:
+                visits = [_at_full_precision(walk, block, originals) for walk in walks]
+                own |= rounder.round(cache, rates, block, taken)
                 install(model, own.decoded)
             else:
-                own, taken = Rounded(), []
-                for together in _by_input(block):
-                    moments = [stream.moments(together) for stream in streams]
-                    problems = {}
-                    for site in together:
-                        problem = cache.problems[site]
-                        problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
-                    own |= rounder.round(cache.with_problems(problems), rates, together, taken)
-                    install(model, {site: own.decoded[site] for site in together})
-                finished[name] = own, taken
+                streams = [_Streams(walk, block, originals) for walk in walks]
+                visits = [stream.visit for stream in streams]
+                if (earlier := finished.get(name)) is not None:
+                    own, taken = earlier
+                    install(model, own.decoded)
+                else:
+                    for together in _by_input(block):
+                        moments = [stream.moments(together) for stream in streams]
+                        problems = {}
+                        for site in together:
+                            problem = cache.problems[site]
+                            problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
+                        own |= rounder.round(cache.with_problems(problems), rates, together, taken)
+                        install(model, {site: own.decoded[site] for site in together})
+                    finished[name] = own, taken
             rounded |= own
             flags += taken
+            if tuner:
+                rounded |= tuner(block, visits, own, flags)
             for walk in walks:
                 walk.settle(block)
     return rounded
+
+
+def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
+    """The block visited, and run at full precision, from where the walk goes on."""
+    visit = walk.visit(block, {site: originals[site] for site in block})
+    for _ in visit.run("full_precision"):
+        pass
+    return visit
 
 
 @dataclass(frozen=True)
@@ -100,14 +119,14 @@ class _Streams:
 
     def __init__(self, walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> None:
         self._walk, self._originals = walk, originals
-        self._visit = walk.visit(block, {site: originals[site] for site in block})
-        self._names = {site: site.name.removeprefix(self._visit.name).removeprefix(".") for site in block}
-        self._places = _stream_places(self._visit, self._names)
+        self.visit = walk.visit(block, {site: originals[site] for site in block})
+        self._names = {site: site.name.removeprefix(self.visit.name).removeprefix(".") for site in block}
+        self._places = _stream_places(self.visit, self._names)
         firsts = [together[0] for together in _by_input(block)]
         self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
         self._behind: dict[Site, list[Tensor]] = {site: [] for site in self._places}
         watched = {self._names[site] for site in firsts} | {after for _, after in self._places.values()}
-        for one in self._visit.run("full_precision", sorted(watched - _ENDS)):
+        for one in self.visit.run("full_precision", sorted(watched - _ENDS)):
             for site in firsts:
                 self._inputs[site.reads].append(self._tokens(site, one, self._names[site]))
             for site, (_, after) in self._places.items():
@@ -124,7 +143,7 @@ class _Streams:
         gram, drift = (torch.zeros(first.in_features, first.in_features, dtype=torch.float64) for _ in range(2))
         streams = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in into_stream}
         befores = {self._places[site][0] for site in into_stream}
-        for number, one in enumerate(self._visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
+        for number, one in enumerate(self.visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
             x = self._tokens(first, one, self._names[first])
             num_tokens += len(x)
             gram += (x.T @ x).double().cpu()
@@ -145,9 +164,7 @@ class _Streams:
     def _tokens(self, site: Site, one: BlockPass, place: str) -> Float[Tensor, "tokens c"]:
         """The rows of real tokens of what is at a place: the input of a module, or one of the ends of the block."""
         values = one.call.hidden if place == _ENTRY else one.output if place == _EXIT else one.inputs[place]
-        if site.tower != "language":  # towers without padding
-            return values.flatten(0, -2).float()
-        return values[self._walk.batches[one.call.number].valid_mask].float()
+        return self.visit.tokens(one.call, values, site.tower).float()
 
 
 _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, and those that come out

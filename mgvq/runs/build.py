@@ -18,7 +18,7 @@ MIN_BITS, MAX_BITS = 0.05, 8.5
 SCOPES = ("language", "language_projector", "all")
 STAGES = (  # what a method is made of
     *("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit"),
-    *("transform", "prefix"),
+    *("transform", "prefix", "tuning"),
 )
 VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the groups of which a run has a variant each
 GROUPS = ("paths", *VARIANTS, "budget")

@@ -12,6 +12,8 @@ from mgvq.model.shape import empty_model, stored_bytes
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
 from mgvq.quantization.embeddings import embedding_storage_bits, embeddings
+from mgvq.quantization.method import Method
+from mgvq.quantization.tuning import tuning_bytes
 from mgvq.runs.build import build, check
 from mgvq.runs.identity import run_id
 from mgvq.runs.method import build_method
@@ -24,9 +26,10 @@ def report(cfg: DictConfig) -> list[str]:
     Nothing is downloaded, loaded, locked or written. Raises UserError where not even the model can be told.
     """
     missing: list[str] = []
+    method: Method | None = None
     _attempt(missing, lambda: check(cfg))
     if not OmegaConf.missing_keys(cfg):  # what has to be given is said above; nothing can be built of it
-        _attempt(missing, lambda: build_method(cfg))
+        method = _attempt(missing, lambda: build_method(cfg))
         for group in ("calibration", "evaluation"):
             part = _attempt(missing, lambda group=group: build(cfg, group))
             if group == "calibration" and part is not None:
@@ -36,7 +39,7 @@ def report(cfg: DictConfig) -> list[str]:
     lines += [f"            {flag}" for flag in source.flags()]
     if _attempt(missing, source.identity) is not None and not source.is_made:
         _attempt(missing, lambda: check_code(source))
-    lines += _counted(cfg, source)
+    lines += _counted(cfg, source, method)
     if tasks := cfg.evaluation.get("tasks"):
         lines.append(f"tasks       {', '.join(tasks)}")
     if not missing:
@@ -55,7 +58,7 @@ def _attempt(missing: list[str], step: Callable[[], Any]) -> Any:
         return None
 
 
-def _counted(cfg: DictConfig, source: Source) -> list[str]:
+def _counted(cfg: DictConfig, source: Source, method: Method | None) -> list[str]:
     model = empty_model(source)
     if model is None:
         return ["weights     unknown: model.shape is not given, and config.json is not here"]
@@ -69,6 +72,8 @@ def _counted(cfg: DictConfig, source: Source) -> list[str]:
         f"memory      {_number(2 * total * width)}B for the model and its quantised twin in {source.dtype}; activations and "
         "statistics of the layers come on top",
     ]
+    if method is not None and method.tuning is not None and not method.tunes_blocks:
+        lines.append(f"tuning      {_number(tuning_bytes(sites))}B more for decoded layers and gradients; activations on top")
     if (bits := cfg.budget.bits_per_weight) is not None:
         inside = sum(s.num_weights for s in sites)
         stored = inside * bits / 8 + (total - inside) * size / total

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from omegaconf import DictConfig, OmegaConf
@@ -41,6 +42,7 @@ from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
+from mgvq.quantization.tuning import tuned, tuning_bytes
 from mgvq.runs.build import build
 from mgvq.runs.cache import reference, statistics
 from mgvq.runs.device import device_name
@@ -91,35 +93,46 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, rounded, report, made, journal = {}, {}, None, None, None
+        weights, rounded, parameters, report, made, journal = {}, {}, {}, None, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
         elif method is not None:
+            if method.tuning is not None and not method.tunes_blocks:
+                size = tuning_bytes(sites) / 1e9
+                log.info("tuning=%s will hold all layers decoded, with gradients: %.2f GB", cfg.variants.tuning, size)
             bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
-            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.is_blockwise else None
+            run_on_samples = method.is_blockwise or method.tuning is not None
+            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and run_on_samples else None
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
-            journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if samples else None
-            report = quantize(loaded.model, sites, bank, method, cfg.budget.bits_per_weight, samples, journal)
+            journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if method.is_blockwise else None
+            bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
+            report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype)
             clock.lap("quantize")
+            if method.tuning is not None and not method.tunes_blocks:
+                assert samples is not None, "runs/method.py asks for a calibration set"
+                log.info("tuning %d layers", len(sites))
+                report = tuned(loaded.model, sites, report, method.tuning, samples, loaded.stored_dtype)
+                clock.lap("tune")
             tables = {
                 "layers": report.layers,
                 "proxy": report.proxy,
                 "allocation": report.allocation,
                 "channels": report.channels,
                 "blocks": report.blocks,
+                "tuning": report.tuning,
             }
             for name, table in tables.items():
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
-            weights = report.weights
+            weights, parameters = report.weights, report.parameters
         if made is None:
             rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
             made_of = _made_of(identity, calibration)
-            ledger = save(folder.checkpoint, loaded, sites, weights, rounded, provenance=made_of)
+            ledger = save(folder.checkpoint, loaded, sites, weights, rounded, parameters, provenance=made_of)
             if report and ledger.scope_bits() != report.stored_bits:
                 raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
             folder.write_table("ledger.parquet", ledger.frame())
@@ -129,6 +142,9 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                 "sizes": {**ledger.bits(), "bytes/checkpoint": ledger.num_bytes},
                 "seconds": {name: clock.seconds.get(name, 0.0) for name in ("calibrate", "quantize")},
             }
+            if report and not report.tuning.empty:
+                made["sizes"]["tuning/tokens"] = _tokens(report.tuning)
+                made["seconds"] |= {"tune": clock.seconds["tune"]} if "tune" in clock.seconds else {}
             folder.write_json(QUANTIZATION, made)
 
         log.info("evaluating %s", folder.checkpoint)
@@ -137,7 +153,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         dtype = getattr(torch, source.dtype)
         model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
-            check_same_model(loaded, weights, model, folder.checkpoint, rounded)
+            check_same_model(loaded, weights, model, folder.checkpoint, rounded, parameters)
         digest = file_digest(folder.checkpoint / FIRST_SHARD)
         shared = {name: identity.get(name) for name in ("model", "evaluation", "threads", "device", "tf32", "numerics")}
         with reference(Path(cfg.paths.results) / "cache" / "teacher", shared, loaded.model) as asked:
@@ -192,6 +208,11 @@ def _made_of(identity: Mapping[str, Any], calibration: Any) -> dict[str, Any]:
     """
     settings = {name: value for name, value in identity.items() if name != "evaluation"}
     return {"mgvq": mgvq.__version__, "settings": settings, "texts": _texts(calibration)}
+
+
+def _tokens(tuning: pd.DataFrame) -> int:
+    """The tokens that a tuning has learned from, all its blocks together."""
+    return int(tuning.groupby("site", dropna=False).tokens.max().sum())
 
 
 def _texts(*parts: Any) -> dict[str, str]:

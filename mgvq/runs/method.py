@@ -46,16 +46,33 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
         raise UserError(
             f"{' and '.join(readers)} reads statistics of the activations: add a calibration set, such as calibration=tiny_vqa."
         )
-    if calibration is not None and not readers:
+    if method.tuning is not None and calibration is None:
+        raise UserError(
+            f"tuning={cfg.variants.tuning} learns from samples: add a calibration set, such as calibration=tiny_vqa or text."
+        )
+    if method.tuning is not None:
+        for held in ("heldout_images", "heldout_samples"):
+            if cfg.calibration.get(held) == 0:
+                raise UserError(
+                    f"tuning={cfg.variants.tuning} keeps the state that is best on held-out samples, and calibration.{held}=0 "
+                    "leaves none: raise it."
+                )
+    if calibration is not None and not readers and method.tuning is None:
         raise UserError(
             "calibration has no effect: no stage of this run reads statistics. Leave it out (calibration=none), or choose a "
             "curvature, or a sensitivity or grouping that looks at data."
         )
+    if method.tuning is not None and method.tuning.embeddings and cfg.embedding_bits:
+        raise UserError(
+            f"tuning.embeddings=true and embedding_bits={cfg.embedding_bits} are about the same weights, and only one can have "
+            "them: set tuning.embeddings=false, or embedding_bits=null."
+        )
     further = cfg.calibration.get("gram_samples")
     if further is not None and not method.needs.gram and method.prefix is None:
         raise UserError(
-            f"calibration.gram_samples={further} has no effect: {' and '.join(readers)} as set here reads no plain Gram (all its "
-            "statistics take gradients), and the Gram alone sees these samples. Set it to null, or raise the number of samples."
+            f"calibration.gram_samples={further} has no effect: {' and '.join(readers) or 'what is'} as set here reads no plain "
+            "Gram (all its statistics take gradients), and the Gram alone sees these samples. Set it to null, or raise the "
+            "number of samples."
         )
     turned = [name for name, stage in stages.items() if stage is not None and stage.needs_images]
     if turned and calibration is not None and not calibration.shows_images:

@@ -12,7 +12,7 @@ from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
 
 QUANTIZATION = "quantization.json"  # what metrics.json says of the checkpoint: rate, flags, sizes, seconds
-TABLES = ("layers", "proxy", "allocation", "channels", "blocks", "ledger")
+TABLES = ("layers", "proxy", "allocation", "channels", "blocks", "tuning", "ledger")
 log = logging.getLogger(__name__)
 
 

@@ -16,6 +16,7 @@ STAGES = (
     "compensation",
     "transform",
     "prefix",
+    "tuning",
     "checkpoint",
     "evaluation",
 )

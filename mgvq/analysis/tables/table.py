@@ -42,6 +42,8 @@ COLUMNS = {
     "bits, layers": Column(metric="bits/quantized_layers", factor=1, decimals=3),
     "bits, model": Column(metric="bits/model", factor=1, decimals=2),
     "quantise s": Column(metric="time/quantize_s", factor=1, decimals=1),
+    "tune s": Column(metric="time/tune_s", factor=1, decimals=1),
+    "tokens tuned": Column(metric="tuning/tokens", factor=1, decimals=0),
     "evaluate s": Column(metric="time/evaluate_s", factor=1, decimals=1),
 }
 
