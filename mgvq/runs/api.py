@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from mgvq.calibration.drawn import marks
 from mgvq.calibration.examples import ExampleSet, further_batches, further_examples
@@ -27,10 +28,11 @@ from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat
 from mgvq.model.fit import check_samples
-from mgvq.model.load import Described, Loaded, give_tokens
+from mgvq.model.load import Described, Loaded, give_tokens, stored_dtype
 from mgvq.model.processor import check_processor, prepared
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
+from mgvq.model.terms import licence_of, term_files
 from mgvq.model.text import Passage
 from mgvq.protocols import CalibrationSet
 from mgvq.quantization.embeddings import round_embeddings
@@ -199,7 +201,21 @@ def _loaded(model: PreTrainedModel, processor: Any) -> Loaded:
     dtype = str(model.dtype).removeprefix("torch.")
     check_processor(ready, model.config, Source(name="model", path=model.name_or_path or "the model", revision=None, dtype=dtype))
     give_tokens(twin, ready)
-    return Loaded(twin.eval(), ready, model.dtype)
+    folder = _folder(model)
+    if folder is None:
+        return Loaded(twin.eval(), ready, model.dtype)
+    described = type(model.config).from_pretrained(folder, local_files_only=True)
+    return Loaded(twin.eval(), ready, stored_dtype(described, model), terms=term_files(folder), licence=licence_of(folder))
+
+
+def _folder(model: PreTrainedModel) -> Path | None:
+    """The files that the model was loaded from, in a folder or in the hub's cache; None for a model that was made in memory."""
+    commit = getattr(model.config, "_commit_hash", None)
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    if not model.name_or_path:
+        return None
+    found = cached_file(model.name_or_path, "config.json", local_files_only=True, revision=commit, **lenient)
+    return Path(found).parent if found else None
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:
