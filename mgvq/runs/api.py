@@ -3,6 +3,7 @@
 import copy
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,13 +75,13 @@ class Quantized:
     """Bits, errors, rates and flags, layer by layer: tables for pandas, explained in docs/run_folder.md."""
     ledger: Ledger
     """Every stored byte by what it is for; `ledger.bits()` are the measured bits a weight."""
-    _files: tempfile.TemporaryDirectory[str] = field(repr=False)
+    _files: "_Files" = field(repr=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write the checkpoint into a new folder, and return it. Raises UserError where there is one already."""
         if Path(folder).exists():
             raise UserError(f"{folder} is there already: give a folder that is not.")
-        return Path(shutil.copytree(_checkpoint(self._files), folder))
+        return Path(shutil.copytree(self._files.checkpoint, folder, copy_function=shutil.copyfile))
 
 
 def quantize(
@@ -123,16 +124,21 @@ def quantize(
             walked = samples_as_batches(loaded, drawn, for_grams=recipe.prefix is not None)
         report = quantize_layers(loaded.model, sites, bank, recipe, cfg.budget.bits_per_weight, walked)
         rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
-    files = tempfile.TemporaryDirectory(prefix="mgvq-")
-    ledger = save(_checkpoint(files), loaded, sites, report.weights, rounded)
+    files = _Files()
+    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded)
     if ledger.scope_bits() != report.stored_bits:
         raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
-    packed = load(_checkpoint(files), dtype=model.dtype, device=model.device, packed=True, verify=False)
+    packed = load(files.checkpoint, dtype=model.dtype, device=model.device, packed=True, verify=False)
     return Quantized(packed, loaded.processor, report, ledger, files)
 
 
-def _checkpoint(files: tempfile.TemporaryDirectory[str]) -> Path:
-    return Path(files.name) / "checkpoint"
+class _Files:
+    """A temporary folder that goes with the last who holds it, silently: `TemporaryDirectory` would warn."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp(prefix="mgvq-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.checkpoint = Path(folder) / "checkpoint"
 
 
 def _configuration(
