@@ -24,6 +24,7 @@ _REASONS = {
     "scalar": "scalar codes (codebook=scalar) are no vectors",
     "grid": "codes on a grid (codebook=grid, scaled_grid) are no vectors",
 }
+_ALONG = {"vector": "along the input channels (codebook=columns has the others)", "columns": "along the output channels"}
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,9 @@ def weight_of(layer: StoredLayer, to: str, wanted: type[VectorWeight] | type[Col
         exponent, settings = int(settings["exponent"]), dict(settings["plain"])
         name = settings.pop("format")
     if name != wanted.format:
-        raise refusal(layer, to, _REASONS.get(name, f"its vectors lie {_ALONG[name]}, and those of {to} the other way"))
+        why = f"its vectors lie {_ALONG[name]}, and those of {to} the other way" if name in _ALONG else _REASONS[name]
+        raise refusal(layer, to, why)
     return wanted.load(layer.tensors, **settings), exponent
-
-
-_ALONG = {"vector": "along the input channels (codebook=columns has the others)", "columns": "along the output channels"}
 
 
 def refusal(layer: StoredLayer, to: str, why: str) -> UserError:

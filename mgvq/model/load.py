@@ -103,7 +103,7 @@ def load(source: Source, device: torch.device, described: Described | None = Non
         )
     check_complete(source.path, info)
     check_finite(model, source.path, folder)
-    stored = _stored_dtype(known.config, model)
+    stored = stored_dtype(known.config, model)
     model = model.eval().requires_grad_(False)
     model.to(device)  # type: ignore[arg-type]
     give_tokens(model, known.processor)
@@ -143,7 +143,7 @@ def _check_unquantised(source: Source, described: dict[str, Any]) -> None:
         )
 
 
-def _stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dtype:
+def stored_dtype(config: PretrainedConfig, model: PreTrainedModel) -> torch.dtype:
     """The dtype that config.json says the weights have, in its own part or in that of the language model; else the model's."""
     for part in (config, config.get_text_config(decoder=True)):
         if isinstance(part.dtype, torch.dtype):

@@ -3,6 +3,7 @@
 import copy
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from mgvq.calibration.drawn import marks
 from mgvq.calibration.examples import ExampleSet, further_batches, further_examples
@@ -27,10 +29,11 @@ from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat
 from mgvq.model.fit import check_samples
-from mgvq.model.load import Described, Loaded, give_tokens
+from mgvq.model.load import Described, Loaded, give_tokens, stored_dtype
 from mgvq.model.processor import check_processor, prepared
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
+from mgvq.model.terms import licence_of, term_files
 from mgvq.model.text import Passage
 from mgvq.protocols import CalibrationSet
 from mgvq.quantization.embeddings import round_embeddings
@@ -72,13 +75,13 @@ class Quantized:
     """Bits, errors, rates and flags, layer by layer: tables for pandas, explained in docs/run_folder.md."""
     ledger: Ledger
     """Every stored byte by what it is for; `ledger.bits()` are the measured bits a weight."""
-    _files: tempfile.TemporaryDirectory[str] = field(repr=False)
+    _files: "_Files" = field(repr=False)
 
     def save(self, folder: str | Path) -> Path:
         """Write the checkpoint into a new folder, and return it. Raises UserError where there is one already."""
         if Path(folder).exists():
             raise UserError(f"{folder} is there already: give a folder that is not.")
-        return Path(shutil.copytree(_checkpoint(self._files), folder))
+        return Path(shutil.copytree(self._files.checkpoint, folder, copy_function=shutil.copyfile))
 
 
 def quantize(
@@ -121,16 +124,21 @@ def quantize(
             walked = samples_as_batches(loaded, drawn, for_grams=recipe.prefix is not None)
         report = quantize_layers(loaded.model, sites, bank, recipe, cfg.budget.bits_per_weight, walked)
         rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
-    files = tempfile.TemporaryDirectory(prefix="mgvq-")
-    ledger = save(_checkpoint(files), loaded, sites, report.weights, rounded)
+    files = _Files()
+    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded)
     if ledger.scope_bits() != report.stored_bits:
         raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
-    packed = load(_checkpoint(files), dtype=model.dtype, device=model.device, packed=True, verify=False)
+    packed = load(files.checkpoint, dtype=model.dtype, device=model.device, packed=True, verify=False)
     return Quantized(packed, loaded.processor, report, ledger, files)
 
 
-def _checkpoint(files: tempfile.TemporaryDirectory[str]) -> Path:
-    return Path(files.name) / "checkpoint"
+class _Files:
+    """A temporary folder that goes with the last who holds it, silently: `TemporaryDirectory` would warn."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp(prefix="mgvq-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.checkpoint = Path(folder) / "checkpoint"
 
 
 def _configuration(
@@ -199,7 +207,21 @@ def _loaded(model: PreTrainedModel, processor: Any) -> Loaded:
     dtype = str(model.dtype).removeprefix("torch.")
     check_processor(ready, model.config, Source(name="model", path=model.name_or_path or "the model", revision=None, dtype=dtype))
     give_tokens(twin, ready)
-    return Loaded(twin.eval(), ready, model.dtype)
+    folder = _folder(model)
+    if folder is None:
+        return Loaded(twin.eval(), ready, model.dtype)
+    described = type(model.config).from_pretrained(folder, local_files_only=True)
+    return Loaded(twin.eval(), ready, stored_dtype(described, model), terms=term_files(folder), licence=licence_of(folder))
+
+
+def _folder(model: PreTrainedModel) -> Path | None:
+    """The files that the model was loaded from, in a folder or in the hub's cache; None for a model that was made in memory."""
+    commit = getattr(model.config, "_commit_hash", None)
+    lenient = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+    if not model.name_or_path:
+        return None
+    found = cached_file(model.name_or_path, "config.json", local_files_only=True, revision=commit, **lenient)
+    return Path(found).parent if found else None
 
 
 def _shared(model: nn.Module) -> dict[int, Any]:

@@ -1,25 +1,33 @@
 """What a finished run leaves: folder, figures, and a checkpoint from whose packed bytes `mgvq.load` makes the model again."""
 
+import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import run_command
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from conftest import FAMILIES, ROOT, run_command
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import mgvq
 from mgvq.checkpoint.index import read_index, to_bytes
 from mgvq.checkpoint.save import save
+from mgvq.cli import ask as asking
 from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
 from mgvq.errors import UserError
+from mgvq.export.folder import export
 from mgvq.model.encode import chat_prompt
 from mgvq.model.files import INDEX
 from mgvq.model.sites import list_sites
+from mgvq.model.source import SHIPPED
 
 KEYS = {
     "tiny_vqa/accuracy", "tiny_vqa/unparsed", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/language_model",
@@ -109,6 +117,189 @@ def test_the_card_has_the_numbers_of_the_run(finished: Path) -> None:
     for name in ("bits/quantized_layers", "bits/language_model", "bits/model", "tiny_vqa/accuracy", "loss/answer"):
         assert f"| {metrics[name]:.4f}" in card, name
     assert "full precision" in card
+
+
+def one_of_them(name: str):
+    """The smallest model for `make test`, the others for `make trust`."""
+    return pytest.param(name, marks=() if name == "tiny_internvl" else pytest.mark.trust)
+
+
+def said(capsys, monkeypatch, *words: object) -> list[str]:
+    """The lines that `mgvq-ask` prints."""
+    monkeypatch.setattr(sys, "argv", ["mgvq-ask", *map(str, words)])
+    asking.main()
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("name", map(one_of_them, FAMILIES))
+def test_the_command_answers_as_the_run_did(
+    name: str, finished_runs: dict[str, Path], tmp_path: Path, capsys, monkeypatch
+) -> None:
+    run, first, second = finished_runs[name], *draw_test("test", 0, 8)[:2]
+    for letter, picture in (("a", first), ("b", second)):
+        Image.fromarray(picture.pixels).save(tmp_path / f"{letter}.png")
+    samples = pd.read_parquet(run / "samples.parquet")
+    answers = {(row.sample_id.rpartition("-")[0], row.question): row.prediction for row in samples.itertuples()}
+    places = samples.sample_id.str.rpartition("-")[0].unique()
+    asked = [(place, picture.questions[0].text) for place, picture in zip(places, (first, second), strict=False)]
+    a, b = (answers[key] for key in asked)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{asked[0][1]}\n@{tmp_path}/none.png\n@{tmp_path}/b.png\n{asked[1][1]}\n\n"))
+    assert said(capsys, monkeypatch, run, tmp_path / "a.png") == [a, b]
+
+    processor = AutoProcessor.from_pretrained(SHIPPED / name)
+    processor.tokenizer.padding_side = "left"
+    (full,) = ask(AutoModelForImageTextToText.from_pretrained(SHIPPED / name, dtype=torch.float32), processor, 1)
+    quantised, reference = said(capsys, monkeypatch, run, tmp_path / "a.png", asked[0][1], "--compare")
+    assert quantised.startswith(f"quantised       {a}   (")
+    assert reference.startswith(f"full precision  {full.strip()}   (")
+
+
+def test_the_lines_of_the_readme_answer(finished_runs: dict[str, Path], tmp_path: Path, capsys, monkeypatch) -> None:
+    run = finished_runs["tiny_internvl"]
+    picture = draw_test("test", 0, 1)[0]
+    Image.fromarray(picture.pixels).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    lines = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(lines.replace("results/runs/<id>", str(run)), {})
+    by_lines = capsys.readouterr().out.splitlines()
+    assert by_lines == said(capsys, monkeypatch, run, "a.png", "how many things are there ?")
+    assert len(by_lines) == 1
+    assert by_lines[0]
+
+
+def shipped() -> tuple:
+    """A model and its processor, as anyone loads them."""
+    source = SHIPPED / "tiny_internvl"
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    return model, AutoProcessor.from_pretrained(source)
+
+
+def test_quantised_in_python_it_has_the_bytes_of_the_run(finished_runs: dict[str, Path], tmp_path: Path) -> None:
+    run, source = finished_runs["tiny_internvl"] / "checkpoint", SHIPPED / "tiny_internvl"
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32),
+        AutoProcessor.from_pretrained(source),
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = mgvq.quantize(model, processor, method="kmeans", bits=2.0, seed=0)
+    saved = made.save(tmp_path / "checkpoint")
+    for name in ("mgvq.safetensors", "mgvq.index", "generation_config.json", "tokenizer.json", "processor_config.json"):
+        assert (saved / name).read_bytes() == (run / name).read_bytes(), name
+    assert made.ledger.bits() == {key: json.loads((run.parent / "metrics.json").read_text())[key] for key in made.ledger.bits()}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert ask(made.model, made.processor) == ask(mgvq.load(run), made.processor)
+    assert 'license: "apache-2.0"' in (saved / "README.md").read_text()
+    with pytest.raises(UserError, match="is there already"):
+        made.save(saved)
+
+
+@pytest.mark.trust
+def test_with_samples_too_it_has_the_bytes_of_the_run(tmp_path: Path) -> None:
+    from mgvq.calibration.tiny_vqa import TinyVQA
+
+    words = ("method=kmeans_ldlq", "scope=language", "calibration.num_images=2", "calibration.heldout_images=1", "seed=3")
+    run_command("mgvq.cli.run", "model=tiny_internvl", *words, "evaluation.num_questions=13", results=tmp_path)
+    (run,) = (done.parent for done in tmp_path.glob("runs/*/DONE"))
+    source = SHIPPED / "tiny_internvl"
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32),
+        AutoProcessor.from_pretrained(source),
+    )
+    drawn = TinyVQA(num_images=2, questions_per_image=8, heldout_images=1, shown="both", seed=3, label_seed=3).draw()
+    made = mgvq.quantize(model, processor, drawn, method="kmeans_ldlq", scope="language", seed=3)
+    for name in ("mgvq.safetensors", "mgvq.index"):
+        assert (made.save(tmp_path / name) / name).read_bytes() == (run / "checkpoint" / name).read_bytes(), name
+    rows = [
+        {"image": Image.fromarray(p.pixels), "question": p.questions[0].text, "answer": "2"} for p in draw_test("test", 0, 16)
+    ]
+    by_rows = mgvq.quantize(model, processor, rows, method="kmeans_ldlq", scope="language", seed=3)
+    assert by_rows.ledger.bits() == made.ledger.bits()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"samples": [{"image": Image.new("RGB", (8, 8)), "question": "what ?"}]}, "row 0.*answer"),
+        ({"samples": []}, "samples is empty"),
+        ({"method": "full_precision"}, "quantises nothing"),
+        ({"method": "magic"}, "magic"),
+        ({"settings": {"model.dtype": "float16"}}, r"model\.dtype has no effect here"),
+        ({"settings": {"codebook.magic": 1}}, "magic"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_quantised_is_refused_before_any_work(given: dict, reason: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(SHIPPED / "tiny_internvl"))
+    with pytest.raises(UserError, match=reason):
+        mgvq.quantize(model, None, **{"method": "kmeans_ldlq", **given})
+
+
+def test_exported_it_is_a_model_like_any_other(finished_runs: dict[str, Path], tmp_path: Path) -> None:
+    run = finished_runs["tiny_internvl"]
+    done = export(run / "checkpoint", tmp_path / "plain", "bf16")
+    exported = AutoModelForImageTextToText.from_pretrained(done.folder, dtype="auto")
+    ours = mgvq.load(run / "checkpoint", dtype=torch.bfloat16)
+    assert exported.dtype == torch.bfloat16
+    assert not hasattr(exported.config, "quantization_config")
+    processor = AutoProcessor.from_pretrained(done.folder)
+    picture = draw_test("test", 0, 1)[0]
+    prompt = chat_prompt(processor, picture.questions[0].text)
+    inputs = processor(images=[picture.pixels], text=[prompt], return_tensors="pt").to(torch.bfloat16)
+    with torch.inference_mode():
+        assert torch.equal(exported(**inputs).logits, ours(**inputs).logits)
+
+
+TASK = """
+task: two_questions
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {}}}}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function functions.images
+doc_to_text: question
+doc_to_target: answer
+generation_kwargs: {{max_new_tokens: 32, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+FUNCTIONS = """
+import io
+from PIL import Image
+
+def images(doc):
+    return [Image.open(io.BytesIO(doc["bytes"])).convert("RGB")]
+"""
+
+
+@pytest.mark.trust
+def test_lmms_eval_asks_it_by_its_own_command(finished_runs: dict[str, Path], tmp_path: Path) -> None:
+    """The entry point is what installing writes down, so that it is written down here where the code is not installed."""
+    site = tmp_path / "site" / "mgvq_here-0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: mgvq-here\nVersion: 0\n")
+    (site / "entry_points.txt").write_text("[lmms_eval.models]\nmgvq = mgvq.export.plugin:MANIFEST\n")
+    run = finished_runs["tiny_internvl"]
+    samples = pd.read_parquet(run / "samples.parquet")
+    rows = []
+    for picture in draw_test("test", 0, 8)[:2]:
+        Image.fromarray(picture.pixels).save(tmp_path / "a.png")
+        rows.append({"bytes": (tmp_path / "a.png").read_bytes(), "question": picture.questions[0].text, "answer": "2"})
+    (tmp_path / "tasks").mkdir()
+    pd.DataFrame(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "tasks" / "two_questions.yaml").write_text(TASK.format(tmp_path / "rows.parquet"))
+    (tmp_path / "tasks" / "functions.py").write_text(FUNCTIONS)
+    words = f"--model mgvq --model_args pretrained={run}/checkpoint --tasks two_questions --include_path {tmp_path}/tasks"
+    words += f" --batch_size 2 --log_samples --output_path {tmp_path}/out"
+    paths = os.pathsep.join([str(ROOT), str(site.parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-m", "lmms_eval", *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (log,) = (tmp_path / "out").rglob("*samples_two_questions.jsonl")
+    told = [json.loads(line) for line in log.read_text().splitlines()]
+    expected = [samples[samples.sample_id.str.endswith("-0")].prediction.iloc[number] for number in range(2)]
+    assert [line["filtered_resps"] for line in sorted(told, key=lambda line: line["doc_id"])] == expected
 
 
 def test_damage_is_named(finished: Path, tmp_path: Path) -> None:

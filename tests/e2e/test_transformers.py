@@ -14,6 +14,8 @@ import mgvq
 from mgvq.checkpoint.digests import DIGESTS
 from mgvq.checkpoint.packed import packed_layers
 from mgvq.checkpoint.save import save
+from mgvq.cli import ask as asking
+from mgvq.export.folder import export
 from mgvq.formats.grouped import GroupedWeight, pack_groups
 from mgvq.formats.vector import VectorWeight
 from mgvq.model.load import Loaded
@@ -165,6 +167,36 @@ def test_without_mgvq_it_says_so(given: tuple[Path, LlamaForCausalLM]) -> None:
     assert "write 'import mgvq' before from_pretrained" in done.stderr
     done = in_a_process(given[0], AutoModelForCausalLM.__name__, "import mgvq")
     assert done.stdout == "LlamaForCausalLM\n", done.stderr
+
+
+def test_exported_it_needs_no_mgvq(given: tuple[Path, LlamaForCausalLM], tmp_path: Path) -> None:
+    plain = export(given[0], tmp_path / "plain", "bf16").folder
+    logits = tmp_path / "logits.pt"
+    words = (
+        f"import torch; model = AutoModelForCausalLM.from_pretrained({str(plain)!r}, dtype='auto')\n"
+        f"torch.save(model(torch.arange(24)[None]).logits, {str(logits)!r}); assert 'mgvq' not in sys.modules"
+    )
+    done = in_a_process(plain, AutoModelForCausalLM.__name__, words)
+    assert done.returncode == 0, done.stderr
+    with torch.inference_mode():
+        expected = mgvq.load(given[0], dtype=torch.bfloat16)(IDS).logits
+    assert torch.equal(torch.load(logits), expected)
+
+
+def test_the_command_asks_a_model_of_text(given: tuple[Path, LlamaForCausalLM], capsys, monkeypatch) -> None:
+    model, processor = mgvq.load(given[0]), mgvq.load_processor(given[0])
+    template = processor.chat_template
+    turn = [{"role": "user", "content": "how many"}]
+    text = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False) if template else "how many"
+    inputs = processor(text, return_tensors="pt", add_special_tokens=not template)["input_ids"]
+    tokens = model.generate(inputs, max_new_tokens=5, do_sample=False)[0, inputs.shape[1] :]
+    monkeypatch.setattr("sys.argv", ["mgvq-ask", str(given[0]), "how many", "--max-new-tokens", "5"])
+    asking.main()
+    assert capsys.readouterr().out == processor.decode(tokens, skip_special_tokens=True).strip() + "\n"
+    monkeypatch.setattr("sys.argv", ["mgvq-ask", str(given[0]), "a.png", "how many"])
+    with pytest.raises(SystemExit, match="2"):
+        asking.main()
+    assert "this model takes no image" in capsys.readouterr().err
 
 
 def test_importing_mgvq_imports_nothing_large() -> None:
