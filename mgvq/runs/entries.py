@@ -68,7 +68,7 @@ def _made(told: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {"list": list, "tuple": tuple}[word](_made(one, tensors) for one in rest)
     module, name, fields = rest
     # Modules of others are there if they are in use; a file has none imported.
-    kind = getattr(import_module(module) if module.startswith("mgvq.") else sys.modules[module], name)
+    kind: Any = getattr(import_module(module) if module.startswith("mgvq.") else sys.modules[module], name)
     if not dataclasses.is_dataclass(kind):
         raise ValueError(f"{module}.{name} is no dataclass")
     made = object.__new__(kind)  # without its checks, which its values passed when they were made
