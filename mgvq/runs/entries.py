@@ -71,7 +71,7 @@ def _made(told: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind: Any = getattr(import_module(module) if module.startswith("mgvq.") else sys.modules[module], name)
     if not dataclasses.is_dataclass(kind):
         raise ValueError(f"{module}.{name} is no dataclass")
-    made = object.__new__(kind)  # without its checks, which its values passed when they were made
+    made = object.__new__(kind)  # type: ignore[arg-type]  (without its checks, which its values passed when they were made)
     for field, own in fields.items():
         object.__setattr__(made, field, _made(own, tensors))
     return made
