@@ -226,7 +226,7 @@ def test_with_samples_too_it_has_the_bytes_of_the_run(tmp_path: Path) -> None:
         ({"settings": {"model.dtype": "float16"}}, r"model\.dtype has no effect here"),
         ({"settings": {"codebook.magic": 1}}, "magic"),
     ],
-    ids=str,
+    ids=["row", "no rows", "method", "no method", "setting of the model", "no setting"],
 )
 def test_what_cannot_be_quantised_is_refused_before_any_work(given: dict, reason: str) -> None:
     with torch.device("meta"):
