@@ -83,7 +83,7 @@ class Codebook(Protocol):
 
     @property
     def spans_rows(self) -> bool:
-        """Whether one code covers several rows, so that no row can be rounded after another: its slices are `CodesRowsTogether`.
+        """Whether one code covers several rows: its slices are `CodesRowsTogether`, and errors are corrected from tile to tile.
 
         Plain rounding is not measured beside the compensation's then (`nearest` in proxy.parquet).
         """
@@ -360,11 +360,6 @@ class Compensation(Protocol):
     @property
     def uses_score(self) -> bool:
         """Whether the channels' sensitivity decides what is rounded first."""
-        ...
-
-    @property
-    def corrects_rows(self) -> bool:
-        """Whether an error of one row is corrected in other rows; from run to run of rows where the codebook `spans_rows`."""
         ...
 
     @property

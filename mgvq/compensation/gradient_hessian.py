@@ -84,10 +84,6 @@ class GradientHessian:
         return self.output_damping is not None
 
     @property
-    def corrects_rows(self) -> bool:
-        return self.output_damping is not None
-
-    @property
     def shift(self) -> TargetShift:
         return self
 

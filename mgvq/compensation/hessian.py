@@ -41,7 +41,6 @@ class Hessian:
     needs_metric: ClassVar[bool] = True
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = True
-    corrects_rows: ClassVar[bool] = False
     shift: ClassVar[TargetShift | None] = None
 
     def __post_init__(self) -> None:

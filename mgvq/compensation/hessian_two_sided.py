@@ -40,7 +40,6 @@ class HessianTwoSided(Hessian):
     output_damping: float
     """The share of its diagonal that is added to `h_out`, in (0, 1], by `damping_of` as well."""
     needs_output_metric: ClassVar[bool] = True
-    corrects_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

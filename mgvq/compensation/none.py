@@ -19,7 +19,6 @@ class NoCompensation:
     needs_metric: ClassVar[bool] = False
     needs_output_metric: ClassVar[bool] = False
     uses_score: ClassVar[bool] = False
-    corrects_rows: ClassVar[bool] = False
     shift: ClassVar[TargetShift | None] = None
 
     def round(

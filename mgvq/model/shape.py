@@ -56,6 +56,6 @@ def stored_bytes(model: PreTrainedModel) -> int:
 
 
 def _config(source: Described) -> Any:
-    if Path(source.path).is_dir():
+    if (Path(source.path) / "config.json").is_file():
         return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=source.trust_remote_code)
     return AutoConfig.for_model(**source.shape) if source.shape else None

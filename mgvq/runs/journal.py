@@ -1,19 +1,16 @@
 """What a run has finished before it was stopped: a file a block, from which the next start of the same run goes on."""
 
 import hashlib
-import io
 import json
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mgvq.errors import SharedFault
+from mgvq.runs.entries import from_bytes, to_bytes
 from mgvq.runs.files import disk_faults_told
 
 log = logging.getLogger(__name__)
@@ -25,7 +22,7 @@ class Journal(MutableMapping[str, Any]):
 
     Entries are of the code that `code` describes: those of other code are thrown away when the journal is opened, since it might
     have gone another way. An entry that is not what was written is not there. Where nothing can be written, a warning says so and
-    the run goes on: it is then not resumed. Entries are pickled: a results folder is as trusted as the code that runs from it.
+    the run goes on: it is then not resumed.
     """
 
     def __init__(self, folder: Path, code: Any) -> None:
@@ -51,16 +48,18 @@ class Journal(MutableMapping[str, Any]):
         if hashlib.sha256(payload).hexdigest().encode() != digest:
             raise KeyError(name)
         try:
-            return torch.load(io.BytesIO(payload), weights_only=False)
-        except (RuntimeError, AttributeError, ImportError, EOFError, pickle.UnpicklingError):
+            return from_bytes(payload)
+        except ValueError:
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self._broken:
             return
-        buffer = io.BytesIO()
-        torch.save(value, buffer)
-        payload = buffer.getbuffer()
+        try:
+            payload = to_bytes(value)
+        except TypeError as fault:  # a format of a package of one's own that is no dataclass
+            self._give_up(fault)
+            return
         temporary = self._file(name).with_suffix(".tmp")
         try:
             with disk_faults_told(self._folder), temporary.open("wb") as file:

@@ -21,6 +21,7 @@ from mgvq.evaluation.tiny_vqa import TinyVQA
 from mgvq.model.encode import Example, batches
 from mgvq.model.load import Loaded, load
 from mgvq.model.passes import sampled_labels
+from mgvq.model.reference import Reference
 from mgvq.model.text import Passage, encode_text
 
 NONE = [math.nan, math.inf, -math.inf]
@@ -86,7 +87,7 @@ def test_questions_about_numbers_that_are_none_make_metrics_missing(model: Loade
 def test_a_reference_of_numbers_that_are_none_takes_the_divergence_alone(model: Loaded, tmp_path: Path) -> None:
     other = load(source(copy(tmp_path / "other")), CPU)
     break_head(other, math.nan)
-    found = TinyVQA(num_questions=26, seed=0, answers="forced")(model.model, other.model, model.processor, "x")
+    found = TinyVQA(num_questions=26, seed=0, answers="forced")(model.model, Reference(other.model), model.processor, "x")
     assert math.isnan(found.metrics["kl/full_precision"])
     assert math.isfinite(found.metrics["loss/answer"])
     assert [flag.rpartition(":")[0] for flag in found.flags] == ["non_finite:kl/full_precision"]
@@ -228,5 +229,5 @@ def test_the_same_function_in_other_units_has_the_same_loss_at_full_precision(tm
     edit_tensors(folder, scale)
     scaled, plain = (load(source(f), CPU) for f in (folder, copy(tmp_path / "plain")))
     task = TinyVQA(num_questions=26, seed=0, answers="forced")
-    found = task(scaled.model, plain.model, plain.processor, "x").metrics
+    found = task(scaled.model, Reference(plain.model), plain.processor, "x").metrics
     assert found["kl/full_precision"] == pytest.approx(0, abs=1e-6)

@@ -23,6 +23,7 @@ from mgvq.analysis.tables.spread_table import spread_table
 from mgvq.analysis.tables.trainings_table import trainings_table
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
+from mgvq.runs.store import RunFolder
 
 RUN = "one-2-1"  # arm better of model one, seed 1
 

@@ -142,7 +142,7 @@ def kronecker(**settings):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Input(fusion="kron"), "curvature.fusion must be none or mbq_ratio"),
+        (lambda: Input(fusion="kron"), "curvature.fusion must be none, mbq_ratio or mbq_squared"),
         (lambda: Guided(num_groups=0), "curvature.num_groups must be a whole number >= 1, got 0"),
         (lambda: kronecker(granularity="layer"), "curvature.granularity must be token or sequence"),
         (lambda: kronecker(fusion="mean"), "curvature.fusion must be none, mbq_ratio, kron or token"),

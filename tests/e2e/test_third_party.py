@@ -135,7 +135,6 @@ def test_what_their_yamls_declare_counts_as_declared() -> None:
         (["compensation=theirs", "curvature=input", "calibration=theirs"], "this curvature has no metric"),
         (["compensation=theirs", "curvature=theirs", "calibration=theirs"], None),
         (["compensation=hessian_two_sided", "curvature=theirs", "calibration=theirs"], None),
-        (["compensation=theirs", "curvature=theirs", "calibration=theirs", "codebook=columns"], "several rows at once"),
         (["method=mbq", "calibration=theirs"], None),
         (["method=mbq", "calibration=theirs", "calibration.blind=true"], "curvature as set here tells images from text"),
         (["method=mgvq", "sensitivity=theirs", "calibration=text"], "sensitivity as set here"),

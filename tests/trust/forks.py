@@ -64,6 +64,7 @@ class Forks:
     def __exit__(self, *_: object) -> None:
         self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]
         self._scratch.cleanup()
 
     def run(self, words: Sequence[str], results: Path, fault: Mapping[str, Any] | None = None, module: str = RUN) -> Ended:

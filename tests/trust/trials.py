@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -63,6 +64,7 @@ def load_kind(file: Path) -> ModuleType:
     return kind
 
 
+@cache
 def kinds() -> dict[str, ModuleType]:
     """All kinds by their names."""
     return {file.stem.replace("_", " "): load_kind(file) for file in sorted(KINDS.glob("*.py"))}

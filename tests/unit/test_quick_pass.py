@@ -42,7 +42,7 @@ def test_without_a_setting_that_counts_the_runs_are_the_studys() -> None:
         ("method=rtn", "arms of study x differ in method"),
         ("scope=all,language", "has one value of scope"),
         ("scope", "is no setting"),
-        ("seed=x", "seeds must be whole numbers"),
+        ("seed=-1", "seeds must be whole numbers"),
     ],
 )
 def test_what_would_make_arms_alike_is_refused(word: str, told: str) -> None:

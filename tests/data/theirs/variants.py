@@ -108,7 +108,6 @@ class Nearest:
     needs_metric = True
     needs_output_metric = True
     uses_score = False
-    corrects_rows = True
     shift = None
 
     def round(

@@ -45,7 +45,8 @@ def trials(scratch: Path, number: int) -> Iterator[Outcome]:
         equal = sum(found.get(name) == digest for name, digest in wanted[case].items())
         differ = ", ".join(sorted(name for name, digest in wanted[case].items() if found.get(name) != digest))
         wrong = differ and f"seed {SEED}, trial {trial}: {differ} differ"
-        yield Outcome(case, int(killed), int(killed and not differ), len(wanted[case]), equal, wrong=wrong)
+        survived = int(killed and not differ)
+        yield Outcome(case, int(killed), survived, compared=len(wanted[case]), equal=equal, wrong=wrong)
 
 
 def start(case: str, results: Path) -> subprocess.Popen[bytes]:
