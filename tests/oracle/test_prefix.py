@@ -82,7 +82,7 @@ def test_the_moments_behind_the_prefix_are_of_the_further_samples_too(loaded) ->
         )
         assert [len(part) for part in (own, heldout, further)] == [2, 2, 4]
         for for_grams, expected in ((True, own | further), (False, own)):
-            made = execute._samples(loaded, drawn, for_grams=for_grams)
+            made = execute.samples_as_batches(loaded, drawn, for_grams=for_grams)
             found = [[i for batch in part for i in batch.sample_ids] for part in (made.batches, made.heldout)]
             assert [len(part) for part in found] == [len(expected), 2]
             assert (set(found[0]), set(found[1])) == (expected, heldout)
