@@ -46,5 +46,10 @@ def test_functions_that_make_errors_are_known() -> None:
 def test_a_refusal_says_something() -> None:
     """Or it hands on what another says."""
     handed_on = {"*what* (*its words*). *advice*", "*no such setting*", "*known**setup*", "*error*", "*overrides*: *error*"}
-    handed_on |= {"*source*, *where*: *text*", "*group*.*wrong*.", "*words*: *text*", "*get*"}  # the last: a reason of mgvq/export/codes.py
+    handed_on |= {
+        "*source*, *where*: *text*",
+        "*group*.*wrong*.",
+        "*words*: *text*",
+        "*get*",
+    }  # the last: a reason of mgvq/export/codes.py
     assert not [c for c in FOUND if c.says not in handed_on and not re.search("[a-z]{2}", re.sub(r"\*[^*]*\*", "", c.says))]

@@ -143,7 +143,7 @@ def test_every_format_is_here():
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("num_tokens", [1, 7])
 def test_a_kernel_equals_the_decoded_product(name, num_tokens):
-    layer = layer_of(WEIGHTS[name], bias=normal(WEIGHTS[name].shape[0]))
+    layer = layer_of(WEIGHTS[name], bias=torch.nn.Parameter(normal(WEIGHTS[name].shape[0]), requires_grad=False))
     inputs = normal(num_tokens, layer.in_features)
     assert has_kernel(inputs, layer)
     assert_close(layer(inputs), expected(layer, inputs))
