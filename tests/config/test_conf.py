@@ -38,8 +38,9 @@ NEEDS = {
     ("calibration", "hub"): [f"calibration.path={ROOT}/tests/data/calibration/hub", "calibration.columns.answer=answer"],
     ("allocation", "transfer"): [f"allocation.source={ROOT / 'tests/config/allocation.parquet'}"],
 }
-NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf")}
+NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf", "mgvq.model.grafted")}
 HELPERS = {
+    "tuning": {"descent"},
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
     "codebook": {"beam", "exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},

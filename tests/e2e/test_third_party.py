@@ -65,7 +65,7 @@ def test_a_run_of_nothing_but_theirs(tmp_path: Path) -> None:
     run = runs[0].parent
     identity = json.loads((run / "identity.json").read_text())
     assert all(identity[group]["variant"].startswith("theirs.variants.") for group in GROUPS if group in identity)
-    assert "theirs:rounded" in json.loads((run / "metrics.json").read_text())["flags"]
+    assert {"theirs:rounded", "theirs:tuned"} <= set(json.loads((run / "metrics.json").read_text())["flags"])
     assert "refit" in set(pd.read_parquet(run / "proxy.parquet").part)
     line = run_command("mgvq.cli.study", str(study), "--dry", results=results).stdout.splitlines()[-1]
     again = run_command("mgvq.cli.run", *line.split()[2:], results=results)
