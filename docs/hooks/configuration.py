@@ -169,7 +169,7 @@ def read(file: Path) -> Variant:
         if isinstance(entry, dict):
             overrides += [f"{key.split('/')[-1]}={value}" for key, value in entry.items()]
         elif entry != "_self_":
-            starts_from.append(entry)
+            starts_from.append(entry.partition("@")[0])  # what stands in a field of it is another variant too
     settings = [s for s in _settings(lines[top:]) if not any(part.startswith("_") for part in s.name.split("."))]
     settings = [s for s in settings if s.name.split(".")[0] != "defaults"]
     return Variant(file.stem, headline, starts_from, overrides, content.get("_target_"), settings)
