@@ -100,6 +100,11 @@ class Method:
         return self.shift is not None or self.prefix is not None or self.tunes_blocks
 
     @property
+    def runs_on_samples(self) -> bool:
+        """Whether the model runs on samples while layers are rounded, or tuned afterwards."""
+        return self.is_blockwise or self.tuning is not None
+
+    @property
     def tunes_blocks(self) -> bool:
         """Whether a block is tuned before the next one is rounded."""
         return self.tuning is not None and self.tuning.within == "block"

@@ -25,7 +25,7 @@ from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
-from mgvq.quantization.tuning import BlockTuner
+from mgvq.quantization.tuning import BlockTuner, tuned
 from mgvq.types import LayerProblem, Site, StatsBank
 
 
@@ -39,13 +39,13 @@ def quantize(
     finished: MutableMapping[str, Any] | None = None,
     stored_dtype: torch.dtype = torch.float32,
 ) -> QuantReport:
-    """Quantise the weights of `sites` to `bits_per_weight` stored bits; `model` itself stays as it is.
+    """Quantise, and tune, the weights of `sites` at `bits_per_weight` stored bits; `model` itself stays as it is.
 
-    `bank` holds what `method.needs` asks for, `samples` are there if `method.is_blockwise`. `finished` holds the blocks that an
-    earlier start has rounded, and is given the others one by one, where layers are rounded block by block, no table is shared
+    `bank` holds what `method.needs` asks for, `samples` are there if `method.runs_on_samples`. `finished` holds the blocks that
+    an earlier start has rounded, and is given the others one by one, where layers are rounded block by block, no table is shared
     between blocks, and no block is tuned: the norms that a tuning moves are no part of an entry. What a tuning moves beside the
-    layers' own tensors is stored in `stored_dtype`; a tuning of the whole model comes behind (`mgvq.quantization.tuning.tuned`).
-    Raises UserError for weights or scores that are not finite, and where the budget cannot be met.
+    layers' own tensors is stored in `stored_dtype`. Raises UserError for weights or scores that are not finite, and where the
+    budget cannot be met.
     """
     start = time.perf_counter()
     weights = site_weights(model, sites)
@@ -83,7 +83,7 @@ def quantize(
                 finished = None
                 tuner = BlockTuner(model, sites, method.tuning, table_groups, stored_dtype)
             rounded = sequential_rounding(model, sites, method.prefix, samples, cache, rates, rounder, flags, finished, tuner)
-    return QuantReport(
+    report = QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,
         layers=layers_table(problems, rounded),
@@ -96,6 +96,10 @@ def quantize(
         parameters=tuner.parameters if tuner else {},
         tuning=pd.concat(tuner.tables, ignore_index=True) if tuner else pd.DataFrame(),
     )
+    if method.tuning is None or method.tunes_blocks:
+        return report
+    assert samples is not None, "runs/method.py asks for a calibration set"
+    return tuned(model, sites, report, method.tuning, samples, stored_dtype)
 
 
 def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Method) -> dict[Site, LayerProblem]:

@@ -24,9 +24,10 @@ class QuantReport:
     channels: pd.DataFrame  # a row for every input channel
     blocks: pd.DataFrame  # a row for every trial of the block loop; empty without one
     flags: tuple[str, ...]  # fallbacks that were taken
-    seconds: float
+    seconds: float  # of quantising
     parameters: Mapping[str, Tensor] = field(default_factory=dict)  # others that were tuned, by name, as they are stored
     tuning: pd.DataFrame = field(default_factory=pd.DataFrame)  # a row for every check of a tuning; empty without one
+    tune_seconds: float = 0.0  # of tuning the whole model; that of blocks is part of quantising
 
 
 def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.DataFrame:

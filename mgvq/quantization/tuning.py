@@ -1,6 +1,7 @@
 """Tuning of what codes leave open: the model or a block as a function of its tables, scales, norms and biases."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,7 @@ def tuned(
 
     The teacher is what the model says now, kept as what its head reads.
     """
+    start = time.perf_counter()
     decoders = Decoders(report.weights)
     parameters = tunable_parameters(model, sites, tuning, stored_dtype)
     objective = _ModelObjective(model, decoders, samples)
@@ -47,8 +49,9 @@ def tuned(
     return replace(
         report,
         weights=decoders.stored(found.tensors),
-        parameters={name: found.tensors[name] for name, start in parameters.items() if found.tensors[name] is not start},
+        parameters={name: found.tensors[name] for name, own in parameters.items() if found.tensors[name] is not own},
         tuning=_table(found),
+        tune_seconds=time.perf_counter() - start,
         flags=(*report.flags, *found.flags),
     )
 

@@ -120,12 +120,13 @@ def quantize(
             batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
             bank = collect(loaded.model, sites, batches, recipe.needs, drawn.label_seed, further)
         walked = None
-        if drawn is not None and recipe.is_blockwise:
+        if drawn is not None and recipe.runs_on_samples:
             walked = samples_as_batches(loaded, drawn, for_grams=recipe.prefix is not None)
-        report = quantize_layers(loaded.model, sites, bank, recipe, cfg.budget.bits_per_weight, walked)
+        bits_per_weight, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
+        report = quantize_layers(loaded.model, sites, bank, recipe, bits_per_weight, walked, stored_dtype=dtype)
         rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
     files = _Files()
-    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded)
+    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded, report.parameters)
     if ledger.scope_bits() != report.stored_bits:
         raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
     packed = load(files.checkpoint, dtype=model.dtype, device=model.device, packed=True, verify=False)

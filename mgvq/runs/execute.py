@@ -42,7 +42,7 @@ from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
-from mgvq.quantization.tuning import tuned, tuning_bytes
+from mgvq.quantization.tuning import tuning_bytes
 from mgvq.runs.build import build
 from mgvq.runs.cache import reference, statistics
 from mgvq.runs.device import device_name
@@ -105,18 +105,13 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
             for_grams = method.prefix is not None
-            run_on_samples = method.is_blockwise or method.tuning is not None
-            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and run_on_samples else None
+            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.runs_on_samples else None
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
             journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if method.is_blockwise else None
             bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
             report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype)
             clock.lap("quantize")
-            if method.tuning is not None and not method.tunes_blocks:
-                assert samples is not None, "runs/method.py asks for a calibration set"
-                log.info("tuning %d layers", len(sites))
-                report = tuned(loaded.model, sites, report, method.tuning, samples, loaded.stored_dtype)
-                clock.lap("tune")
+            clock.seconds["quantize"] -= report.tune_seconds
             tables = {
                 "layers": report.layers,
                 "proxy": report.proxy,
@@ -144,7 +139,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             }
             if report and not report.tuning.empty:
                 made["sizes"]["tuning/tokens"] = _tokens(report.tuning)
-                made["seconds"] |= {"tune": clock.seconds["tune"]} if "tune" in clock.seconds else {}
+                made["seconds"] |= {"tune": report.tune_seconds} if report.tune_seconds else {}
             folder.write_json(QUANTIZATION, made)
 
         log.info("evaluating %s", folder.checkpoint)

@@ -1,16 +1,18 @@
 """A tuning from end to end: better on held-out samples, codes and bits as they were, the model untouched, what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import documented_columns
 from variants import variants
 
+import mgvq
 from mgvq.errors import UserError
 from mgvq.model.load import load
 from mgvq.model.sites import list_sites
 from mgvq.model.source import SHIPPED, Source
 from mgvq.quantization.pipeline import quantize
-from mgvq.quantization.tuning import tuned
 from mgvq.runs.build import build
 from mgvq.runs.compose import composer
 from mgvq.runs.dry import report
@@ -40,12 +42,10 @@ def test_codes_and_bits_and_the_model_stay(name: str) -> None:
 
     finished = {}
     found = quantize(loaded.model, sites, {}, method, 2.5, samples, finished, loaded.stored_dtype)
-    if not method.tunes_blocks:
-        found = tuned(loaded.model, sites, found, method.tuning, samples, loaded.stored_dtype)
     assert not finished, "a tuned block is not resumed"
     assert all(torch.equal(tensor, before[key]) for key, tensor in loaded.model.state_dict().items())
 
-    plain = quantize(loaded.model, sites, {}, method, 2.5, samples) if not method.tunes_blocks else None
+    plain = quantize(loaded.model, sites, {}, replace(method, tuning=None), 2.5, None) if not method.tunes_blocks else None
     assert list(found.tuning.columns) == documented_columns("tuning.parquet")
     chosen = found.tuning[found.tuning.chosen]
     assert (chosen.heldout_loss < found.tuning[found.tuning.step == 0].heldout_loss.to_numpy()).any(), "something was learned"
@@ -58,6 +58,21 @@ def test_codes_and_bits_and_the_model_stay(name: str) -> None:
             for role, tensor in weight.tensors().items():
                 assert tensor.dtype == stored[role].dtype
                 assert role in weight.tunable or torch.equal(tensor, stored[role])
+
+
+def test_in_python_it_is_tuned_as_in_a_run() -> None:
+    source = Source(name="tiny_internvl", path=str(SHIPPED / "tiny_internvl"), revision=None, dtype="float32")
+    loaded, drawn = load(source, torch.device("cpu")), build(composed(*RUN), "calibration").draw()
+    short = dict(word.split("=") for word in ("tuning=tables", *SHORT))
+    settings = {
+        name: value if name == "tuning" else float(value) if "rate" in name else int(value) for name, value in short.items()
+    }
+    made = mgvq.quantize(loaded.model, loaded.processor, drawn, method="rtn", bits=2.5, scope="language", settings=settings)
+    assert list(made.report.tuning.step) == [0, 2, 4]
+    assert made.report.tune_seconds > 0
+    name, tuned = next(iter(made.report.parameters.items()))
+    assert torch.equal(made.model.get_parameter(name).float(), tuned.float())
+    assert not torch.equal(loaded.model.get_parameter(name).float(), tuned.float())
 
 
 @pytest.mark.parametrize(
