@@ -8,13 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import rows_and_columns
 from mgvq.formats.vector import VectorWeight, centroids, index_width
 from mgvq.kernels.gather import multiply_columns
 
 
 @dataclass(frozen=True)
-class ColumnWeight:
+class ColumnWeight(Stored):
     """A weight that is stored as the vectors of its columns; the last vector of a column is padded where `d` does not divide."""
 
     transposed: VectorWeight
@@ -26,10 +27,6 @@ class ColumnWeight:
     def shape(self) -> tuple[int, int]:
         num_in, num_out = self.transposed.shape
         return num_out, num_in
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

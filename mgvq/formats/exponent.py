@@ -7,6 +7,7 @@ from typing import Any, ClassVar, get_args
 from jaxtyping import Float
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.fit import check_inner, check_whole, rows_and_columns
 from mgvq.formats.grid import GridWeight
@@ -22,7 +23,7 @@ PLAIN_FORMATS = {f.format: f for f in get_args(PlainWeight)}
 
 
 @dataclass(frozen=True)
-class ExponentWeight:
+class ExponentWeight(Stored):
     """`2^exponent` times a weight of another format. The exponent is a setting, so that `tensors` cost what they cost without."""
 
     plain: PlainWeight
@@ -35,10 +36,6 @@ class ExponentWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.plain.shape
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

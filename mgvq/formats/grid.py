@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 from mgvq.kernels.bits import entries
@@ -18,7 +19,7 @@ CHANNEL_BITS = 3  # bits of the power of sqrt(2) that an input channel is stretc
 
 
 @dataclass(frozen=True)
-class GridWeight:
+class GridWeight(Stored):
     """A weight on symmetric grids: `middle` is `(2^bits - 1) / 2`, no zero point is stored, and 0 is between two levels."""
 
     codes: Int[Tensor, "out in"]
@@ -42,10 +43,6 @@ class GridWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

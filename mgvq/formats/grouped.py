@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.exponent import PLAIN_FORMATS, ExponentWeight, PlainWeight
 from mgvq.formats.fit import check_inner, check_packed, check_roles, rows_and_columns
 from mgvq.formats.packing import pack, unpack
@@ -19,7 +20,7 @@ SLICE_FORMATS = {**PLAIN_FORMATS, ExponentWeight.format: ExponentWeight}  # what
 
 
 @dataclass(frozen=True)
-class GroupedWeight:
+class GroupedWeight(Stored):
     """A layer whose channel groups are stored one by one."""
 
     slices: tuple[SliceWeight, ...]
@@ -39,10 +40,6 @@ class GroupedWeight:
     def channel_groups(self) -> Int[Tensor, "in"]:
         """The group of every input channel."""
         return group_numbers(self.groups, len(self.slices), self.num_in)
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.kernels.lattice import multiply_points
 from mgvq.lattice.coding import STAGES, points
@@ -16,7 +17,7 @@ from mgvq.lattice.points import DIMENSION
 
 
 @dataclass(frozen=True)
-class LatticeWeight:
+class LatticeWeight(Stored):
     """The codes of every vector, and a scale for each stage. A row's last vector may be filled up; it is stored and counted."""
 
     codes: Int[Tensor, "out vectors stages"]
@@ -33,10 +34,6 @@ class LatticeWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.num_in
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

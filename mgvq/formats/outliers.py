@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.exponent import MOST
 from mgvq.formats.fit import check_inner, check_packed, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import pack, packed_bytes, unpack
@@ -60,7 +61,7 @@ class Outliers:
 
 
 @dataclass(frozen=True)
-class OutlierWeight:
+class OutlierWeight(Stored):
     """A stored weight of any other format, to which the outliers are added."""
 
     rest: Any
@@ -73,10 +74,6 @@ class OutlierWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.outliers.shape
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """float32, in the layer's own basis."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_inner, check_packed, rows_and_columns
 from mgvq.formats.grouped import SLICE_FORMATS, GroupedWeight, SliceWeight, group_numbers
 from mgvq.formats.packing import pack, unpack
@@ -20,7 +21,7 @@ INNER_FORMATS = {**SLICE_FORMATS, GroupedWeight.format: GroupedWeight}
 
 
 @dataclass(frozen=True)
-class RotatedWeight:
+class RotatedWeight(Stored):
     """A stored weight W' of the turned layer, and the random signs of the rotations that turned it.
 
     Layers that read the same activations hold the same `signs_in` object, which is then stored once.
@@ -49,10 +50,6 @@ class RotatedWeight:
     def outputs(self) -> Rotation | None:
         """U, whose transpose turns the layer's output back."""
         return None if self.signs_out is None else rotation_of(self.signs_out, self.shape[0], None)
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """float32, in the layer's own basis."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
 from mgvq.kernels.bits import entries
@@ -16,7 +17,7 @@ from mgvq.kernels.scalar import group_sums, multiply_codes
 
 
 @dataclass(frozen=True)
-class ScalarWeight:
+class ScalarWeight(Stored):
     """A weight on asymmetric grids."""
 
     codes: Int[Tensor, "out in"]
@@ -35,10 +36,6 @@ class ScalarWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.codes.shape[1]
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

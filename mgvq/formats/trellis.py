@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.kernels.trellis import multiply_walks
 from mgvq.trellis.code import TrellisCode, Values
@@ -17,7 +18,7 @@ TILE = 16  # rows and columns; a sequence is the rows of a tile one after the ot
 
 
 @dataclass(frozen=True)
-class TrellisWeight:
+class TrellisWeight(Stored):
     """The bits of every tile, and one scale; rows and columns that fill up the last tiles are stored and counted."""
 
     codes: UInt8[Tensor, "tiles v bytes"]  # tiles of rows, vectors of 16 columns
@@ -31,10 +32,6 @@ class TrellisWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.num_out, self.num_in
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """float32; exact for every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:

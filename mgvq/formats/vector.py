@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.kernels.gather import multiply_rows
@@ -19,7 +20,7 @@ _LOOKED_UP = 2**12  # centroids up to which a token's products with all of them 
 
 
 @dataclass(frozen=True)
-class VectorWeight:
+class VectorWeight(Stored):
     """Codes and the tables that they point into.
 
     With `t` tables and codes of `s` stages there are t / s subspaces: vector v of a row is the sum over its stages i of an entry
@@ -44,10 +45,6 @@ class VectorWeight:
     @property
     def shape(self) -> tuple[int, int]:
         return self.codes.shape[0], self.num_in
-
-    def decode(self) -> Float[Tensor, "out in"]:
-        """Return the weight in float32, exactly the same on every device."""
-        return self.decoder()(self.tunable)
 
     @property
     def tunable(self) -> Mapping[str, Tensor]:
