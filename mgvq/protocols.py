@@ -93,6 +93,11 @@ class CodesRowsTogether(FittedCodebook, Protocol):
         ...
 
 
+def rows_together(codebook: FittedCodebook) -> int:
+    """The rows of one code of any fitted codebook."""
+    return codebook.rows_together if isinstance(codebook, CodesRowsTogether) else 1
+
+
 @runtime_checkable
 class Codebook(Protocol):
     """Offers rates, fits the channel slices of a table group at one of them, and predicts from the shapes alone how many bits

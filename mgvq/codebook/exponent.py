@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mgvq.errors import UserError
 from mgvq.formats.exponent import ExponentWeight
-from mgvq.protocols import Codebook, CodesRowsTogether, FittedCodebook
+from mgvq.protocols import Codebook, FittedCodebook, rows_together
 from mgvq.types import Rate
 
 _SMALLEST, _LARGEST = -10, 12  # the powers of two between which the largest weight of an ordinary layer lies
@@ -35,7 +35,7 @@ class FittedExponent:
 
     @property
     def rows_together(self) -> int:
-        return self.codebook.rows_together if isinstance(self.codebook, CodesRowsTogether) else 1
+        return rows_together(self.codebook)
 
     def encode(
         self, targets: Float[Tensor, "out v d"], first: int, root: Float[Tensor, "d d"] | None

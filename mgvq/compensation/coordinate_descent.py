@@ -11,7 +11,7 @@ from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.ldlq import rounding_order
 from mgvq.errors import UserError
 from mgvq.linalg import damped
-from mgvq.protocols import CodesRowsTogether, FittedCodebook, FittedSlice
+from mgvq.protocols import FittedSlice, rows_together
 from mgvq.types import Metric
 
 
@@ -64,7 +64,7 @@ class _Descent:
     ) -> None:
         self._slices, self._weight, self._rows = slices, weight, len(weight)
         self._codebooks = [fitted.codebook.rows(rows) for fitted in slices]
-        self._together = [_rows_together(codebook) for codebook in self._codebooks]
+        self._together = [rows_together(codebook) for codebook in self._codebooks]
         parts = zip(codes, self._together, strict=True)
         self._codes = [c[rows.start // run : -(-rows.stop // run)] for c, run in parts]  # views: what is written stays
         self._columns = [fitted.channel_slice.columns.to(weight.device).long() for fitted in slices]
@@ -102,7 +102,3 @@ class _Descent:
         self._error[:, columns] += change
         self._product += change @ self._h[columns]
         return True
-
-
-def _rows_together(codebook: FittedCodebook) -> int:
-    return codebook.rows_together if isinstance(codebook, CodesRowsTogether) else 1

@@ -14,7 +14,7 @@ from mgvq.compensation.ldl import block_ldl
 from mgvq.compensation.ldlq import Choose, Coded, Encode
 from mgvq.compensation.tiles import tile_by_tile
 from mgvq.errors import UserError
-from mgvq.protocols import CodesRowsTogether, FittedSlice
+from mgvq.protocols import FittedSlice, rows_together
 from mgvq.types import Metric, Site
 
 
@@ -53,7 +53,7 @@ class HessianTwoSided(Hessian):
         score: Float[Tensor, "in"],
         flags: list[str],
     ) -> Sequence[Tensor]:
-        if (run := _rows_together(slices)) == 1:
+        if (run := rows_together(slices[0].codebook)) == 1:
             return super().round(weight, metric, slices, score, flags)
         assert metric is not None, "the pipeline checks needs_metric"
         self._check(metric)
@@ -63,7 +63,7 @@ class HessianTwoSided(Hessian):
     def met(
         self, weight: Float[Tensor, "out in"], metric: Metric, slices: Sequence[FittedSlice], score: Float[Tensor, "in"]
     ) -> Float[Tensor, "out in"]:
-        if _rows_together(slices) > 1:
+        if rows_together(slices[0].codebook) > 1:
             raise UserError(
                 "compensation.tables=fed_back: codes that cover several rows have no tables to fit; set tables=weights"
             )
@@ -83,11 +83,6 @@ class HessianTwoSided(Hessian):
         if damping > self.output_damping:
             flags.append(f"output_damping:{site.name}:{damping:g}")
         return lambda encode, target, weight: _settle(encode, target, mix)
-
-
-def _rows_together(slices: Sequence[FittedSlice]) -> int:
-    codebook = slices[0].codebook
-    return codebook.rows_together if isinstance(codebook, CodesRowsTogether) else 1
 
 
 def _row_feedback(h_out: Float[Tensor, "out out"], damping: float, of: str) -> tuple[Float[Tensor, "out out"], float]:

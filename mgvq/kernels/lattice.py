@@ -47,7 +47,8 @@ def _multiply(first, last, codes, second, scales, magnitudes, signs, short, inpu
             stop = min(start + _CHUNK, vectors)
             for v in range(start, stop):
                 code = codes[row, v]
-                _point(code[0], code[1], scales[0], magnitudes, signs, parity, chunk[v - start])
+                chunk[v - start] = 0
+                _add_point(code[0], code[1], scales[0], magnitudes, signs, parity, chunk[v - start])
                 if second == 16:
                     _add_point(code[2], code[3], scales[1], magnitudes, signs, parity, chunk[v - start])
                 elif second == 8:
@@ -59,13 +60,6 @@ def _multiply(first, last, codes, second, scales, magnitudes, signs, short, inpu
                     for i in range(DIMENSION):
                         total += chunk[v, i] * inputs[token, (start + v) * DIMENSION + i]
                 outputs[token, row] += total
-
-
-@njit
-def _point(low, high, scale, magnitudes, signs, parity, point):
-    shift = np.float32(SHIFT) if low & 1 == 0 else np.float32(-SHIFT)
-    for i in range(DIMENSION):
-        point[i] = scale * (magnitudes[high, i] * signs[parity[high], low, i] + shift)
 
 
 @njit

@@ -18,9 +18,8 @@ Tables = Float[Tensor, "t k d"]
 
 _STEPS = 50  # steps of the conjugate gradients, at most: enough for 256 centroids of length 4
 _PRECISION = 1e-5  # the size of the gradient, relative to the first one, at which they end: finer than what tables are stored in
-_FEWER = (
-    4  # times fewer centroids than rows, from where on rows are summed by centroid: less than that saves no time for the memory
-)
+# Times fewer centroids than rows, from where on rows are summed by centroid: less than that saves no time for the memory.
+_FEWER = 4
 
 
 @dataclass(frozen=True, kw_only=True)

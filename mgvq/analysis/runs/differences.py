@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgvq.analysis.runs.listed import NOTHING, ListedRun
+from mgvq.analysis.runs.listed import NOTHING, ListedRun, flat
 
 _OWN = ("checkpoint_sha256", "schema_version", "flags")  # of metrics.json: no measurements
 
@@ -39,7 +39,7 @@ def metrics_that_differ(a: ListedRun, b: ListedRun) -> list[list[str]]:
 def provenance_of(run: Path) -> dict[str, Any]:
     """`provenance.json` of a run by dotted names; empty where it has none."""
     file = run / "provenance.json"
-    return _dotted(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return dict(flat(json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else {}
 
 
 def shown(value: Any) -> str:
@@ -59,10 +59,3 @@ def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[list[str]]:
 
 def _names(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys([*a, *b]))
-
-
-def _dotted(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, own in value.items():
-        found |= _dotted(own, f"{above}{name}.") if isinstance(own, Mapping) else {f"{above}{name}": own}
-    return found

@@ -76,14 +76,15 @@ class ListedRun:
     @cached_property
     def flat(self) -> dict[str, Any]:
         """The settings by their dotted names; a group by its variant."""
-        return dict(_flat(self.settings))
+        return dict(flat(self.settings))
 
 
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings by their dotted names; a group that has a `variant` has that under its own name."""
     for name, value in settings.items():
         path = f"{above}{name}"
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}.")
+            yield from flat(value, f"{path}.")
         else:
             yield (above.removesuffix(".") if name == "variant" and above else path), value
 
