@@ -82,7 +82,7 @@ def _title(described: Mapping[str, Any]) -> str:
     name, weights = _model(described).get("name", "A model"), _model(described).get("weights")
     bits = described["bits"]["bits/quantized_layers"]
     of_what = f" It was made of `{weights}`{'' if '/' in str(weights) else ', a digest of its files'}." if weights else ""
-    return f"# {name} at {bits:.3g} bits a weight\n\nPacked by [mgvq](https://pypi.org/project/mgvq/).{of_what}"
+    return f"# {name} at {bits:.3g} bits a weight\n\nPacked by mgvq.{of_what}"
 
 
 def _sizes(bits: Mapping[str, float]) -> str:

@@ -17,6 +17,7 @@ from mgvq.model.files import INDEX, read_json
 SHARD_BYTES = 5 * 10**9
 # What transformers looks for where nobody has told it how to read the checkpoint, and what its error then shows.
 WITHOUT_MGVQ = "packed by mgvq - write 'import mgvq' before from_pretrained.safetensors"
+# The tensors are what they were in version 2, so that equal weights are equal files.
 _FORMAT = {METHOD: "2"}  # one key only: safetensors writes several in the order of a hash table, which differs by process
 
 

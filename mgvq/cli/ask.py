@@ -25,7 +25,7 @@ nothing of the ones before. A line @other.png shows another image from then on.
 
 --compare answers twice: by the quantised model, and by the full-precision one that it was made of, which the run's config.yaml
 names (give it with --reference where the checkpoint was copied out of its run). Answers are greedy. The layers stay packed in
-memory and are decoded at every call; --dense decodes them once, for more memory and, on long answers, less time.
+memory; --dense decodes them once, which takes more memory, and less time where many tokens are read at once, as of an image.
 
 exit status: 0 answered, 2 a mistake, which is told in one paragraph
 """
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("words", nargs="*", metavar="IMAGE QUESTION", help="an image for a model that sees, and a question")
     parser.add_argument("--compare", action="store_true", help="the full-precision model's answer beside it")
     parser.add_argument("--reference", metavar="MODEL", help="that model: a folder or a hub name that is here; implies --compare")
-    parser.add_argument("--dense", action="store_true", help="decode all layers once instead of at every call")
+    parser.add_argument("--dense", action="store_true", help="decode all layers once instead of keeping them packed")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="the longest answer (default: 64)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the computation")
