@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,17 @@ CALIBRATED = (*QUICK, "method=gptq", "calibration.num_images=4", "calibration.he
 """A run with all stages: it collects statistics, keeps them, and rounds layers with them."""
 PLAIN = (*QUICK, "method=rtn")
 """A run without calibration."""
+
+
+@contextmanager
+def results_in(folder: Path) -> Iterator[None]:
+    """Inside, `folder` is where results lie."""
+    before = os.environ.get("MGVQ_RESULTS")
+    os.environ["MGVQ_RESULTS"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("MGVQ_RESULTS") if before is None else os.environ.update(MGVQ_RESULTS=before)
 
 
 def timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:

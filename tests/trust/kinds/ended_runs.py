@@ -19,7 +19,7 @@ STAGES: dict[str, tuple[str, str, int]] = {
     "statistics are written": ("mgvq.runs.cache:seal", "after", 1),
     "layers are rounded": ("mgvq.compensation.hessian:Hessian.round", "after", 3),
     "a table is written": ("pandas:DataFrame.to_parquet", "after", 2),
-    "the checkpoint is saved": ("mgvq.checkpoint.save:save_file", "after", 1),
+    "the checkpoint is saved": ("mgvq.checkpoint.files:save_file", "after", 1),
     "questions are answered": ("mgvq.evaluation.tiny_vqa:metrics", "before", 1),
     "the run is sealed": ("mgvq.runs.store:_sync_names", "before", 1),
     "DONE is written": ("mgvq.runs.store:RunFolder._write", "after", 6),

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from compared import results_in, timeless
 from trials import Outcome
 
 from mgvq.analysis.records.collect import collect
@@ -142,7 +141,7 @@ def files(study: Path, results: Path) -> dict[str, str]:
     with results_in(results):
         runs = expand(planned)
     record = collect(planned, runs)
-    cells = [replace(c, runs=tuple(replace(run, metrics=_timeless(run.metrics)) for run in c.runs)) for c in record.cells]
+    cells = [replace(c, runs=tuple(replace(run, metrics=timeless(run.metrics)) for run in c.runs)) for c in record.cells]
     record = replace(record, cells=tuple(cells))
     write_tables(planned.name, record, results / "compared")
     write_record(record, results / "compared" / "record.parquet")
@@ -152,18 +151,3 @@ def files(study: Path, results: Path) -> dict[str, str]:
         written = json.loads((run.folder.path / "DONE").read_text(encoding="utf-8"))
         found |= {f"{run.folder.path.name}/{name}": sha for name, sha in written.items() if name.startswith(COMPARED)}
     return found
-
-
-@contextmanager
-def results_in(folder: Path) -> Iterator[None]:
-    """Inside, `folder` is where results lie."""
-    before = os.environ.get("MGVQ_RESULTS")
-    os.environ["MGVQ_RESULTS"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("MGVQ_RESULTS") if before is None else os.environ.update(MGVQ_RESULTS=before)
-
-
-def _timeless(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: 0.0 if name.startswith(("time/", "memory/")) else value for name, value in metrics.items()}

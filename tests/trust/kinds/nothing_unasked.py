@@ -15,7 +15,7 @@ from trials import Outcome
 ROOT = Path(__file__).parents[3]
 SHIMS = Path(__file__).parents[1] / "shims"
 DEMO = ROOT / "experiments" / "e00_demo" / "study.yaml"
-KINDS = {".json", ".yaml", ".parquet", ".safetensors", ".sha256", ".jinja", ".txt", ".log"}
+KINDS = {".index", ".json", ".md", ".yaml", ".parquet", ".safetensors", ".sha256", ".jinja", ".txt", ".log"}
 MARKS = {"DONE", "TRACKED"}
 WHOLE, SAMPLE = 2, 0
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from compared import QUICK, faults_of, litter
+from compared import QUICK, faults_of, litter, results_in
 from trials import Outcome
 
 from mgvq.studies.launch import launch
@@ -49,7 +49,7 @@ def large_study(num_evaluations: int) -> Study:
 
 def _plans(scratch: Path) -> Outcome:
     since = time.process_time()  # of this process: others may have the machine
-    with _results_in(scratch / "planned"):
+    with results_in(scratch / "planned"):
         runs = expand(large_study(NUM_PLANNED // 500))
         missing = sum(not run.folder.is_done() for run in distinct(runs))
     seconds = time.process_time() - since
@@ -109,7 +109,7 @@ def _runs(scratch: Path) -> Outcome:
         seeds=list(range(NUM_RUNS // 2)),
     )
     logging.getLogger("mgvq").setLevel(logging.WARNING)
-    with _results_in(scratch / "soak"):
+    with results_in(scratch / "soak"):
         runs = distinct(expand(study))
         build_components(runs)
         launcher = _Inside(runs)
@@ -130,13 +130,3 @@ def _runs(scratch: Path) -> Outcome:
     return Outcome(
         f"{NUM_RUNS} runs of one study in one process", compared=NUM_RUNS, equal=len(runs) - len(failures), wrong="; ".join(wrong)
     )
-
-
-@contextmanager
-def _results_in(folder: Path) -> Iterator[None]:
-    before = os.environ.get("MGVQ_RESULTS")
-    os.environ["MGVQ_RESULTS"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("MGVQ_RESULTS") if before is None else os.environ.update(MGVQ_RESULTS=before)
