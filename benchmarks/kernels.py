@@ -1,4 +1,4 @@
-"""What the product of a token with a packed 4096 x 4096 layer costs on two threads, against torch's in float32 and bfloat16."""
+"""What products with a packed 4096 x 4096 layer cost on two threads: of a token against torch's, of `FEW` against decoding."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -18,6 +18,7 @@ from mgvq.formats.rotated import RotatedWeight
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.formats.trellis import TrellisWeight
 from mgvq.formats.vector import VectorWeight
+from mgvq.kernels.linear import FEW
 from mgvq.rng import generator
 from mgvq.trellis.code import trellis_code
 
@@ -47,23 +48,34 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
             against = f"torch's, {str(dtype).removeprefix('torch.')}"
             name = f"one token through 4096 x 4096 at 2 bits, {kind} ({against})"
             rows[name] = partial(_packed, kind, weight), against, partial(_torch, dtype)
+        name = f"{FEW} tokens through 4096 x 4096 at 2 bits, {kind}"
+        rows[name] = partial(_packed, kind, weight, FEW), "decoded, then torch's", partial(_decoded, kind, weight)
     return rows
 
 
 _HELD: dict[str, PackedLinear] = {}
 
 
-def _packed(kind: str, weight: Callable[[], Any]) -> Tensor:
+def _layer(kind: str, weight: Callable[[], Any]) -> PackedLinear:
     """Holds one layer at a time: it is made where a row begins."""
     if kind not in _HELD:
         _HELD.clear()
         made = weight()
         _HELD[kind] = PackedLinear(type(made), made.settings(), made.tensors(), None)
-    return _on_threads(partial(_HELD[kind], _token()))
+    return _HELD[kind]
+
+
+def _packed(kind: str, weight: Callable[[], Any], number: int = 1) -> Tensor:
+    return _on_threads(partial(_layer(kind, weight), _tokens(number)))
+
+
+def _decoded(kind: str, weight: Callable[[], Any]) -> Tensor:
+    layer = _layer(kind, weight)
+    return _on_threads(lambda: torch.nn.functional.linear(_tokens(FEW), layer.weight))
 
 
 def _torch(dtype: torch.dtype) -> Tensor:
-    return _on_threads(partial(torch.nn.functional.linear, _token().to(dtype), _dense(dtype)))
+    return _on_threads(partial(torch.nn.functional.linear, _tokens(1).to(dtype), _dense(dtype)))
 
 
 def _on_threads(work: Callable[[], Tensor]) -> Tensor:
@@ -76,8 +88,8 @@ def _on_threads(work: Callable[[], Tensor]) -> Tensor:
 
 
 @cache
-def _token() -> Tensor:
-    return torch.randn(1, SIZE, generator=generator(0, "benchmark", "token"))
+def _tokens(number: int) -> Tensor:
+    return torch.randn(number, SIZE, generator=generator(0, "benchmark", "token"))
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEW = 16  # tokens up to which a kernel of its format beats decoding the layer and a matrix product (benchmarks/kernels.py)
+FEW = 8  # tokens up to which no kernel loses to decoding the layer (benchmarks/kernels.py); most win far beyond
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly
 
 
