@@ -5,6 +5,7 @@ run again has the same bytes."""
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 from compared import CALIBRATED, differing, litter, number_equal, run_files, statistics_files
@@ -13,8 +14,10 @@ from trials import Outcome
 
 from mgvq.analysis.records.records import read_record
 from mgvq.checkpoint.digests import write_digests
+from mgvq.checkpoint.index import VERSION
 from mgvq.checkpoint.load import load
 from mgvq.errors import UserError
+from mgvq.model.files import INDEX
 from mgvq.runs.store import RunFolder
 from mgvq.runs.verify import verify
 
@@ -125,11 +128,10 @@ def _other_versions(forks: Forks, results: Path, whole: Path) -> Outcome:
     (run,) = (done.parent for done in results.glob("runs/*/DONE"))
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps(metrics | {"schema_version": metrics["schema_version"] + 1}))
-    index = json.loads((run / "checkpoint" / "mgvq.json").read_text())
-    (run / "checkpoint" / "mgvq.json").write_text(json.dumps(index | {"version": index["version"] + 1}))
+    index = run / "checkpoint" / INDEX
+    content = index.read_bytes()
+    index.write_bytes(content[:4] + (VERSION + 1).to_bytes(4, "little") + content[8:])
     write_digests(run / "checkpoint")
-    from hashlib import sha256
-
     names = json.loads((run / "DONE").read_text())
     (run / "DONE").write_text(json.dumps({name: sha256((run / name).read_bytes()).hexdigest() for name in names}))
     told = [_raised(RunFolder(run).metrics), _raised(lambda: load(run / "checkpoint"))]
