@@ -6,7 +6,6 @@ import os
 import random
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import checked_calls
 import pandas as pd
 import pytest
 import torch
+from forks import shared_forks
 
 from mgvq.model.source import SHIPPED
 from mgvq.runs.places import register_resolvers
@@ -45,9 +45,12 @@ def documented_columns(table: str) -> list[str]:
 
 
 def run_command(module: str, *arguments: str, results: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """`python -m module arguments` with its results in `results`; with `check` it has to succeed."""
+    """`python -m module arguments` with its results in `results`; with `check` it has to succeed.
+
+    It is a fork of a process that has imported everything, as are the runs that a study starts.
+    """
     done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
+        [str(shared_forks().python), "-m", module, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,

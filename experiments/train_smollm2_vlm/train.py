@@ -1,7 +1,9 @@
 """Train projector and adapters of smollm2_vlm: every draw seeded, resumable from its last checkpoint, one thread.
 
     python experiments/train_smollm2_vlm/train.py --language FOLDER --out RUN
+    python experiments/train_smollm2_vlm/train.py --language FOLDER --out RUN2 --start RUN/adapters.safetensors --at 900 --steps N
 
+The second goes on from what a finished run has exported, with a fresh optimizer, at the step after its last one.
 FOLDER is SmolLM2 unpacked (`results/cache/models/SHA256` after any run of model=smollm2). The vision tower is tiny_internvl's and
 stays as it is. First the projector alone learns the words of the cells (projector.py); then projector and adapters learn the
 questions, every image described in full among them in the first part, and at every fourth step the text of a docstring, on which
@@ -20,7 +22,7 @@ import torch
 from language import SCALE, Language
 from packing import IGNORE, Packed, Packer, hits
 from projector import Words, first_look
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -53,6 +55,7 @@ class Recipe:
     warmup: int = 20
     text_every: int = 4  # steps
     text_tokens: int = 96
+    first_step: int = 0  # the steps before it are another run's
 
 
 class Trainer:
@@ -78,7 +81,7 @@ class Trainer:
             weight_decay=0.0,
         )
         self.texts = list(docstrings().passages.items())
-        self.step = 0
+        self.step = recipe.first_step
 
     @torch.no_grad()
     def features(self, images: list[DrawnImage]) -> Tensor:
@@ -148,7 +151,7 @@ class Trainer:
     def rate(self) -> float:
         """The share of the peak rate: a linear warm-up, constant, and linear to 2 % at the end."""
         left = (self.recipe.steps - self.step) / self.recipe.decay
-        return min(1.0, (self.step + 1) / self.recipe.warmup, max(0.02, left))
+        return min(1.0, (self.step - self.recipe.first_step + 1) / self.recipe.warmup, max(0.02, left))
 
     def train_step(self) -> dict[str, float]:
         for group in self.optimizer.param_groups:
@@ -197,13 +200,24 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         return True
 
-    def export(self) -> None:
-        """Write what is committed: the projector and the adapters, in bfloat16."""
-        tensors = {f"projector.{name}": tensor for name, tensor in self.projector.state_dict().items()}
-        tensors |= {
+    def learned(self) -> dict[str, Tensor]:
+        """The parameters that learn, by the names that they have in the file of adapters."""
+        adapters = {
             f"layers.{name.replace('_proj_', '_proj.').replace('_', '.', 1)}": t for name, t in self.language.adapters.items()
         }
-        tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in tensors.items()}
+        return {f"projector.{name}": tensor for name, tensor in self.projector.state_dict().items()} | adapters
+
+    @torch.no_grad()
+    def start(self, exported: Path) -> None:
+        """Go on from the adapters of another run."""
+        tensors = load_file(exported)
+        for name, tensor in self.learned().items():
+            tensor.copy_(tensors.pop(name))
+        assert not tensors, f"{exported} has other adapters: {sorted(tensors)}"
+
+    def export(self) -> None:
+        """Write what is committed: the projector and the adapters, in bfloat16."""
+        tensors = {name: tensor.detach().bfloat16().contiguous() for name, tensor in self.learned().items()}
         save_file(tensors, self.out / ADAPTERS, {"scale": str(SCALE)})
 
 
@@ -212,15 +226,20 @@ def main() -> None:
     parser.add_argument("--language", type=Path, required=True, help="folder of SmolLM2, unpacked")
     parser.add_argument("--out", type=Path, required=True, help="run folder: log.jsonl, checkpoint.pt, adapters.safetensors")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--start", type=Path, help="adapters.safetensors of a run to go on from")
+    parser.add_argument("--at", type=int, default=0, help="with --start: the step to go on at")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    recipe = replace(Recipe(), steps=arguments.steps)
+    recipe = replace(Recipe(), steps=arguments.steps, first_step=arguments.at)
     arguments.out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(arguments.language, recipe, arguments.out)
     if not trainer.resume():
         trainer.note({"recipe": asdict(recipe)})
-        trainer.look()
+        if arguments.start:
+            trainer.start(arguments.start)
+        else:
+            trainer.look()
         trainer.save()
     started, spent = time.time(), time.process_time()
     sums: dict[str, list[float]] = {}

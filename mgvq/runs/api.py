@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+import mgvq
 from mgvq.calibration.drawn import marks
 from mgvq.calibration.examples import ExampleSet, further_batches, further_examples
 from mgvq.calibration.rows import Row, open_image, question_turns
@@ -42,6 +43,7 @@ from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import check, chosen
 from mgvq.runs.compose import composer
 from mgvq.runs.execute import samples_as_batches
+from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.overrides import override
 
@@ -126,11 +128,24 @@ def quantize(
         report = quantize_layers(loaded.model, sites, bank, recipe, bits_per_weight, walked, stored_dtype=dtype)
         rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
     files = _Files()
-    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded, report.parameters)
+    made_of = _made_of(cfg, model, drawn, threads)
+    ledger = save(files.checkpoint, loaded, sites, report.weights, rounded, report.parameters, provenance=made_of)
     if ledger.scope_bits() != report.stored_bits:
         raise AssertionError(f"{report.stored_bits} bits were predicted, {ledger.scope_bits()} are stored")
     packed = load(files.checkpoint, dtype=model.dtype, device=model.device, packed=True, verify=False)
     return Quantized(packed, loaded.processor, report, ledger, files)
+
+
+def _made_of(cfg: DictConfig, model: PreTrainedModel, drawn: CalibrationSet | None, threads: int) -> dict[str, Any]:
+    """How the checkpoint was made, as that of a run says it; of a model and samples that were given, what is known of them."""
+    settings = {name: value for name, value in scientific_settings(cfg).items() if name not in ("model", "evaluation")}
+    name = Path(model.name_or_path or type(model).__name__).name
+    settings |= {"model": {"name": name, "dtype": str(model.dtype).removeprefix("torch.")}}
+    settings |= {"threads": float(threads), "device": model.device.type}
+    if drawn is not None:
+        numbers = {"samples": len(drawn.examples), "heldout_samples": len(drawn.heldout_examples)}
+        settings |= {"calibration": {"variant": "samples that mgvq.quantize was given", **numbers}}
+    return {"mgvq": mgvq.__version__, "settings": settings}
 
 
 class _Files:

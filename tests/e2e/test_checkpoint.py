@@ -189,6 +189,13 @@ def test_quantised_in_python_it_has_the_bytes_of_the_run(finished_runs: dict[str
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert ask(made.model, made.processor) == ask(mgvq.load(run), made.processor)
     assert 'license: "apache-2.0"' in (saved / "README.md").read_text()
+    told, of_the_run = (
+        json.loads((folder / "config.json").read_text())["quantization_config"]["provenance"]["settings"]
+        for folder in (saved, run)
+    )
+    assert told.pop("model") == {"name": "tiny_internvl", "dtype": "float32"}
+    assert of_the_run.pop("model")["name"] == "tiny_internvl"
+    assert told == of_the_run
     with pytest.raises(UserError, match="is there already"):
         made.save(saved)
 

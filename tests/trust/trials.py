@@ -10,6 +10,7 @@ A kind is one file in `kinds/`; its docstring says what is tried and what has to
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 KINDS = Path(__file__).parent / "kinds"
+sys.path.append(str(Path(__file__).parents[1]))  # where kinds find what the tests have too
 COUNTS = ("faults", "survived", "lost", "silent", "compared", "equal")
 WHERE = ("commit", "date", "cores")
 HEAD = ("kind", "case", "trials", "faults", "survived", "lost", "silent", "files compared", "equal", *WHERE)

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from compared import CALIBRATED, differing, litter, number_equal, run_files, statistics_files
-from forks import Forks
+from forks import Forks, shared_forks
 from trials import Outcome
 
 from mgvq.analysis.records.records import read_record
@@ -48,18 +48,18 @@ def empty(file: Path) -> None:
 
 
 def trials(scratch: Path, number: int) -> Iterator[Outcome]:
-    with Forks() as forks:
-        whole = scratch / "whole"
-        if (ended := forks.run(CALIBRATED, whole)).status:
-            raise RuntimeError(ended.output)
-        damages: list[Callable[[Path], None]] = [half, empty]
-        cases = [
-            *(lambda damage=damage: _run_files(scratch, whole, damage) for damage in damages),
-            lambda: _records(scratch),
-            *(lambda damage=damage: _statistics(forks, scratch / damage.__name__, whole, damage) for damage in damages),
-            lambda: _other_versions(forks, scratch / "other", whole),
-        ]
-        yield from (case() for case in cases[:number])
+    forks = shared_forks()
+    whole = scratch / "whole"
+    if (ended := forks.run(CALIBRATED, whole)).status:
+        raise RuntimeError(ended.output)
+    damages: list[Callable[[Path], None]] = [half, empty]
+    cases = [
+        *(lambda damage=damage: _run_files(scratch, whole, damage) for damage in damages),
+        lambda: _records(scratch),
+        *(lambda damage=damage: _statistics(forks, scratch / damage.__name__, whole, damage) for damage in damages),
+        lambda: _other_versions(forks, scratch / "other", whole),
+    ]
+    yield from (case() for case in cases[:number])
 
 
 def _run_files(scratch: Path, whole: Path, damage: Callable[[Path], None]) -> Outcome:

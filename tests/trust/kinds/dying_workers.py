@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compared import CALIBRATED, PLAIN, differing, faults_of, litter, number_equal, run_files, statistics_files
 from faults import VARIABLE
-from forks import RUN, Ended, Forks
+from forks import RUN, Ended, Forks, shared_forks
 from trials import Outcome
 
 SHIMS = Path(__file__).parents[1] / "shims"
@@ -34,32 +34,32 @@ def missing() -> str:
 
 
 def trials(scratch: Path, number: int) -> Iterator[Outcome]:
-    with Forks() as forks:
-        undisturbed = scratch / "undisturbed"
-        for words in (*((*PLAIN, f"budget.bits_per_weight={bits}") for bits in (2, 3)), CALIBRATED):
-            if (ended := forks.run(words, undisturbed)).status:
-                raise RuntimeError(ended.output)
-        (study := scratch / "study.yaml").write_text(STUDY)
-        wanted = run_files(undisturbed)
-        plain = {name: digest for name, digest in wanted.items() if name.partition("/")[0] != _calibrated(undisturbed)}
-        whole = {n: d for n, d in wanted.items() if n not in plain} | statistics_files(undisturbed)
-        cases = (
-            lambda: _both(forks, scratch / "two", "two processes want one run", [CALIBRATED, CALIBRATED], whole),
-            lambda: _both(forks, scratch / "shared", "two runs want the same statistics", [CALIBRATED, OTHER], None),
-            lambda: _killed(scratch / "wandb", "W&B's process", (RUN, *CALIBRATED, "tracker=wandb"), IN_WANDB, whole, (0,)),
-            lambda: _killed(
-                scratch / "joblib", "a worker of joblib", (RUN, "-m", "hydra/launcher=mgvq_joblib", *TWO), IN_A_RUN, plain, (1,)
-            ),
-            lambda: _killed(
-                scratch / "ray",
-                "a worker of Ray",
-                ("mgvq.cli.study", str(study), "--launcher", "ray", "--jobs", "2"),
-                IN_A_WORKER,
-                plain,
-                (1,),
-            ),
-        )
-        yield from (trial() for trial in cases[:number])
+    forks = shared_forks()
+    undisturbed = scratch / "undisturbed"
+    for words in (*((*PLAIN, f"budget.bits_per_weight={bits}") for bits in (2, 3)), CALIBRATED):
+        if (ended := forks.run(words, undisturbed)).status:
+            raise RuntimeError(ended.output)
+    (study := scratch / "study.yaml").write_text(STUDY)
+    wanted = run_files(undisturbed)
+    plain = {name: digest for name, digest in wanted.items() if name.partition("/")[0] != _calibrated(undisturbed)}
+    whole = {n: d for n, d in wanted.items() if n not in plain} | statistics_files(undisturbed)
+    cases = (
+        lambda: _both(forks, scratch / "two", "two processes want one run", [CALIBRATED, CALIBRATED], whole),
+        lambda: _both(forks, scratch / "shared", "two runs want the same statistics", [CALIBRATED, OTHER], None),
+        lambda: _killed(scratch / "wandb", "W&B's process", (RUN, *CALIBRATED, "tracker=wandb"), IN_WANDB, whole, (0,)),
+        lambda: _killed(
+            scratch / "joblib", "a worker of joblib", (RUN, "-m", "hydra/launcher=mgvq_joblib", *TWO), IN_A_RUN, plain, (1,)
+        ),
+        lambda: _killed(
+            scratch / "ray",
+            "a worker of Ray",
+            ("mgvq.cli.study", str(study), "--launcher", "ray", "--jobs", "2"),
+            IN_A_WORKER,
+            plain,
+            (1,),
+        ),
+    )
+    yield from (trial() for trial in cases[:number])
 
 
 OTHER = (*CALIBRATED, "budget.bits_per_weight=3")

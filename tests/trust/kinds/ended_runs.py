@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from compared import CALIBRATED, PLAIN, differing, faults_of, litter, number_equal, run_files, statistics_files
-from forks import Forks
+from forks import Forks, shared_forks
 from trials import Outcome
 
 # Each stage by the function in which the run is ended, and whether before or after it has done its work.
@@ -37,17 +37,17 @@ def missing() -> str:
 
 def trials(scratch: Path, number: int) -> Iterator[Outcome]:
     """The first ones are all stages, with the signals in turn."""
-    with Forks() as forks:
-        before, wanted = scratch / "before", scratch / "undisturbed"
-        for words, results in ((PLAIN, before), (PLAIN, wanted), (CALIBRATED, wanted)):
-            if (ended := forks.run(words, results)).status:
-                raise RuntimeError(ended.output)
-        cases = [(stage, SIGNALS[(at + turn) % 3]) for turn in range(3) for at, stage in enumerate(STAGES)]
-        for stage, name in cases[:number]:
-            results = scratch / "results"
-            shutil.copytree(before, results)
-            yield _trial(forks, results, stage, name, run_files(before), wanted)
-            shutil.rmtree(results)
+    forks = shared_forks()
+    before, wanted = scratch / "before", scratch / "undisturbed"
+    for words, results in ((PLAIN, before), (PLAIN, wanted), (CALIBRATED, wanted)):
+        if (ended := forks.run(words, results)).status:
+            raise RuntimeError(ended.output)
+    cases = [(stage, SIGNALS[(at + turn) % 3]) for turn in range(3) for at, stage in enumerate(STAGES)]
+    for stage, name in cases[:number]:
+        results = scratch / "results"
+        shutil.copytree(before, results)
+        yield _trial(forks, results, stage, name, run_files(before), wanted)
+        shutil.rmtree(results)
 
 
 def _trial(forks: Forks, results: Path, stage: str, name: str, finished: dict[str, str], undisturbed: Path) -> Outcome:

@@ -5,12 +5,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from forks import shared_forks
 from trials import Outcome
 
 WHOLE, SAMPLE = 20, 0  # `make test` stops the loop itself at every place: tests/e2e/test_gradient.py
@@ -52,7 +52,7 @@ def trials(scratch: Path, number: int) -> Iterator[Outcome]:
 def start(case: str, results: Path) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mgvq.cli.run", "model=tiny_internvl", *FEW, *METHODS[case]],
+        [str(shared_forks().python), "-m", "mgvq.cli.run", "model=tiny_internvl", *FEW, *METHODS[case]],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "MGVQ_RESULTS": str(results)},

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from compared import results_in, timeless
+from forks import shared_forks
 from trials import Outcome
 
 from mgvq.analysis.records.collect import collect
@@ -22,7 +22,7 @@ from mgvq.analysis.report import write_tables
 from mgvq.studies.plan import expand
 from mgvq.studies.spec import read_study
 
-WHOLE, SAMPLE = 12, 0  # a trial is a minute of imports; `make test` has those of ended runs
+WHOLE, SAMPLE = 12, 0  # `make test` has those of ended runs
 SEED = 0
 STUDY = """
 name: resume
@@ -67,7 +67,7 @@ def trials(scratch: Path, number: int) -> Iterator[Outcome]:
 def start(study: Path, results: Path) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "mgvq.cli.study", str(study), "--jobs", "2"],
+        [str(shared_forks().python), "-m", "mgvq.cli.study", str(study), "--jobs", "2"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "MGVQ_RESULTS": str(results)},
