@@ -19,6 +19,7 @@ from mgvq.analysis.runs.differences import (
 )
 from mgvq.analysis.runs.listed import NOTHING, SORTS, ListedRun, chosen, find_run, read_runs
 from mgvq.analysis.runs.sending import check_sent, pack
+from mgvq.cli.pipes import reader_may_leave
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.places import results_folder
@@ -59,7 +60,8 @@ def main() -> None:
     use_utf8()
     arguments = _parser().parse_args()
     try:
-        bad = arguments.does(arguments)
+        with reader_may_leave():
+            bad = arguments.does(arguments)
     except UserError as error:
         print(f"mgvq-runs: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,6 +10,7 @@ from mgvq.analysis.records.collect import collect
 from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
 from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import markdown
+from mgvq.cli.pipes import reader_may_leave
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.build import build
@@ -98,14 +99,15 @@ def main() -> None:
         duration += f" with room for {jobs}"
         if any(run.cell.device == "auto" for run in runs):
             duration += f"; device=auto is {device_type('auto')} here, which the runs get too; common: [device=cuda] changes it"
-    if quick:
-        print(quick)
-    print(f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})")
-    print(detectable(study, runs, results_folder() / "records"), flush=True)
+    plan = f"{study.name}: {study.question}\n{len(once)} runs, {len(once) - missing} done, {missing} to run (time: {duration})"
+    told = [*filter(None, [quick]), plan, detectable(study, runs, results_folder() / "records")]
     if arguments.dry:
-        for run in once:
-            print("done   " if run.folder.is_done() else "missing", run.folder.path, " ".join(run.overrides))
+        states = ("done   " if run.folder.is_done() else "missing" for run in once)
+        told += [f"{state} {run.folder.path} {' '.join(run.overrides)}" for state, run in zip(states, once, strict=True)]
+        with reader_may_leave():
+            print("\n".join(told))
         return
+    print("\n".join(told), flush=True)
     for ended in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ended) is signal.SIG_DFL:
             signal.signal(ended, signal.default_int_handler)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import shared_forks
 
 import mgvq
 from mgvq.cli import run as command
@@ -156,6 +157,15 @@ def test_help_into_a_pipe_that_closes_says_nothing() -> None:
     done = shell(f"{sys.executable} -m mgvq run --help | head -1")
     assert done.stdout.startswith("mgvq-run quantises")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["study experiments/e18_peers/study.yaml --dry", "runs list"])
+def test_a_list_into_a_pipe_that_closes_says_nothing(words: str, finished_runs: dict[str, Path]) -> None:
+    """`head -c 0` closes at once: what is printed finds nobody."""
+    results = next(iter(finished_runs.values())).parents[1]
+    done = shell(f"MGVQ_RESULTS={results} {shared_forks().python} -m mgvq.cli.{words} | head -c 0")
+    assert "BrokenPipe" not in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_version_and_the_commands_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
