@@ -1,5 +1,6 @@
-"""A run of every preset on every shipped model: its checkpoint loads in a fresh process, scores decoded exactly what the run has
-recorded, and packed gives the same answers but for ties, with a loss within 1e-4.
+"""A run of `kmeans` and `rtn` on every shipped model, and of every other preset on one of them in turn: its checkpoint loads in a
+fresh process, scores decoded exactly what the run has recorded, and packed gives the same answers but for ties, with a
+loss within 1e-4.
 
 Decoded it is loaded by `mgvq.load`, packed by transformers' `from_pretrained`.
 """
@@ -20,9 +21,14 @@ from mgvq.runs.identity import run_id
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 
-PRESETS = sorted(file.stem for file in (conf_folder() / "method").glob("*.yaml") if file.stem not in ("full_precision", "kmeans"))
+PRESETS = sorted(
+    file.stem for file in (conf_folder() / "method").glob("*.yaml") if file.stem not in ("full_precision", "kmeans", "rtn")
+)
 MODELS = sorted(file.parent.name for file in SHIPPED.glob("*/model.safetensors"))
-CASES = [(preset, model) for preset in ["kmeans", *PRESETS] for model in MODELS]
+CASES = [
+    *((preset, model) for preset in ("kmeans", "rtn") for model in MODELS),
+    *((preset, MODELS[at % len(MODELS)]) for at, preset in enumerate(PRESETS)),
+]
 WHOLE, SAMPLE = len(CASES), 1
 SHORT = ("calibration.num_images=8", "calibration.questions_per_image=4", "calibration.heldout_images=4")
 TIES = 0.04  # the share of answers that may be others: two choices of the same logit, whose last digit is another
