@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, sampled
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -70,7 +70,7 @@ def run(folder: Path, *overrides: str) -> RunFolder:
     return done
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", sampled(METHODS, 7))
 def test_every_method_runs_on_text_or_says_why_not(folder: Path, method: str) -> None:
     reads = chosen(composed(folder, f"method={method}"), "calibration")
     overrides = [f"method={method}", *(FEW if reads else []), *(ONCE if method in ("mgvq", "mgvq_uniform") else [])]

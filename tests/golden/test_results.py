@@ -39,7 +39,7 @@ def test_tables_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path)
         assert file.read_bytes() == (RESULTS / "tables" / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("study", sampled(STUDIES, 5))
+@pytest.mark.parametrize("study", sampled(STUDIES, 3))
 def test_figures_are_rebuilt_from_records_to_the_byte(study: str, tmp_path: Path) -> None:
     rebuilt = write_figures(study, record(study), read_layers(layers_path(RESULTS, study)), tmp_path)
     committed = [path for figure in FIGURES if (path := figure_path(RESULTS, study, figure)).is_file()]

@@ -61,7 +61,10 @@ def start(case: str, results: Path) -> subprocess.Popen[bytes]:
 
 
 def entries(results: Path) -> int:
-    return len(list((results / "partial").glob("*/*.entry")))
+    try:
+        return len(list((results / "partial").glob("*/*.entry")))
+    except FileNotFoundError:  # the run has come to its end meanwhile, and has taken their folder away
+        return 0
 
 
 def finish(case: str, results: Path) -> int:
