@@ -13,7 +13,7 @@ from mgvq.formats.base import Stored
 from mgvq.formats.fit import check_packed, check_roles, check_tensor, check_whole, rows_and_columns
 from mgvq.formats.packing import pack, packed_bytes, unpack
 from mgvq.kernels.gather import multiply_rows
-from mgvq.kernels.look_up import look_up
+from mgvq.kernels.look_up import contributions, look_up
 
 TABLES = ("fp16", "int8")
 _LOOKED_UP = 2**12  # centroids up to which a token's products with all of them are worth computing
@@ -116,7 +116,7 @@ class VectorWeight(Stored):
         tables, scale = centroids(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
         width = index_width(tables.shape[1])
         if tables.shape[1] <= min(_LOOKED_UP, shape[0]):
-            lut = products(inputs, torch.nn.functional.pad(tables, (0, 0, 0, 2**width - tables.shape[1])), stages)
+            lut = contributions(inputs, tables, stages, 2**width)
             return look_up(tensors["codes"], lut, scale.expand(shape[0], 1), lut.shape[1])
         return multiply_rows(inputs, tensors["codes"], width, tables, stages, shape[0]) * scale.float()
 
@@ -155,15 +155,6 @@ def store_table(table: Float[Tensor, "k d"], kind: str) -> tuple[Shaped[Tensor, 
         return table.half(), None
     step = (largest / 127).clamp(min=2.0**-24).half()
     return (table / step.float()).round().clamp(-127, 127).to(torch.int8), step
-
-
-def products(inputs: Float[Tensor, "m in"], tables: Float[Tensor, "t k d"], stages: int) -> Float[Tensor, "m q k"]:
-    """The products of every vector of the inputs with the centroids of each of its stages, vector by vector."""
-    vectors = to_vectors(inputs, tables.shape[2])
-    subspaces = len(tables) // stages
-    runs = torch.nn.functional.pad(vectors, (0, 0, 0, -vectors.shape[1] % subspaces)).unflatten(1, (-1, subspaces))
-    found = torch.einsum("musd,sikd->musik", runs, tables.unflatten(0, (subspaces, stages)))
-    return found.flatten(1, 3)[:, : vectors.shape[1] * stages]
 
 
 def centroids(table: Shaped[Tensor, "*t k d"], step: Float[Tensor, "*t"] | None) -> Float[Tensor, "*t k d"]:

@@ -17,6 +17,36 @@ _BLOCK = 16  # bytes of a row whose tables, 16 KiB, stay in the nearest cache wh
 _ENTRIES = 1 << 12  # of the tables of one block where codes are no part of a byte
 
 
+def contributions(
+    inputs: Float[Tensor, "m in"], tables: Float[Tensor, "t k d"], stages: int, entries: int
+) -> Float[Tensor, "m q entries"]:
+    """The products of every vector of the inputs with the centroids of each of its stages, vector by vector, then stage by stage.
+
+    The tables are those of `VectorWeight`; codes beyond the centroids contribute nothing. A compiled loop, since the threads of a
+    product of torch's would spin for a while where those of `look_up` are to run.
+    """
+    positions = -(-inputs.shape[1] // tables.shape[2]) * stages
+    lut = torch.empty(len(inputs), positions, entries)
+    _contribute(inputs.numpy(), tables.transpose(1, 2).contiguous().numpy(), stages, lut.numpy())
+    return lut
+
+
+@njit(reorder=True)
+def _contribute(inputs, tables, stages, lut):
+    num_tables, length, num_centroids = tables.shape
+    num_in = inputs.shape[1]
+    for token in range(len(inputs)):
+        for position in range(lut.shape[1]):
+            vector = position // stages
+            table = tables[vector % (num_tables // stages) * stages + position % stages]
+            row = lut[token, position]
+            row[:] = 0
+            for i in range(min(length, num_in - vector * length)):
+                factor = inputs[token, vector * length + i]
+                for centroid in range(num_centroids):
+                    row[centroid] += factor * table[i, centroid]
+
+
 def look_up(
     packed: UInt8[Tensor, "bytes"], lut: Float[Tensor, "m q k"], scales: Float[Tensor, "out groups"], per_group: int
 ) -> Float[Tensor, "m out"]:
@@ -41,9 +71,21 @@ def look_up(
 
 def _bytewise(lut: Float[Tensor, "m q k"]) -> Float[Tensor, "m bytes 256"]:
     """What bytes contribute: the sums of two neighbours, the first of which lies in the lower bits, until a byte is full."""
-    while lut.shape[2] < 256:
-        lut = (lut[:, 1::2, :, None] + lut[:, 0::2, None, :]).flatten(2)
+    while (entries := lut.shape[2]) < 256:
+        joined = torch.empty(lut.shape[0], lut.shape[1] // 2, entries**2)
+        _join(lut.contiguous().numpy(), joined.numpy())
+        lut = joined
     return lut
+
+
+@njit
+def _join(lut, joined):
+    entries = lut.shape[2]
+    for token in range(len(lut)):
+        for pair in range(joined.shape[1]):
+            for high in range(entries):
+                for low in range(entries):
+                    joined[token, pair, high * entries + low] = lut[token, 2 * pair + 1, high] + lut[token, 2 * pair, low]
 
 
 @njit(reorder=True)
