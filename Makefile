@@ -20,7 +20,7 @@ trust: .venv/ready     ## kills, faults, soak, the cases that make test samples:
 audit: .venv/ready     ## known vulnerabilities of the pinned packages, by pip-audit, where a network allows
 	$(PYTHON) -m venv .venv/audit
 	.venv/audit/bin/python -m pip install --quiet pip-audit
-	.venv/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	.venv/audit/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 check: .venv/ready     ## ruff and pyright
 	$(BIN)/ruff check .
