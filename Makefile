@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:     ## list these targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 18
 
-demo: .venv/ready     ## the first table: ten runs on two shipped models, some minutes
+demo: .venv/ready     ## the first table: fourteen runs on a shipped model, some minutes
 	$(BIN)/mgvq-study experiments/e00_demo/study.yaml --jobs 2
 
 test: .venv/ready     ## all tests, two at a time

@@ -1,9 +1,10 @@
 """The name of a run: a hash of what its settings mean, as far as that can change its numbers."""
 
+import copy
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -51,6 +52,48 @@ def scientific_settings(cfg: DictConfig) -> dict[str, Any]:
 def run_id(cfg: DictConfig) -> str:
     """The name of the run, 16 hex digits: equal for equal settings, in any process and under any launcher."""
     return id_of(scientific_settings(cfg))
+
+
+def run_ids(cfg: DictConfig, seeds: Sequence[int]) -> list[str]:
+    """`run_id` at each of the seeds, the first two of which are worked out; `cfg.seed` is the last of these afterwards.
+
+    What differs between these two is the seed itself, as groups refer to it (`${seed}`), and then the other seeds are put in its
+    places; where something else differs, all are worked out.
+    """
+    worked_out = [_at_seed(cfg, seed) for seed in seeds[:2]]
+    if len(seeds) > 2:
+        places = _places(*worked_out, *seeds[:2])
+        others = [_at_seed(cfg, s) if places is None else _put(worked_out[0], places, s) for s in seeds[2:]]
+        worked_out += others
+    return [id_of(settings) for settings in worked_out]
+
+
+def _at_seed(cfg: DictConfig, seed: int) -> dict[str, Any]:
+    cfg.seed = seed
+    return scientific_settings(cfg)
+
+
+def _places(first: Any, second: Any, seed: int, other: int) -> list[tuple[Any, ...]] | None:
+    """The paths at which the first has `seed` where the second has `other`; None where the two differ in anything else."""
+    if first == second:
+        return []
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        below = {key: _places(first[key], second[key], seed, other) for key in first}
+        if any(paths is None for paths in below.values()):
+            return None
+        return [(key, *path) for key, paths in below.items() for path in paths or ()]
+    return [()] if (first, second) == (seed, other) and not isinstance(first, bool) else None
+
+
+def _put(settings: Mapping[str, Any], places: Sequence[tuple[Any, ...]], seed: int) -> dict[str, Any]:
+    """A copy of the settings with the seed at each of the places."""
+    found = copy.deepcopy(dict(settings))
+    for *above, last in places:
+        inside = found
+        for key in above:
+            inside = inside[key]
+        inside[last] = float(seed)
+    return found
 
 
 def id_of(settings: Mapping[str, Any]) -> str:

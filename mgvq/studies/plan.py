@@ -14,7 +14,7 @@ from mgvq.errors import UserError
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import composer
 from mgvq.runs.early import check_values
-from mgvq.runs.identity import run_id
+from mgvq.runs.identity import run_ids
 from mgvq.runs.overrides import parsed, quoted
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import Kind, kind_of_config
@@ -106,13 +106,13 @@ def _plan(
         for path in ("paths.results", "model.path"):  # read once: their resolvers take longer than the rest of a run's name
             if (value := OmegaConf.select(cfg, path)) is not None:
                 OmegaConf.update(cfg, path, value)
-        for seed in study.seeds_at(point):
+        seeds = study.seeds_at(point)
+        runs = Path(cfg.paths.results) / "runs"
+        for seed, name in zip(seeds, run_ids(cfg, seeds), strict=True):
             words = [*overrides, f"seed={seed}"]
             if grouped:
                 words += [f"tracker.group={quoted(study.name)}", f"tracker.name={quoted(f'{arm}, seed {seed}')}"]
-            cfg.seed = seed
-            folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
-            planned.append(PlannedRun(arm, point, seed, tuple(words), folder, cfg))
+            planned.append(PlannedRun(arm, point, seed, tuple(words), RunFolder(runs / name), cfg))
     except (HydraException, UserError) as error:
         raise UserError(f"study {study.name}, arm {arm} ({' '.join(overrides)}): {error}") from error
     return planned

@@ -16,7 +16,7 @@ from mgvq.model.source import folder_digest
 from mgvq.runs.build import SCOPES, STAGES, build, check
 from mgvq.runs.compose import composer
 from mgvq.runs.device import device_type
-from mgvq.runs.identity import run_id, scientific_settings
+from mgvq.runs.identity import run_id, run_ids, scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.places import conf_folder
 from mgvq.studies.plan import expand
@@ -120,6 +120,20 @@ def test_command_line_wins_over_preset_wins_over_group() -> None:
     assert composed("codebook=kmeans").codebook.weight_power == 0.0
     assert composed("method=kmeans_ldlq").codebook.weight_power == 0.5
     assert composed("method=kmeans_ldlq", "codebook.weight_power=0.2").codebook.weight_power == 0.2
+
+
+@pytest.mark.parametrize("method", ["rtn", "kmeans", "mgvq", "mgvq2"])
+def test_the_names_at_several_seeds_are_those_at_each(method: str) -> None:
+    """Those behind the second are not worked out; where a setting knows more of the seed than its number, they are."""
+    seeds = [3, 0, 7, 10**9]
+    cfg = composed(f"method={method}")
+    assert run_ids(cfg, seeds) == [run_id(composed(f"method={method}", f"seed={seed}")) for seed in seeds]
+    OmegaConf.update(cfg, "evaluation.num_questions", "1${seed}")
+    worked_out = []
+    for seed in seeds:
+        cfg.seed = seed
+        worked_out.append(run_id(cfg))
+    assert run_ids(cfg, seeds) == worked_out
 
 
 def test_code_may_move_without_another_identity(monkeypatch: pytest.MonkeyPatch) -> None:
