@@ -1,5 +1,6 @@
 """The method of a run from its configuration, and the checks that need the configuration: all that is set has an effect."""
 
+from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig
@@ -24,7 +25,26 @@ def build_method(cfg: DictConfig) -> Method | None:
         )
     _check_calibration(method, cfg)
     _check_budget(method, cfg)
+    if cfg.memory == "streamed":
+        _check_streamed(method, cfg)
     return method
+
+
+def _check_streamed(method: Method, cfg: DictConfig) -> None:
+    """Refuse what has to have more than one block in memory."""
+    backward = [name for name, value in asdict(method.needs).items() if value and name not in ("gram", "clip")]
+    what = ""
+    if method.tuning is not None:
+        what = f"tuning={cfg.variants.tuning} moves weights by gradients"
+    elif method.shift is not None:
+        what = f"compensation={cfg.variants.compensation} takes gradients through all blocks behind the one that is rounded"
+    elif backward:
+        what = f"the statistics of this method ({', '.join(backward)}) take backward passes"
+    if what:
+        raise UserError(
+            f"memory=streamed does not have that yet: {what}. Set memory=resident, or a method that takes forward passes alone, "
+            "such as mgvq2, qtip or gptq."
+        )
 
 
 def _check_budget(method: Method, cfg: DictConfig) -> None:
