@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from mgvq.protocols import QuantizedWeight
 from mgvq.types import Site
 
 
+@runtime_checkable
 class Weights(Protocol):
     """The weights of a model's layers. Whoever writes them has called `unchanged`, which puts them back."""
 

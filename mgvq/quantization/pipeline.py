@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -174,6 +174,7 @@ def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Meth
     return LayerProblems(outlines, _each(outlines, whole))
 
 
+@runtime_checkable
 class _Each(Protocol):
     """How a value for every layer comes about: all of them at once, or each when it is asked for (`Lazy`)."""
 
