@@ -3,33 +3,78 @@
 The sums are those of `statistics.collect`, taken over the same batches in the same order, and have the same bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached
+from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.passes import Rows
-from mgvq.model.walk import BlockWalk, on_device
+from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import Weights
 from mgvq.types import Batch, Needs, Site, StatsBank
 
 
-def collect_grams(
+def collect_by_block(
     model: PreTrainedModel,
     weights: Weights,
     sites: Sequence[Site],
     batches: Iterable[Batch],
     needs: Needs,
+    seed: int,
+    further: Iterable[Batch],
     is_finished: Callable[[Block], bool],
 ) -> Iterator[tuple[Block, StatsBank]]:
-    """Give the statistics of a block once all batches have gone through it; `needs` asks for nothing but Grams.
+    """What `statistics.collect` gives of the same arguments, block by block; those that `is_finished` are left out.
 
-    Blocks that `is_finished` are gone through and not given. What is kept of the batches is what the block before has put out.
-    Raises UserError and RuntimeError as `statistics.collect` does, but for answers that are NaN behind sound layers.
+    What is kept of the batches is what the block before has put out. Grams take one pass through all blocks. Where `needs` asks
+    for gradients, every block takes a forward and a backward pass through all blocks behind it, as a refreshed gradient does in
+    the block loop. Raises UserError and RuntimeError as `collect` does, but not for answers that are NaN behind sound layers
+    where Grams are all there is.
     """
-    held = [on_device(batch, model) for batch in batches]
-    rows = [Rows.of(batch) for batch in held if isinstance(batch, Batch)]
+    first = [batch.to(model.device) for batch in batches]
+    held = [*first, *(batch.to(model.device) for batch in further)] if needs.gram else first
+    if replace(needs, gram=False, clip=None) == Needs():
+        yield from _grams(model, weights, sites, held, needs, is_finished)
+        return
+    walk = BlockWalk(model, sites, held, weights)
+    behind, more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
+    for block in by_block(sites):
+        if not is_finished(block):
+            yield block, collect(model, block, behind, needs, seed, more)
+        walk.settle(block)
+
+
+@dataclass(frozen=True)
+class _Behind(Collection[Batch]):
+    """Batches of a walk, whose passes begin behind what is settled while they are looked at."""
+
+    walk: BlockWalk
+    numbers: range
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in self.numbers:
+            with self.walk.passing(number) as batch:
+                assert isinstance(batch, Batch), "statistics are taken of batches that are not packed"
+                yield batch
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, batch: object) -> bool:
+        return any(self.walk.batches[number] is batch for number in self.numbers)
+
+
+def _grams(
+    model: PreTrainedModel,
+    weights: Weights,
+    sites: Sequence[Site],
+    held: Sequence[Batch],
+    needs: Needs,
+    is_finished: Callable[[Block], bool],
+) -> Iterator[tuple[Block, StatsBank]]:
+    rows = [Rows.of(batch) for batch in held]
     walk, watch, reached = BlockWalk(model, sites, held, weights), Watch(), set[Site]()
     for block in by_block(sites):
         visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)

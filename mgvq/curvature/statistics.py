@@ -48,7 +48,7 @@ def collect(
     (the vision tower without images); and for sequences of the vision tower as `passes.Rows` does. Raises RuntimeError for sites
     that do not read what they are said to read.
     """
-    if needs.power_rounds:
+    if needs.power_rounds and isinstance(batches, Iterator):
         batches = list(batches)
     sums = StatisticsSums(needs)
     sampled = needs.fisher or needs.sequences or needs.power_rounds > 0

@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mgvq.model.lazy import Lazy
@@ -76,7 +77,7 @@ class StreamedWeights:
         self._files: dict[str, Any] = {}  # open ones, by path
         self._rounded: dict[str, QuantizedWeight] = {}  # by the name of the parameter
         self._held: OrderedDict[str, _Held] = OrderedDict()  # the blocks in memory, by name, the latest last
-        self._blocks = tuple(blocks)
+        self.blocks = tuple(blocks)
         for block in blocks:
             module = model.get_submodule(block)
             for name, parameter in list(module.named_parameters(prefix=block)):
@@ -98,13 +99,13 @@ class StreamedWeights:
     def install(self, decoded: Mapping[Site, Tensor], stored: Mapping[Site, QuantizedWeight]) -> None:
         for site, values in decoded.items():
             self._rounded[f"{site.name}.weight"] = stored[site]
-            if self._block_of(site) in self._held or not self._block_of(site):
+            if self.block_of(site.name) in self._held or not self.block_of(site.name):
                 linear(self._model, site).weight.data.copy_(values)
 
     @contextmanager
     def unchanged(self, sites: Sequence[Site]) -> Iterator[Mapping[Site, Tensor]]:
         before = {name: self._rounded.get(name) for name in (f"{site.name}.weight" for site in sites)}
-        outside = {site: linear(self._model, site).weight.detach().clone() for site in sites if not self._block_of(site)}
+        outside = {site: linear(self._model, site).weight.detach().clone() for site in sites if not self.block_of(site.name)}
         try:
             yield Lazy(sites, lambda site: outside[site] if site in outside else self._present(site, before))
         finally:
@@ -117,7 +118,7 @@ class StreamedWeights:
         with self.unchanged(list(weights)):
             self._set(dict.fromkeys(f"{site.name}.weight" for site in weights))
             for site in weights:
-                if not self._block_of(site):
+                if not self.block_of(site.name):
                     linear(self._model, site).weight.data.copy_(weights[site])
             yield
 
@@ -141,7 +142,7 @@ class StreamedWeights:
             held.users -= 1
 
     def _original(self, site: Site) -> Tensor:
-        if not self._block_of(site):
+        if not self.block_of(site.name):
             return linear(self._model, site).weight.detach()
         return self.read(f"{site.name}.weight").to(self._model.device)
 
@@ -156,7 +157,7 @@ class StreamedWeights:
         for name, weight in rounded.items():
             if self._rounded.get(name) is weight:
                 continue
-            self._drop(self._block_of_name(name))
+            self._drop(self.block_of(name))
             if weight is None:
                 del self._rounded[name]
             else:
@@ -180,12 +181,9 @@ class StreamedWeights:
         for name, parameter in held.empty.items():
             _put(self._model, name, parameter)
 
-    def _block_of(self, site: Site) -> str:
-        return self._block_of_name(f"{site.name}.weight")
-
-    def _block_of_name(self, name: str) -> str:
+    def block_of(self, name: str) -> str:
         """The block that a parameter belongs to; nothing where it is in none."""
-        return next((block for block in self._blocks if name.startswith(f"{block}.")), "")
+        return next((block for block in self.blocks if name.startswith(f"{block}.")), "")
 
 
 @dataclass
@@ -197,24 +195,45 @@ class _Held:
 
 
 class _Reading:
-    """Stands in for the `forward` of a block: the class's own, with the block in memory."""
+    """Stands in for the `forward` of a block: the class's own, with the block in memory.
+
+    A pass whose graph goes on in front of the block keeps what went in and nothing of the block, whose weights would be in memory
+    for as long as the graph is; the backward pass runs the block again. Where the graph begins in the block (`passes.forward`),
+    its layers' outputs are wanted as they are, and it is kept.
+    """
 
     def __init__(self, weights: StreamedWeights, name: str, module: nn.Module) -> None:
         self._weights, self._name, self._module = weights, name, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (*args, *kwargs.values())):
+            return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         with self._weights.resident(self._name):
             return type(self._module).forward(self._module, *args, **kwargs)
 
 
+def streamed_bytes(empty: PreTrainedModel, width: int) -> int:
+    """The bytes in memory of weights of `width` bytes each: those outside of the blocks, and of the two largest blocks."""
+    blocks = sorted((_num_weights(empty.get_submodule(name)) for name in _blocks(empty)), reverse=True)
+    return width * (_num_weights(empty) - sum(blocks[_MOST:]))
+
+
+def _num_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _blocks(empty: PreTrainedModel) -> list[str]:
+    """The blocks of all towers, in the order of the data."""
+    towers = [names for tower, names in find_towers(empty).modules.items() if tower != "projector"]
+    return [block for names in towers for name in names for block in block_numbers(empty, name)]
+
+
 def places_of_blocks(empty: PreTrainedModel, device: torch.device) -> tuple[list[str], dict[str, Any]]:
     """The blocks of all towers of a model on the `meta` device, and transformers' device map by which they stay on disk."""
-    towers = find_towers(empty)
-    blocks = [
-        block for tower, names in towers.modules.items() if tower != "projector" for name in names
-        for block in block_numbers(empty, name)
-    ]  # fmt: skip
-    places: dict[str, Any] = {}
+    blocks, places = _blocks(empty), dict[str, Any]()
 
     def place(module: nn.Module, name: str) -> None:
         inside = f"{name}." if name else ""

@@ -91,7 +91,7 @@ def quantize(
             finished = None  # a table is one object in all layers that share it, which files of single blocks cannot tell
         if method.shift is not None:
             rounded, blocks = blockwise_rounding(
-                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished
+                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished, streamed
             )
         else:
             if method.tuning is not None and method.tunes_blocks:

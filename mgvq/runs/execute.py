@@ -25,7 +25,7 @@ from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import save
 from mgvq.compiled import set_num_threads
-from mgvq.curvature.block_statistics import collect_grams
+from mgvq.curvature.block_statistics import collect_by_block
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
@@ -262,8 +262,9 @@ def _statistics(
         return collect(loaded.model, sites, batches, method.needs, drawn.label_seed, further)
 
     def by_block(is_finished: Callable[[Block], bool]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
-        batches = chain(drawn.batches(loaded.processor), further_batches(drawn, loaded.processor))
-        return collect_grams(loaded.model, loaded.weights, sites, batches, method.needs, is_finished)
+        batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
+        data = (sites, batches, method.needs, drawn.label_seed, further)
+        return collect_by_block(loaded.model, loaded.weights, *data, is_finished)
 
     if loaded.streamed is None:
         return statistics(folder, key, compute, sites)

@@ -1,6 +1,5 @@
 """The method of a run from its configuration, and the checks that need the configuration: all that is set has an effect."""
 
-from dataclasses import asdict
 from typing import Any
 
 from omegaconf import DictConfig
@@ -31,19 +30,11 @@ def build_method(cfg: DictConfig) -> Method | None:
 
 
 def _check_streamed(method: Method, cfg: DictConfig) -> None:
-    """Refuse what has to have more than one block in memory."""
-    backward = [name for name, value in asdict(method.needs).items() if value and name not in ("gram", "clip")]
-    what = ""
+    """Refuse what has more than one block in memory."""
     if method.tuning is not None:
-        what = f"tuning={cfg.variants.tuning} moves weights by gradients"
-    elif method.shift is not None:
-        what = f"compensation={cfg.variants.compensation} takes gradients through all blocks behind the one that is rounded"
-    elif backward:
-        what = f"the statistics of this method ({', '.join(backward)}) take backward passes"
-    if what:
         raise UserError(
-            f"memory=streamed does not have that yet: {what}. Set memory=resident, or a method that takes forward passes alone, "
-            "such as mgvq2, qtip or gptq."
+            f"memory=streamed has one block in memory, and tuning={cfg.variants.tuning} is not made for that: set tuning=none, "
+            "or memory=resident."
         )
 
 
