@@ -160,7 +160,7 @@ def layer_problems(weights: Mapping[Site, Tensor], bank: StatsBank, method: Meth
         transforms = transform(list(weights), groups)
         weights, bank = _transformed(weights, bank, transforms, each)
         scores = _scores(method, weights, bank)
-    metrics = method.curvature.fuse(bank) if method.curvature else {}
+    metrics = method.curvature.fuse(bank) if method.curvature and not (one_block and _replaces_metrics(method)) else {}
     outlines = {
         site: without_weights(site, scores[site], groups[site], transforms.get(site), outliers.get(site)) for site in weights
     }
@@ -183,6 +183,14 @@ class _Each(Protocol):
 
 def _each(sites: Iterable[Site], make: Callable[[Site], Any]) -> dict[Site, Any]:
     return {site: make(site) for site in sites}
+
+
+def _replaces_metrics(method: Method) -> bool:
+    """Whether the metrics at full precision are looked at by nobody: a prefix takes the input factors anew before a block is
+    rounded, and tables are fitted after that. To read and turn them would be in vain."""
+    curvature = method.curvature
+    measured = method.allocation.distortion == "measured"
+    return method.prefix is not None and curvature is not None and not curvature.has_output_factor and not measured
 
 
 def _outliers(method: Method, weights: Mapping[Site, Tensor], bank: StatsBank) -> dict[Site, Outliers]:

@@ -62,11 +62,7 @@ def sequential_rounding(
                     weights.install(own.decoded, own.stored)
                 else:
                     for together in _by_input(block):
-                        moments = [stream.moments(together) for stream in streams]
-                        problems = {}
-                        for site in together:
-                            problem = cache.problems[site]
-                            problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
+                        problems = _problems(together, cache, originals, prefix, streams)
                         now = rounder.round(cache.with_problems(problems), rates, together, taken)
                         weights.install(now.decoded, now.stored)
                         own |= now
@@ -78,6 +74,18 @@ def sequential_rounding(
             for walk in walks:
                 walk.settle(block)
     return rounded
+
+
+def _problems(
+    together: Sequence[Site],
+    cache: CodebookCache,
+    originals: Mapping[Site, Tensor],
+    prefix: Prefix,
+    streams: Sequence["_Streams"],
+) -> dict[Site, LayerProblem]:
+    """The problems of layers that read the same activations, behind the quantised prefix."""
+    moments = [stream.moments(together) for stream in streams]
+    return {s: _sequential(cache.problems[s], originals[s], prefix, *(m[s] for m in moments)) for s in together}
 
 
 def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
