@@ -110,14 +110,13 @@ def main() -> None:
             print(lines[-1], flush=True)
     if len(digests) > 1:
         raise SystemExit("the two checkpoints are not the same bytes")
-    whole = (asked.blocks, asked.passages, asked.memory) == (BLOCKS, PASSAGES, None)
     said = " ".join(["`method=mgvq2 scope=language calibration=text`", *(f"`{setting}`" for setting in asked.settings)])
     text = (
         f"A language model of {asked.blocks} blocks, hidden 896, intermediate 4864, 151,936 tokens, tied, with random weights of "
         f"{size / 1e9:.2f} GB in bfloat16; {said}, {asked.passages} passages, computed in float32 on one core. Peak: anonymous "
         "memory of the process, in 10^9 bytes. Both checkpoints have the same bytes.\n\n"
     )
-    if whole:
+    if asked.memory is None:
         path = results_folder() / "tables" / "scale.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n".join(lines) + "\n")

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.compensation.direction import without_own_error
-from mgvq.errors import UserError
+from mgvq.errors import SharedFault, UserError
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import AnyBatch
 from mgvq.model.weights import InModel, Weights
@@ -239,9 +239,19 @@ class _Loop:
                 last = here
 
     def _earlier_targets(self, block: Block) -> Mapping[Site, Tensor]:
-        """What the layers of the block were rounded to in earlier sweeps."""
-        names = {self.visits[site] for site in block if site in self.visits}
-        return self.targets | {site: target for name in names for site, target in self.finished[name].chosen.targets.items()}
+        """What the layers of the block were rounded to in earlier sweeps.
+
+        Raises SharedFault where a finished block cannot be read back, because it could not be written, say.
+        """
+        found = dict(self.targets)
+        for name in {self.visits[site] for site in block if site in self.visits}:
+            if (visit := self.finished.get(name)) is None:
+                raise SharedFault(
+                    f"{name} cannot be read back, which holds the targets of an earlier sweep: make room in the results folder, "
+                    "or set memory=resident or compensation.sweeps=1."
+                )
+            found |= visit.chosen.targets
+        return found
 
     def _aim(self, site: Site, gradient: Tensor | None, present: Tensor, earlier: Tensor | None) -> "_Aim":
         problem = self.cache.problems[site]
