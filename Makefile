@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test trust audit check docs bench digests smollm2 gemma3
+.PHONY: help demo test trust audit check docs bench scale digests smollm2 gemma3
 
 help:     ## list these targets
 	@sed -nE 's/^([a-z0-9-]+):[^#]*## (.*)$$/  make \1\t\2/p' Makefile | expand -t 18
@@ -32,6 +32,9 @@ docs: .venv/ready     ## the documentation into site/, strictly and offline
 
 bench: .venv/ready     ## timings as ratios against a reference: results/tables/benchmarks.md
 	$(BIN)/python benchmarks/run.py
+
+scale: .venv/ready     ## time and memory of a streamed run beside a resident one: results/tables/scale.md
+	$(BIN)/python benchmarks/scale.py codebook.state_bits=8
 
 digests: .venv/ready     ## the SHA-256 of every preset's checkpoint: has a change moved a bit?
 	$(BIN)/python benchmarks/digests.py

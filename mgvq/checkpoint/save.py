@@ -67,7 +67,7 @@ def save(
     packed = {f"{module}.weight" for module in layers}
     for name, tensor in plain_tensors(loaded.model).items():
         if name not in packed:
-            tensors[name] = tuned[name] if name in tuned else as_stored(tensor, loaded.stored_dtype)
+            tensors[name] = tuned[name] if name in tuned else as_stored(loaded.numbers(name, tensor), loaded.stored_dtype)
             part: Part = towers.of(name) or "other"
             entries.append(Entry(name, part, name in in_scope, tensors[name].nbytes, tensors[name].numel()))
     overhead = write_weights(folder, tensors, layers, loaded.stored_dtype, shard_bytes)

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mgvq.curvature.fusion import per_answer
 from mgvq.errors import UserError
+from mgvq.model.lazy import Lazy
 from mgvq.types import Metric, Needs, Site, StatsBank
 
 
@@ -31,4 +32,4 @@ class Guided:
         return Needs(channel_groups=self.num_groups)
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
-        return {site: Metric(tuple(per_answer(stats))) for site, stats in bank.items()}
+        return Lazy(bank, lambda site: Metric(tuple(per_answer(bank[site]))))

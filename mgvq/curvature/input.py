@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from mgvq.curvature.fusion import check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
+from mgvq.model.lazy import Lazy
 from mgvq.types import Metric, Needs, Site, StatsBank
 
 _POWERS = {"mbq_ratio": 1, "mbq_squared": 2}  # of r, by which an image token counts
@@ -41,4 +42,4 @@ class Input:
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
         weights = mbq_weights(bank, _POWERS[self.fusion]) if self.fusion in _POWERS else equal_weights(bank)
-        return {site: Metric((pooled(stats, weights[site]),)) for site, stats in bank.items()}
+        return Lazy(bank, lambda site: Metric((pooled(bank[site], weights[site]),)))

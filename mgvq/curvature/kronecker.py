@@ -9,6 +9,7 @@ import torch
 from mgvq.curvature.fusion import Weights, balanced, check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
 from mgvq.linalg import nearest_kronecker
+from mgvq.model.lazy import Lazy
 from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
 
 _ROUNDS = 3
@@ -82,8 +83,12 @@ class KroneckerFisher:
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
         weights = mbq_weights(bank) if self.fusion == "mbq_ratio" else equal_weights(bank)
-        factors = {site: self._factors(stats, weights[site]) for site, stats in bank.items()}
-        return {site: Metric((pair.h_in,), pair.h_out) for site, pair in factors.items()}
+
+        def metric(site: Site) -> Metric:
+            pair = self._factors(bank[site], weights[site])
+            return Metric((pair.h_in,), pair.h_out)
+
+        return Lazy(bank, metric)
 
     def _factors(self, stats: SiteStats, weights: Weights) -> Kronecker:
         if self.granularity == "sequence" or self.fusion == "token":

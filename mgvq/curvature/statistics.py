@@ -5,7 +5,7 @@ by 1e-6 at most; but for a Gram that clips its tokens, each by those of its batc
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import partial
 from itertools import chain
 
@@ -48,9 +48,9 @@ def collect(
     (the vision tower without images); and for sequences of the vision tower as `passes.Rows` does. Raises RuntimeError for sites
     that do not read what they are said to read.
     """
-    if needs.power_rounds:
+    if needs.power_rounds and isinstance(batches, Iterator):
         batches = list(batches)
-    sums = _Sums(needs)
+    sums = StatisticsSums(needs)
     sampled = needs.fisher or needs.sequences or needs.power_rounds > 0
     answered = needs.saliency or needs.gradient or needs.channel_groups > 0
     further = further if needs.gram else ()
@@ -65,18 +65,23 @@ def collect(
         if answered:
             for site, g in run.gradients(right_labels(batch), last=True).items():
                 sums.add_answered(rows, site, run.inputs[site.reads], g)
-    if unseen := {site.tower for site in sites} - {site.tower for site in sites if sums.reached(site)}:
-        raise UserError(
-            f"no calibration sample reaches the {' and the '.join(sorted(unseen))} layers: take samples with images, or "
-            "scope=language."
-        )
+    check_reached(sites, {site for site in sites if sums.reached(site)})
     for _ in _runs(model, sites, further, sums.add_inputs, graph=False):
         pass
     token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
 
 
-class _Sums:
+def check_reached(sites: Sequence[Site], reached: Set[Site]) -> None:
+    """Raises UserError for a tower of which no layer was reached."""
+    if unseen := {site.tower for site in sites} - {site.tower for site in reached}:
+        raise UserError(
+            f"no calibration sample reaches the {' and the '.join(sorted(unseen))} layers: take samples with images, or "
+            "scope=language."
+        )
+
+
+class StatisticsSums:
     """Keeps sums by statistic and layer, in float64, and makes the statistics of a layer from them in the end.
 
     A sum that nothing was added to is a tensor of zeros, which layers of one shape share: for a modality that the data does not
@@ -209,7 +214,7 @@ def _runs(
     for batch in progress(batches, "statistics"):
         batch = batch.to(device)
         rows = Rows.of(batch)
-        run = forward(model, sites, batch, _Watch(partial(see, rows)), graph=graph)
+        run = forward(model, sites, batch, partial(_looked_at, Watch(), partial(see, rows)), graph=graph)
         if run.logs.isnan().any():
             raise UserError(
                 f"the answers of the calibration sample {_first_bad(run.logs, batch)} have no probabilities (NaN), "
@@ -219,14 +224,19 @@ def _runs(
         yield batch, rows, run
 
 
-class _Watch:
-    """Hands the inputs of a layer on to `see`, and raises UserError with the layer's name where they are not finite.
+def _looked_at(watch: "Watch", see: Callable[[Site, Tensor], None], site: Site, x: Tensor) -> None:
+    watch(site, x)
+    see(site, x)
+
+
+class Watch:
+    """Raises UserError, with the layer's name, for inputs of a layer that are not finite.
 
     Layers are called in the order of the forward pass, so that the first one that is named comes right behind the fault.
     """
 
-    def __init__(self, see: Callable[[Site, Tensor], None]) -> None:
-        self.see, self.last = see, "the inputs of the model"
+    def __init__(self) -> None:
+        self.last = "the inputs of the model"
 
     def __call__(self, site: Site, x: Tensor) -> None:
         if not torch.isfinite(x).all():
@@ -236,7 +246,6 @@ class _Watch:
                 "model.dtype=float32 has the widest."
             )
         self.last = site.name
-        self.see(site, x)
 
 
 def _first_bad(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> str:
@@ -247,7 +256,7 @@ def _first_bad(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> str:
 
 
 def _power_iteration(
-    model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: _Sums
+    model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: StatisticsSums
 ) -> dict[Site, Kronecker]:
     """Run the rounds of YAQA's sketch A, each of two passes, from the sums of the first half-step.
 
@@ -256,7 +265,7 @@ def _power_iteration(
 
     def half_step(known: dict[Site, Tensor], *, outputs: bool) -> dict[Site, Tensor]:
         """Return the factors of the outputs from those of the inputs, or the other way round."""
-        sums = _Sums(Needs())
+        sums = StatisticsSums(Needs())
         for batch, rows, run in _runs(model, sites, batches, lambda *_: None, graph=True):
             for site, g in run.gradients(sampled_labels(run.logs, batch, seed), last=True).items():
                 x, g = rows.all(site, run.inputs[site.reads]), rows.all(site, g)

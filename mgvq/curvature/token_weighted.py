@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mgvq.curvature.fusion import per_answer
+from mgvq.model.lazy import Lazy
 from mgvq.types import Metric, Needs, Site, StatsBank
 
 
@@ -25,4 +26,4 @@ class TokenWeighted:
         return Needs(channel_groups=1)
 
     def fuse(self, bank: StatsBank) -> Mapping[Site, Metric]:
-        return {site: Metric(tuple(per_answer(stats))) for site, stats in bank.items()}
+        return Lazy(bank, lambda site: Metric(tuple(per_answer(bank[site]))))

@@ -18,6 +18,7 @@ from mgvq.model.reference import Reference
 from mgvq.progress import progress
 from mgvq.types import Batch
 
+_TOGETHER = 64  # tokens whose logits are compared at a time
 _MOST_LOGITS = 2**27  # at a time, half a gigabyte: a window of 2,048 tokens of a large vocabulary would fill ten
 
 
@@ -70,11 +71,23 @@ def _scored(
 
     Its states are read where there is one; without one these are the model's own.
     """
-    logs = _log_probabilities(logits(model, states))
+    found = logits(model, states)
+    expected = None if reference is None else reference.logits(expected_states)
+    parts = [
+        _compared(found[at : at + _TOGETHER], None if expected is None else expected[at : at + _TOGETHER], own)
+        for at, own in zip(range(0, len(targets), _TOGETHER), targets.split(_TOGETHER), strict=True)
+    ]
+    losses, divergences, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
+    return losses, divergences, chosen, expected_losses, expected_chosen
+
+
+def _compared(found: Tensor, expected: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same of the logits of a few tokens; each step makes a copy of them."""
+    logs = _log_probabilities(found)
     losses = -logs.gather(1, targets[:, None])[:, 0]
-    if reference is None:
+    if expected is None:
         return losses, torch.zeros_like(losses), logs.argmax(-1), losses, logs.argmax(-1)
-    expected = _log_probabilities(reference.logits(expected_states))
+    expected = _log_probabilities(expected)
     divergence = (expected.exp() * (expected - logs)).sum(-1)
     return losses, divergence, logs.argmax(-1), -expected.gather(1, targets[:, None])[:, 0], expected.argmax(-1)
 

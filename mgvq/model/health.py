@@ -1,6 +1,6 @@
 """What would make the numbers of a model lie: weights that are missing or not finite."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +53,9 @@ def check_stored(path: object, folder: Path) -> None:
             )
 
 
-def check_finite(model: PreTrainedModel, path: object, folder: Path) -> None:
-    """Raises UserError, with tensor and file, for weights that are NaN or infinite."""
-    bad = [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]
+def check_finite(model: PreTrainedModel, path: object, folder: Path, read: Callable[[str], Tensor] | None = None) -> None:
+    """Raises UserError, with tensor and file, for weights that are NaN or infinite; `read` gives those on the `meta` device."""
+    bad = [n for n, tensor in model.state_dict().items() if not is_finite(read(n) if read and tensor.is_meta else tensor)]
     if not bad:
         return
     for file in sorted(folder.glob("*.safetensors")):
@@ -74,7 +74,8 @@ def check_finite(model: PreTrainedModel, path: object, folder: Path) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers of a tensor are finite; whole numbers always are."""
-    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    # By parts: torch makes copies of what it looks at, and a token embedding is large.
+    return not tensor.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in tensor.flatten().split(2**22))
 
 
 def first_non_finite(model: torch.nn.Module, run: Any) -> str | None:

@@ -1,6 +1,8 @@
 """A model with its processor, from files that are here."""
 
+import copy
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +23,10 @@ from mgvq.model.health import check_complete, check_finite, check_stored
 from mgvq.model.probe import check_predictions, probe
 from mgvq.model.processor import adjust, check_processor, load_processor
 from mgvq.model.source import Source
+from mgvq.model.streamed import StreamedWeights, places_of_blocks, streamed_weights
 from mgvq.model.stress import inject
 from mgvq.model.terms import licence_of, term_files
+from mgvq.model.weights import InModel, Weights
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +49,16 @@ class Loaded:
     code: tuple[Path, ...] = ()  # the Python files of a repository whose own class the model is; a checkpoint needs them too
     terms: tuple[Path, ...] = ()  # the files that say how the source may be used, which go with what is made of it
     licence: str | None = None  # the name of the source's licence, where its model card says it
+    streamed: StreamedWeights | None = None  # what reads the blocks, where they are not in memory
+
+    @property
+    def weights(self) -> Weights:
+        """Where the weights of its layers are."""
+        return self.streamed or InModel(self.model)
+
+    def numbers(self, name: str, tensor: Tensor) -> Tensor:
+        """The parameter or buffer of that name, read from the files where `tensor` is on the `meta` device."""
+        return self.streamed.read(name) if self.streamed is not None and tensor.is_meta else tensor
 
 
 def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -81,16 +95,21 @@ def describe(source: Source) -> Described:
     return Described(config, processor)
 
 
-def load(source: Source, device: torch.device, described: Described | None = None) -> Loaded:
+def load(source: Source, device: torch.device, described: Described | None = None, *, streamed: bool = False) -> Loaded:
     """The model in `source.dtype` in evaluation mode, without gradients; the processor pads on the left.
 
-    `described` saves reading config and processor twice. Raises UserError as `describe` does, for weights that are missing,
+    `described` saves reading config and processor twice. `streamed`: the blocks stay in the files and are read when they run
+    (`mgvq.model.streamed`); the numbers are the same. Raises UserError as `describe` does, for weights that are missing,
     unexpected, of another shape, NaN or infinite, for answers that teacher forcing would score wrongly, and as `inject` does.
     """
     known = described or describe(source)
     folder = source.folder
-    attention = {"attn_implementation": source.attention} if source.attention else {}
+    settings: dict[str, Any] = {"attn_implementation": source.attention} if source.attention else {}
     where = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+    blocks: list[str] = []
+    if streamed:
+        _check_streamed(source)
+        blocks, settings["device_map"] = places_of_blocks(_empty(source, known.config), device)
     with reading_folder(source.path, folder), _without_warnings():
         model, info = model_class(known.config).from_pretrained(
             str(folder),
@@ -98,20 +117,39 @@ def load(source: Source, device: torch.device, described: Described | None = Non
             dtype=getattr(torch, source.dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **attention,
+            **settings,
             **where,
         )
     check_complete(source.path, info)
-    check_finite(model, source.path, folder)
+    weights = streamed_weights(model, blocks, device) if streamed else None
+    check_finite(model, source.path, folder, read=weights.read if weights else None)
     stored = stored_dtype(known.config, model)
     model = model.eval().requires_grad_(False)
-    model.to(device)  # type: ignore[arg-type]
+    if not streamed:
+        model.to(device)  # type: ignore[arg-type]
     give_tokens(model, known.processor)
     code = tuple(sorted(folder.glob("*.py"))) if source.trust_remote_code else ()
     check_predictions(model, known.processor, source.path)
     if source.stress.sigma is not None:
         inject(model, probe(model, known.processor), source.stress)
-    return Loaded(model, known.processor, stored, code, term_files(folder), licence_of(folder))
+    return Loaded(model, known.processor, stored, code, term_files(folder), licence_of(folder), weights)
+
+
+def _check_streamed(source: Source) -> None:
+    if source.stress.sigma is not None:
+        raise UserError(
+            "memory=streamed reads weights from files as they are, and model.stress changes them: set memory=resident."
+        )
+    if not any(source.folder.glob("*.safetensors")):
+        raise UserError(
+            f"memory=streamed reads single weights, which {source.folder} has in .bin files that can only be read whole: convert "
+            "them to safetensors, or set memory=resident."
+        )
+
+
+def _empty(source: Source, config: PretrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return model_class(config).from_config(copy.deepcopy(config), trust_remote_code=source.trust_remote_code)
 
 
 def check_code(source: Source) -> None:
@@ -163,10 +201,16 @@ def give_tokens(model: PreTrainedModel, processor: Any) -> None:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Inside, transformers prints no report of missing weights: it is told as one error."""
-    before = transformers.utils.logging.get_verbosity()
+    """Inside, transformers prints no report of missing weights (it is told as one error), and accelerate none of those that stay
+    on disk."""
+    before, other = transformers.utils.logging.get_verbosity(), logging.getLogger("accelerate")
+    level = other.level
     transformers.utils.logging.set_verbosity_error()
+    other.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)  # they are parameters
+            yield
     finally:
         transformers.utils.logging.set_verbosity(before)
+        other.setLevel(level)

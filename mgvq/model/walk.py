@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mgvq.model.answers import answer_states
-from mgvq.model.blocks import Block, block_name, install, modules_before, restored, rows_of_blocks
+from mgvq.model.blocks import Block, block_name, modules_before, rows_of_blocks
 from mgvq.model.hooks import before_forward, outputs_of
+from mgvq.model.lazy import Lazy
 from mgvq.model.pack import PackedBatch
-from mgvq.model.sites import linear
+from mgvq.model.weights import InModel, Weights
 from mgvq.types import Batch, Site, Tower
 
 AnyBatch = Batch | PackedBatch
@@ -76,10 +77,14 @@ class BlockWalk:
 
     Two prefixes are kept apart. `quantized` is the model as it is now, the blocks before quantised. `full_precision` is what the
     blocks put out before they were: `visit` keeps it, for whoever compares the two.
+
+    `weights`: where the weights of `sites` are; None: in the model.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], batches: Sequence[AnyBatch]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(
+        self, model: nn.Module, sites: Sequence[Site], batches: Sequence[AnyBatch], weights: Weights | None = None
+    ) -> None:
+        self.model, self.batches, self.weights = model, batches, weights or InModel(model)
         self._static = self._static_modules(sites)
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
@@ -110,13 +115,17 @@ class BlockWalk:
         """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
         kept = self._kept[prefix]
         modules = {name: self.model.get_submodule(name) for name in kept.settled}
+        own = {name: vars(module).get("forward") for name, module in modules.items()}
         for name, module in modules.items():
             module.forward = _Player(kept, self._row[name], number, name, module.forward)
         try:
             yield self.batches[number]
         finally:
-            for module in modules.values():
-                del module.forward  # the class has its own
+            for name, module in modules.items():
+                if (forward := own[name]) is None:
+                    del module.forward  # the class has its own
+                else:
+                    module.forward = forward  # a block that is read when it runs
 
     def visit(self, block: Block, full_precision: Mapping[Site, Tensor]) -> "Visit":
         """The block as it is called after the blocks before it, at full precision and as they are now.
@@ -156,10 +165,8 @@ class Visit:
     def __init__(self, walk: BlockWalk, block: Block, full_precision: Mapping[Site, Tensor]) -> None:
         self._walk, self.name = walk, block_name(block)
         self.module = walk.model.get_submodule(self.name)
-        self.calls: dict[PrefixName, list[Call]] = {
-            "full_precision": walk.calls(block, "full_precision"),
-            "quantized": walk.calls(block, "quantized"),
-        }
+        prefixes: tuple[PrefixName, ...] = get_args(PrefixName)
+        self.calls: Mapping[PrefixName, list[Call]] = Lazy(prefixes, lambda p: walk.calls(block, p), together=lambda _: None)
         self._full_precision = full_precision
 
     def run(
@@ -240,9 +247,7 @@ class Visit:
         if prefix == "quantized":
             yield
             return
-        present = {site: linear(self._walk.model, site).weight.detach().clone() for site in self._full_precision}
-        with restored(self._walk.model, present):
-            install(self._walk.model, self._full_precision)
+        with self._walk.weights.at_full_precision(self._full_precision):
             yield
 
 

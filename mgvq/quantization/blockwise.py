@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.compensation.direction import without_own_error
-from mgvq.errors import UserError
-from mgvq.model.blocks import Block, by_block, install, restored
-from mgvq.model.sites import linear, site_weights
+from mgvq.errors import SharedFault, UserError
+from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import AnyBatch
+from mgvq.model.weights import InModel, Weights
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
 from mgvq.quantization.codebooks import CodebookCache
@@ -41,6 +41,7 @@ def blockwise_rounding(
     rounder: LayerRounder,
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Rounded, pd.DataFrame]:
     """At every block: take the gradient with the blocks before it quantised, try the steps, keep the best on held-out samples.
 
@@ -61,21 +62,21 @@ def blockwise_rounding(
     leaves with a finite loss.
 
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
-    computed again, so that a loop which was stopped goes on from there, to the same bits.
+    computed again, so that a loop which was stopped goes on from there, to the same bits. `weights` says where those of the
+    layers are; None: in the model. Where they are streamed, the targets of a sweep are read back from `finished` in the next one.
     """
-    blocks, finished = list(by_block(sites)), {} if finished is None else finished
-    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source)
-    with restored(model, {site: weight.clone() for site, weight in site_weights(model, sites).items()}):
-        loop = _Loop(model, bank, shift, teacher, cache, rates, rounder)
+    blocks, finished, weights = list(by_block(sites)), {} if finished is None else finished, weights or InModel(model)
+    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights)
+    with weights.unchanged(sites):
+        loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
         visits = [(sweep, number) for sweep in range(shift.sweeps) for number in range(len(blocks))]
         for sweep, number in progress(visits, "blocks" if shift.sweeps == 1 else f"blocks in {shift.sweeps} sweeps"):
             if number == 0:
                 teacher.unsettle()
             name = f"sweep-{sweep}-block-{number:04}"
-            if (visit := finished.get(name)) is not None:
-                loop.take_over(visit, blocks[number])
-            else:
-                finished[name] = loop.visit(sweep, blocks[number:])
+            if (visit := finished.get(name)) is None:
+                visit = finished[name] = loop.visit(sweep, blocks[number:])
+            loop.take_over(name, visit, blocks[number])
             teacher.settle(blocks[number])
     rounded = Rounded()
     for trial in loop.chosen.values():
@@ -139,21 +140,23 @@ def _leads_on(last: _Point, here: _Point, larger: float) -> bool:
 class _Loop:
     """What the blocks have been rounded to so far."""
 
-    model: PreTrainedModel
+    weights: Weights
     bank: StatsBank
     shift: TargetShift
     teacher: Teacher
     cache: CodebookCache
     rates: Sequence[Rate]
     rounder: LayerRounder
+    finished: Mapping[str, Any]  # the visits of blocks by their names
     targets: dict[Site, Tensor] = field(default_factory=dict)  # of the layers whose chosen trial has moved theirs
+    visits: dict[Site, str] = field(default_factory=dict)  # the latest that moved the targets of a layer, where none are kept
     gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
     chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
     loss: float = math.nan  # of the model as it is, on the held-out samples; NaN before anything is rounded
 
     def visit(self, sweep: int, blocks: Sequence[Block]) -> _Visit:
-        """Choose a step for the first of the blocks that are still to be visited, and leave it rounded in the model."""
+        """Choose a step for the first of the blocks that are still to be visited, and leave the model as it is."""
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
         gradient = {} if untouched else self._gradient(blocks)
@@ -165,8 +168,8 @@ class _Loop:
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
         before = self.loss if sweep else math.nan
-        present = {site: linear(self.model, site).weight.detach().clone() for site in block}
-        trials = list(self._trials(block, gradient, present, steps, before))
+        with self.weights.unchanged(block) as weights:
+            trials = list(self._trials(block, gradient, dict(weights), steps, before))
         best = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
         improves = math.isfinite(best.loss) and not best.loss >= before  # before is NaN in the first sweep: anything will do
         if not improves and not math.isfinite(before):
@@ -180,20 +183,21 @@ class _Loop:
             | {"chosen": improves and trial is best}
             for trial in trials
         ]
-        install(self.model, present)
-        visit = _Visit(best if improves else None, rows, dict(self.gradients))
-        self.take_over(visit, block)
-        return visit
+        return _Visit(best if improves else None, rows, dict(self.gradients))
 
-    def take_over(self, visit: _Visit, block: Block) -> None:
-        """Go on as after the visit of the block, which is rounded in the model as it was left there."""
+    def take_over(self, name: str, visit: _Visit, block: Block) -> None:
+        """Go on behind the visit of that name: what it has chosen for the block is what the model has from here on."""
         self.rows += visit.rows
         self.gradients = dict(visit.gradients)
-        if visit.chosen is not None:
-            self.chosen[block[0].name] = visit.chosen
-            self.targets |= visit.chosen.targets
-            self.loss = visit.chosen.loss
-            install(self.model, visit.chosen.rounded.decoded)
+        if (chosen := visit.chosen) is None:
+            return
+        self.loss = chosen.loss
+        self.weights.install(chosen.rounded.decoded, chosen.rounded.stored)
+        if self.weights.streamed:
+            self.visits |= dict.fromkeys(chosen.targets, name)
+            chosen = replace(chosen, targets={}, rounded=chosen.rounded.packed())
+        self.targets |= chosen.targets
+        self.chosen[block[0].name] = chosen
 
     def _gradient(self, blocks: Sequence[Block]) -> dict[Site, Tensor]:
         """Of the first block: from full precision, or left by an earlier pass, or from a pass over as many as go together."""
@@ -214,7 +218,8 @@ class _Loop:
     ) -> Iterator[_Trial]:
         """Step after step, as far as the quadratic model leads (`_leads_on`)."""
         last = _Point(0.0, before, 0.0)
-        aims = {site: self._aim(site, gradient.get(site), present[site]) for site in block}
+        earlier = self._earlier_targets(block)
+        aims = {site: self._aim(site, gradient.get(site), present[site], earlier.get(site)) for site in block}
         for step, larger in zip(steps, [*steps[1:], None], strict=True):
             targets = {site: self._target(site, aim, step) for site, aim in aims.items()}
             flags: list[str] = []
@@ -222,7 +227,7 @@ class _Loop:
             if step:  # a refit moves the tables anyway, to where the codes of the moved target want them
                 cache, name = cache.with_targets(targets, fit=self.rounder.refit is None), "shifted"
             rounded = self.rounder.round(cache, self.rates, block, flags, name)
-            install(self.model, rounded.decoded)
+            self.weights.install(rounded.decoded, rounded.stored)
             change = {site: (rounded.decoded[site] - weight.float()).cpu() for site, weight in present.items()}
             first_order = sum((float((g * change[site]).sum()) for site, g in gradient.items()), 0.0)
             promised = sum((aim.promised(targets[site]) for site, aim in aims.items()), 0.0)
@@ -233,7 +238,22 @@ class _Loop:
             if math.isfinite(here.loss):
                 last = here
 
-    def _aim(self, site: Site, gradient: Tensor | None, present: Tensor) -> "_Aim":
+    def _earlier_targets(self, block: Block) -> Mapping[Site, Tensor]:
+        """What the layers of the block were rounded to in earlier sweeps.
+
+        Raises SharedFault where a finished block cannot be read back, because it could not be written, say.
+        """
+        found = dict(self.targets)
+        for name in {self.visits[site] for site in block if site in self.visits}:
+            if (visit := self.finished.get(name)) is None:
+                raise SharedFault(
+                    f"{name} cannot be read back, which holds the targets of an earlier sweep: make room in the results folder, "
+                    "or set memory=resident or compensation.sweeps=1."
+                )
+            found |= visit.chosen.targets
+        return found
+
+    def _aim(self, site: Site, gradient: Tensor | None, present: Tensor, earlier: Tensor | None) -> "_Aim":
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
         target = problem.target
@@ -243,8 +263,8 @@ class _Loop:
         if problem.transform:
             gradient = problem.transform.weight(gradient)
             assert gradient is not None, "a transform gives a weight for a weight"
-        if site in self.targets:  # an earlier sweep has rounded it, with an error that the gradient knows
-            target = self.targets[site]
+        if earlier is not None:  # an earlier sweep has rounded it, with an error that the gradient knows
+            target = earlier
             gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
         return _Aim(target, gradient)
 

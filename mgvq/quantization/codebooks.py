@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mgvq.codebook.exponent import fit_in_range
 from mgvq.formats.vector import to_vectors
+from mgvq.model.lazy import Overlaid
 from mgvq.protocols import Codebook, FittedCodebook
 from mgvq.quantization.table_groups import TableGroup
 from mgvq.types import ChannelSlice, LayerProblem, Rate, RateTable, Site
@@ -44,7 +45,7 @@ class CodebookCache:
 
         A table group in which other layers have slices too keeps the codebooks that it has here, and without `fit` all do.
         """
-        moved = CodebookCache(self.table_groups, self.codebook, {**self.problems, **problems})
+        moved = CodebookCache(self.table_groups, self.codebook, Overlaid(self.problems, problems))
         for number, table_group in enumerate(self.table_groups):
             if not fit or any(channel_slice.site not in problems for channel_slice in table_group.slices):
                 moved._borrowed[number] = self._borrowed.get(number, self)

@@ -32,7 +32,7 @@ def predicted_bits(
     transform, transforms = method.transform, {}
     if transform:
         transforms = transform(sites, groups if transform.within == "group" else None)
-    problems = {site: _without_weights(site, scores[site], groups[site], transforms.get(site)) for site in sites}
+    problems = {site: without_weights(site, scores[site], groups[site], transforms.get(site)) for site in sites}
     beside = held_bits(held_by(problems, group_ids(problems)))
     beside += sum(Outliers.storage_bits((s.out_features, s.in_features), min(method.outliers, s.num_weights)) for s in sites)
     table_groups = cut_table_groups(problems, method.codebook)
@@ -43,11 +43,18 @@ def predicted_bits(
     return (beside + int(table.bits[torch.arange(len(table_groups)), chosen].sum())) / num_weights
 
 
-def _without_weights(
-    site: Site, score: Float[Tensor, "in"], groups: Int[Tensor, "in"], transform: LayerTransform | None
+def without_weights(
+    site: Site,
+    score: Float[Tensor, "in"],
+    groups: Int[Tensor, "in"],
+    transform: LayerTransform | None = None,
+    outliers: Outliers | None = None,
 ) -> LayerProblem:
+    """A layer's problem in outline: what decides on groups, rates and bits, without its numbers."""
     shape = torch.zeros(()).expand(site.out_features, site.in_features)  # takes no memory
-    return LayerProblem(site=site, weight=shape, target=shape, metric=None, score=score, groups=groups, transform=transform)
+    return LayerProblem(
+        site=site, weight=shape, target=shape, metric=None, score=score, groups=groups, transform=transform, outliers=outliers
+    )
 
 
 def unused_budget(stored_bits: int, budget_bits: int) -> list[str]:

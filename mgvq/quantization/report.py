@@ -35,7 +35,7 @@ def layers_table(problems: Mapping[Site, LayerProblem], rounded: Rounded) -> pd.
     rows = []
     for site, problem in problems.items():
         weight = problem.in_own_basis(problem.weight.float())
-        relative = (rounded.decoded[site].to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+        relative = (rounded.weight(site).to(weight) - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         proxy = list(rounded.proxy[site].values())[-1] if rounded.proxy[site] else float("nan")
         limit = rounded.limits[site]
         errors = {"relative_error": relative.item(), "proxy_error": proxy, "limit": limit.limit, "times_limit": limit.times}

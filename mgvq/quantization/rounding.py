@@ -22,7 +22,7 @@ class Rounded:
     """Layers after rounding, by site."""
 
     stored: dict[Site, QuantizedWeight] = field(default_factory=dict)
-    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # what they stand for, in the model's own basis
+    decoded: dict[Site, Float[Tensor, "_ _"]] = field(default_factory=dict)  # in the model's own basis, where kept (`weight`)
     proxy: dict[Site, dict[str, float]] = field(default_factory=dict)  # the proxy error after each step of `LayerRounder.round`
     limits: dict[Site, Limit] = field(default_factory=dict)  # how near they come to what no code can do better
 
@@ -31,6 +31,14 @@ class Rounded:
         return Rounded(
             self.stored | later.stored, self.decoded | later.decoded, self.proxy | later.proxy, self.limits | later.limits
         )
+
+    def packed(self) -> "Rounded":
+        """The same without decoded weights, for models whose layers do not fit into memory together."""
+        return replace(self, decoded={})
+
+    def weight(self, site: Site) -> Float[Tensor, "_ _"]:
+        """What a layer stands for in the model's own basis, float32; decoded anew where it is not kept."""
+        return self.decoded[site] if site in self.decoded else self.stored[site].decode()
 
 
 @dataclass(frozen=True)

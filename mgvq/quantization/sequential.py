@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.model.blocks import Block, by_block, install, restored
-from mgvq.model.sites import linear, site_weights
+from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
+from mgvq.model.weights import InModel, Weights
 from mgvq.progress import progress
 from mgvq.protocols import Lacking, Prefix
 from mgvq.quantization.blockwise import Samples
@@ -33,48 +33,59 @@ def sequential_rounding(
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
     tuner: BlockTuner | None = None,
+    weights: Weights | None = None,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
     The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
     output factor stays. `prefix` says how its target is moved before it is rounded; without one layers are rounded as they are.
     A `tuner` has the block once it is rounded. `finished` is as in `blockwise_rounding`, and not for tuned blocks, since an entry
-    lacks what a tuner moves beside the layers. `model` has its own parameters again in the end.
+    lacks what a tuner moves beside the layers. `weights` says where those of the layers are; None: in the model, which has its
+    own parameters again in the end.
     """
-    finished = {} if finished is None else finished
-    originals = {site: weight.clone() for site, weight in site_weights(model, sites).items()}
-    walks = [BlockWalk(model, sites, [on_device(b, model) for b in part]) for part in (samples.batches, samples.heldout)]
+    finished, weights = {} if finished is None else finished, weights or InModel(model)
+    parts = ([on_device(b, model) for b in part] for part in (samples.batches, samples.heldout))
+    walks = [BlockWalk(model, sites, part, weights) for part in parts]
     rounded = Rounded()
-    with restored(model, originals), tuner.restored() if tuner else nullcontext():
+    with weights.unchanged(sites) as originals, tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
             own, taken, name = Rounded(), list[str](), f"block-{number:04}"
             if prefix is None:
                 visits = [_at_full_precision(walk, block, originals) for walk in walks]
                 own |= rounder.round(cache, rates, block, taken)
-                install(model, own.decoded)
+                weights.install(own.decoded, own.stored)
             else:
                 streams = [_Streams(walk, block, originals) for walk in walks]
                 visits = [stream.visit for stream in streams]
                 if (earlier := finished.get(name)) is not None:
                     own, taken = earlier
-                    install(model, own.decoded)
+                    weights.install(own.decoded, own.stored)
                 else:
                     for together in _by_input(block):
-                        moments = [stream.moments(together) for stream in streams]
-                        problems = {}
-                        for site in together:
-                            problem = cache.problems[site]
-                            problems[site] = _sequential(problem, originals[site], prefix, *(m[site] for m in moments))
-                        own |= rounder.round(cache.with_problems(problems), rates, together, taken)
-                        install(model, {site: own.decoded[site] for site in together})
+                        problems = _problems(together, cache, originals, prefix, streams)
+                        now = rounder.round(cache.with_problems(problems), rates, together, taken)
+                        weights.install(now.decoded, now.stored)
+                        own |= now
                     finished[name] = own, taken
-            rounded |= own
+            rounded |= own.packed() if weights.streamed else own
             flags += taken
             if tuner:
                 rounded |= tuner(block, visits, own, flags)
             for walk in walks:
                 walk.settle(block)
     return rounded
+
+
+def _problems(
+    together: Sequence[Site],
+    cache: CodebookCache,
+    originals: Mapping[Site, Tensor],
+    prefix: Prefix,
+    streams: Sequence["_Streams"],
+) -> dict[Site, LayerProblem]:
+    """The problems of layers that read the same activations, behind the quantised prefix."""
+    moments = [stream.moments(together) for stream in streams]
+    return {s: _sequential(cache.problems[s], originals[s], prefix, *(m[s] for m in moments)) for s in together}
 
 
 def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
@@ -150,7 +161,7 @@ class _Streams:
             drift += ((self._inputs[first.reads][number] - x).T @ x).double().cpu()
             for site in into_stream:
                 lack = self._behind[site][number] - self._tokens(site, one, self._places[site][0])
-                if (bias := linear(self._walk.model, site).bias) is not None:
+                if (bias := self._walk.weights.bias(site)) is not None:
                     lack = lack - bias.float()
                 streams[site] += (lack.T @ x).double().cpu()
         count = max(1, num_tokens)

@@ -14,6 +14,7 @@ from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import forward, right_labels
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
+from mgvq.model.weights import Weights
 from mgvq.types import Site
 
 _MOST_KEPT = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
@@ -41,7 +42,8 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. Raises UserError where there is no held-out sample.
+    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. Raises UserError where
+    there is no held-out sample.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Teacher:
         batches: Iterable[AnyBatch],
         heldout: Iterable[AnyBatch],
         source: str,
+        weights: Weights | None = None,
     ) -> None:
         self.model, self.source = model, source
         self.batches, self.heldout = ([on_device(b, model) for b in part] for part in (batches, heldout))
@@ -66,7 +69,7 @@ class Teacher:
             )
             if source != "sft":
                 self._keep_logs()
-        self._walk, self._heldout_walk = (BlockWalk(model, sites, part) for part in (self.batches, self.heldout))
+        self._walk, self._heldout_walk = (BlockWalk(model, sites, part, weights) for part in (self.batches, self.heldout))
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)

@@ -58,6 +58,7 @@ _ELSEWHERE = (
     "device",
     "threads",
     "dry",
+    "memory",
     "method",
     "seed",
     "scope",

@@ -15,6 +15,7 @@ from mgvq.runs.fields import wrong_type
 from mgvq.runs.offers import check_offers
 
 MIN_BITS, MAX_BITS = 0.05, 8.5
+MEMORY = ("resident", "streamed")
 SCOPES = ("language", "language_projector", "all")
 STAGES = (  # what a method is made of
     *("curvature", "sensitivity", "grouping", "allocation", "codebook", "compensation", "refit"),
@@ -24,7 +25,7 @@ VARIANTS = ("model", "calibration", *STAGES, "evaluation", "tracker")  # the gro
 GROUPS = ("paths", *VARIANTS, "budget")
 SETTINGS = {
     *(*GROUPS, "variants", "seed", "scope", "threads", "device", "tf32", "numerics", "dry", "objective"),
-    *("outliers", "embedding_bits"),
+    *("outliers", "embedding_bits", "memory"),
 }
 
 
@@ -70,6 +71,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError("tf32=true has no effect on device=cpu: leave it out.")
     if cfg.embedding_bits is not None and not (type(cfg.embedding_bits) is int and cfg.embedding_bits in (8, 4)):
         raise UserError(f"embedding_bits must be 8, 4 or null (embedding and head as in the source), got {cfg.embedding_bits!r}")
+    if cfg.memory not in MEMORY:
+        raise UserError(f"memory must be one of {', '.join(MEMORY)}; got {cfg.memory!r}")
     if cfg.scope not in SCOPES:
         raise UserError(f"scope must be one of {', '.join(SCOPES)}; got {cfg.scope!r}")
     if unknown := sorted(set(map(str, cfg)) - SETTINGS):

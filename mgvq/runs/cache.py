@@ -10,14 +10,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import SharedFault
+from mgvq.model.blocks import Block, block_name, by_block
+from mgvq.model.lazy import Lazy
 from mgvq.model.reference import Reference
 from mgvq.runs.files import broken_seal, disk_faults_told, open_lock, seal, share, try_lock
 from mgvq.types import Kronecker, Site, SiteStats, StatsBank
@@ -41,16 +44,50 @@ def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], Stats
         lock = None
     with closing(lock) if lock else nullcontext():
         if lock:
-            try:
-                try_lock(lock, wait=True)
-            except SharedFault as fault:
-                log.warning("two runs at once may collect the same statistics: %s", fault.args[0])
+            _wait_for(lock)
         bank = _read(path, sites)
         if bank is None:
             bank = collect()
             if lock:
                 _keep(path, "the statistics", *_packed(text, bank))
         return bank
+
+
+def statistics_by_block(
+    folder: Path,
+    key: Mapping[str, Any],
+    collect: Callable[[Callable[[Block], bool]], Iterator[tuple[Block, StatsBank]]],
+    sites: Sequence[Site],
+) -> StatsBank:
+    """The same for statistics that are not in memory together: a file a block in a folder of `folder`, whose tensors are read
+    when a stage asks for those of a layer.
+
+    `collect` is asked for the blocks that are not finished, and what it gives is written at once, so that a run which is stopped
+    goes on behind the last one. What a run with all statistics in memory has left is read instead where it is there. Raises
+    SharedFault where the files cannot be written: there is no other place for them.
+    """
+    text, path = _place(folder, key)
+    blocks = {block_name(block): path.with_suffix("") / f"block-{n:04}.safetensors" for n, block in enumerate(by_block(sites))}
+    with closing(open_lock(folder / ".locks" / path.stem)) as lock:
+        _wait_for(lock)
+        if path.is_file() and (bank := _mapped(path, sites)) is not None:
+            return bank
+        found = {block_name(block): _mapped(blocks[block_name(block)], block) for block in by_block(sites)}
+        if any(bank is None for bank in found.values()):
+            path.with_suffix("").mkdir(exist_ok=True)
+            for block, bank in collect(lambda block: found[block_name(block)] is not None):
+                file = blocks[block_name(block)]
+                _write(file, *_packed(text, bank, leave_out_zeros=True))
+                found[block_name(block)] = _mapped(file, block)
+    whole = {site: bank for bank in found.values() if bank is not None for site in bank}
+    return Lazy(sites, lambda site: whole[site][site])
+
+
+def _wait_for(lock: IO[bytes]) -> None:
+    try:
+        try_lock(lock, wait=True)
+    except SharedFault as fault:
+        log.warning("two runs at once may collect the same statistics: %s", fault.args[0])
 
 
 @contextmanager
@@ -83,6 +120,14 @@ def _place(folder: Path, key: Mapping[str, Any]) -> tuple[str, Path]:
 
 
 def _keep(path: Path, what: str, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
+    """Writes the file completely or not at all; where it cannot be written, a warning says so."""
+    try:
+        _write(path, tensors, described)
+    except (SharedFault, OSError) as fault:
+        log.warning("%s are not kept for other runs: %s", what, fault.args[0])
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
     """Writes the file completely or not at all."""
     temporary = path.with_suffix(".tmp")
     try:
@@ -94,19 +139,24 @@ def _keep(path: Path, what: str, tensors: Mapping[str, Tensor], described: Mappi
             share(temporary)
             seal(temporary, path)
             temporary.rename(path)
-    except (SharedFault, OSError) as fault:
+    except (SharedFault, OSError):
         temporary.unlink(missing_ok=True)
-        log.warning("%s are not kept for other runs: %s", what, fault.args[0])
+        raise
 
 
-def _packed(key: str, bank: StatsBank) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of statistics by name, and all else. A tensor that several layers hold is there once, under its first name."""
+def _packed(key: str, bank: StatsBank, *, leave_out_zeros: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of statistics by name, and all else. A tensor that several layers hold is there once, under its first name.
+
+    With `leave_out_zeros` tensors of zeros alone (of a modality that the data does not have, say) are there as their shapes.
+    """
     tensors: dict[str, Tensor] = {}
     names: dict[int, str] = {}
 
     def pack(name: str, value: Any) -> Any:
         """`value` as JSON, its tensors by their names."""
         if isinstance(value, Tensor):
+            if leave_out_zeros and id(value) not in names and not value.any():
+                return {"zeros": list(value.shape)}
             if id(value) not in names:
                 names[id(value)] = name
                 tensors[name] = value.contiguous()
@@ -141,10 +191,26 @@ def _read(path: Path, sites: Sequence[Site]) -> StatsBank | None:
     return None
 
 
+def _mapped(path: Path, sites: Sequence[Site]) -> StatsBank | None:
+    """The statistics of a file as `_read` gives them, but for that a layer's are read, by mapping the file, when they are asked
+    for."""
+    if not path.is_file() or (why := broken_seal(path)) is not None:
+        if path.is_file():
+            log.warning("%s %s: it is collected again", path, why)
+        return None
+    file = safe_open(path, "pt")
+    described = json.loads(file.metadata()["mgvq"])["sites"]
+    if list(described) != [site.name for site in sites]:
+        return None
+    return Lazy(sites, lambda site: SiteStats(**_unpack(described[site.name], Lazy(file.keys(), file.get_tensor))))
+
+
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     if "tensor" in value:
         return tensors[value["tensor"]]
+    if "zeros" in value:
+        return torch.zeros(value["zeros"])
     unpacked = {k: _unpack(v, tensors) for k, v in value.items()}
     return Kronecker(**unpacked) if "h_in" in unpacked else unpacked

@@ -11,6 +11,7 @@ from mgvq.model.load import check_code
 from mgvq.model.shape import empty_model, stored_bytes
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
+from mgvq.model.streamed import streamed_bytes
 from mgvq.quantization.embeddings import embedding_storage_bits, embeddings
 from mgvq.quantization.method import Method
 from mgvq.quantization.tuning import tuning_bytes
@@ -66,11 +67,14 @@ def _counted(cfg: DictConfig, source: Source, method: Method | None) -> list[str
     total = sum(p.numel() for p in model.parameters())
     size = stored_bytes(model)
     width = getattr(torch, source.dtype).itemsize
+    if cfg.memory == "streamed":
+        held, what, whose = streamed_bytes(model, width), "two blocks and what is in none", "the largest layer"
+    else:
+        held, what, whose = 2 * total * width, "the model and its quantised twin", "the layers"
     lines = [
         f"weights     {_number(total)}, {_number(size)}B on disk",
         f"in scope    {_by_tower(sites)}",
-        f"memory      {_number(2 * total * width)}B for the model and its quantised twin in {source.dtype}; activations and "
-        "statistics of the layers come on top",
+        f"memory      {_number(held)}B for {what} in {source.dtype}; activations and statistics of {whose} come on top",
     ]
     if method is not None and method.tuning is not None and not method.tunes_blocks:
         lines.append(f"tuning      {_number(tuning_bytes(sites))}B more for decoded layers and gradients; activations on top")

@@ -4,7 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -25,15 +25,18 @@ from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.save import save
 from mgvq.compiled import set_num_threads
+from mgvq.curvature.block_statistics import collect_by_block
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
+from mgvq.model.blocks import Block
 from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
 from mgvq.model.load import Loaded, describe, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites
+from mgvq.model.streamed import share_equal
 from mgvq.progress import peak_gb
 from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
 from mgvq.quantization.blockwise import Samples
@@ -44,7 +47,7 @@ from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
 from mgvq.quantization.tuning import tuning_bytes
 from mgvq.runs.build import build
-from mgvq.runs.cache import reference, statistics
+from mgvq.runs.cache import reference, statistics, statistics_by_block
 from mgvq.runs.device import device_name
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.journal import Journal
@@ -89,7 +92,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
         if method is not None and (empty := empty_model(source)) is not None:
             predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
-        loaded = load(source, device, described)
+        loaded = load(source, device, described, streamed=cfg.memory == "streamed")
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
@@ -109,7 +112,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
             journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if method.is_blockwise else None
             bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
-            report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype)
+            report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype, loaded.streamed)
             clock.lap("quantize")
             clock.seconds["quantize"] -= report.tune_seconds
             tables = {
@@ -146,7 +149,12 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         clock.lap("save")
         trusted = {"trust_remote_code": source.trust_remote_code}
         dtype = getattr(torch, source.dtype)
-        model = load_checkpoint(folder.checkpoint, dtype=dtype, device=device, attention=source.attention, **trusted)
+        packed = loaded.streamed is not None
+        model = load_checkpoint(
+            folder.checkpoint, dtype=dtype, device=device, packed=packed, attention=source.attention, **trusted
+        )
+        if packed:
+            share_equal(model, loaded.model)
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
             check_same_model(loaded, weights, model, folder.checkpoint, rounded, parameters)
         digest = file_digest(folder.checkpoint / FIRST_SHARD)
@@ -247,11 +255,20 @@ def _statistics(
     kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
     key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
 
+    folder = Path(cfg.paths.results) / "cache" / "statistics"
+
     def compute() -> Mapping[Site, SiteStats]:
         batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
         return collect(loaded.model, sites, batches, method.needs, drawn.label_seed, further)
 
-    return statistics(Path(cfg.paths.results) / "cache" / "statistics", key, compute, sites)
+    def by_block(is_finished: Callable[[Block], bool]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
+        batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
+        data = (sites, batches, method.needs, drawn.label_seed, further)
+        return collect_by_block(loaded.model, loaded.weights, *data, is_finished)
+
+    if loaded.streamed is None:
+        return statistics(folder, key, compute, sites)
+    return statistics_by_block(folder, key, by_block, sites) if method.needs else {}
 
 
 def _rate(report: QuantReport | None) -> str:

@@ -17,8 +17,8 @@ from mgvq.runs.device import device_type
 from mgvq.runs.digests import data_digest
 
 # Where a run happens and what is told about it. `seed` counts through the groups that draw with it (`codebook.seed: ${seed}`):
-# a method in which nothing is random has one run for all seeds.
-NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry", "objective")
+# a method in which nothing is random has one run for all seeds. `memory` moves no bit.
+NOT_IN_IDENTITY = ("hydra", "paths", "tracker", "variants", "seed", "dry", "objective", "memory")
 # Settings outside the groups that came later, and the value that leaves a run as it was: such a run keeps the name that it had.
 # The rules of a group are declared in its yaml, and a group that came later does not count where it is idle.
 NEUTRAL: Mapping[str, Any] = {"outliers": 0, "embedding_bits": None}

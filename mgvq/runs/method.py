@@ -24,7 +24,18 @@ def build_method(cfg: DictConfig) -> Method | None:
         )
     _check_calibration(method, cfg)
     _check_budget(method, cfg)
+    if cfg.memory == "streamed":
+        _check_streamed(method, cfg)
     return method
+
+
+def _check_streamed(method: Method, cfg: DictConfig) -> None:
+    """Refuse what has more than one block in memory."""
+    if method.tuning is not None:
+        raise UserError(
+            f"memory=streamed has one block in memory, and tuning={cfg.variants.tuning} is not made for that: set tuning=none, "
+            "or memory=resident."
+        )
 
 
 def _check_budget(method: Method, cfg: DictConfig) -> None:

@@ -49,6 +49,8 @@ def _found(folder: Path) -> Iterator[tuple[Path, str]]:
             yield file.parent, "checkpoint"
         elif file.suffix == ".safetensors" and file.parent.name in ("statistics", "teacher"):
             yield file, file.parent.name
+        elif file.suffix == ".safetensors" and file.parent.parent.name == "statistics":  # of one block
+            yield file, "statistics"
 
 
 def _run(path: Path) -> str | None:

@@ -19,4 +19,4 @@ class Uniform:
     needs_images: ClassVar[bool] = False
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
-        return {site: torch.ones(weight.shape[1]) for site, weight in weights.items()}
+        return {site: torch.ones(site.in_features) for site in weights}

@@ -1,0 +1,98 @@
+"""The statistics of the layers of one block after the other, for models whose statistics do not fit into memory together.
+
+The sums are those of `statistics.collect`, taken over the same batches in the same order, and have the same bits.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect
+from mgvq.model.blocks import Block, by_block
+from mgvq.model.passes import Rows
+from mgvq.model.walk import BlockWalk
+from mgvq.model.weights import Weights
+from mgvq.types import Batch, Needs, Site, StatsBank
+
+
+def collect_by_block(
+    model: PreTrainedModel,
+    weights: Weights,
+    sites: Sequence[Site],
+    batches: Iterable[Batch],
+    needs: Needs,
+    seed: int,
+    further: Iterable[Batch],
+    is_finished: Callable[[Block], bool],
+) -> Iterator[tuple[Block, StatsBank]]:
+    """What `statistics.collect` gives of the same arguments, block by block; those that `is_finished` are left out.
+
+    What is kept of the batches is what the block before has put out. Grams take one pass through all blocks. Where `needs` asks
+    for gradients, every block takes a forward and a backward pass through all blocks behind it, as a refreshed gradient does in
+    the block loop. Raises UserError and RuntimeError as `collect` does, but not for answers that are NaN behind sound layers
+    where Grams are all there is.
+    """
+    first = [batch.to(model.device) for batch in batches]
+    held = [*first, *(batch.to(model.device) for batch in further)] if needs.gram else first
+    if replace(needs, gram=False, clip=None) == Needs():
+        yield from _grams(model, weights, sites, held, needs, is_finished)
+        return
+    walk = BlockWalk(model, sites, held, weights)
+    behind, more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
+    for block in by_block(sites):
+        if not is_finished(block):
+            yield block, collect(model, block, behind, needs, seed, more)
+        walk.settle(block)
+
+
+@dataclass(frozen=True)
+class _Behind(Collection[Batch]):
+    """Batches of a walk, whose passes begin behind what is settled while they are looked at."""
+
+    walk: BlockWalk
+    numbers: range
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in self.numbers:
+            with self.walk.passing(number) as batch:
+                assert isinstance(batch, Batch), "statistics are taken of batches that are not packed"
+                yield batch
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, batch: object) -> bool:
+        return any(self.walk.batches[number] is batch for number in self.numbers)
+
+
+def _grams(
+    model: PreTrainedModel,
+    weights: Weights,
+    sites: Sequence[Site],
+    held: Sequence[Batch],
+    needs: Needs,
+    is_finished: Callable[[Block], bool],
+) -> Iterator[tuple[Block, StatsBank]]:
+    rows = [Rows.of(batch) for batch in held]
+    walk, watch, reached = BlockWalk(model, sites, held, weights), Watch(), set[Site]()
+    for block in by_block(sites):
+        visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)
+        # A first token has no position before it that would predict it (`answer_states`).
+        sums.num_answers = sum(int(batch.loss_mask[:, 1:].sum()) for batch in held)
+        names = {site: site.name.removeprefix(visit.name).removeprefix(".") for site in block}
+        for one in visit.run("full_precision", list(names.values())):
+            firsts: dict[str, Site] = {}
+            for site, name in names.items():
+                if name not in one.inputs:
+                    continue
+                first = firsts.setdefault(site.reads, site)
+                if one.inputs[names[first]] is not one.inputs[name]:
+                    raise RuntimeError(f"{first.name} and {site.name} are said to read the same ({site.reads}), but do not.")
+                if first is site:
+                    watch(site, x := one.inputs[name].detach().float())
+                    sums.add_inputs(rows[one.call.number], site, x)
+        reached |= {site for site in block if sums.reached(site)}
+        if not finished:
+            yield block, {site: sums.stats(site, None) for site in block}
+    check_reached(sites, reached)
