@@ -122,6 +122,13 @@ def test_model_cards_are_current(name: str, cards: dict[str, str]) -> None:
     assert weights.stat().st_size < 10_000_000
 
 
+def test_the_card_of_the_model_that_is_put_together_is_current() -> None:
+    code = "from card import FOLDER, card; assert card() == (FOLDER / 'README.md').read_text()"
+    folder = ROOT / "experiments" / "train_smollm2_vlm"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def response(model: str, scope: str) -> pd.Series:
     """Headline accuracy in points by arm, mean over seeds."""
     frame = metric_frame(record("e00_response"))
