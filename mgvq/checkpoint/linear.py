@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mgvq.kernels.linear import packed_linear
@@ -80,7 +81,12 @@ class PackedLinear(Held):
 
     @property
     def weight(self) -> Tensor:
-        """The decoded weight (out, in), float32."""
+        """The decoded weight (out, in), float32; on the `meta` device as long as a tensor of it is there.
+
+        transformers asks for it to initialise it while a model is loaded, before the layer has what is stored.
+        """
+        if any(tensor.is_meta for tensor in self.tensors.values()):
+            return torch.empty(self.out_features, self.in_features, device="meta")
         return self.stored.decode()
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def run_ids(cfg: DictConfig, seeds: Sequence[int]) -> list[str]:
     """
     worked_out = [_at_seed(cfg, seed) for seed in seeds[:2]]
     if len(seeds) > 2:
-        places = _places(*worked_out, *seeds[:2])
+        places = _places(worked_out[0], worked_out[1], seeds[0], seeds[1])
         others = [_at_seed(cfg, s) if places is None else _put(worked_out[0], places, s) for s in seeds[2:]]
         worked_out += others
     return [id_of(settings) for settings in worked_out]

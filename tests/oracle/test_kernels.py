@@ -149,6 +149,16 @@ def test_a_kernel_equals_the_decoded_product(name, num_tokens):
     assert_close(layer(inputs), expected(layer, inputs))
 
 
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_on_the_meta_device_a_layer_has_a_weight_without_numbers(name):
+    """transformers asks for it while a model is loaded, before the layer has what is stored."""
+    layer = layer_of(WEIGHTS[name])
+    shape = layer.weight.shape
+    layer.to("meta")
+    assert layer.weight.is_meta
+    assert layer.weight.shape == shape
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(0,), (1,), (1, 1), (2, 3), (FEW + 1,)])
 def test_shapes_and_dtypes(dtype, shape):
