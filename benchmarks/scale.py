@@ -55,7 +55,7 @@ def write_model(folder: Path, blocks: int) -> int:
 def measure(model: Path, memory: str, settings: list[str], results: Path) -> Measured:
     """Run once, in a process of its own. Raises RuntimeError, with the output, where it fails."""
     begin = time.perf_counter()
-    with (results / "output").open("w+") as output:
+    with (results / "output").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "mgvq.cli.run", f"model.path={model}", f"memory={memory}", *SETTINGS, *settings],
             stdout=output,
@@ -71,7 +71,7 @@ def measure(model: Path, memory: str, settings: list[str], results: Path) -> Mea
         if process.returncode:
             raise RuntimeError(output.read()[-3000:])
     (done,) = results.glob("runs/*/DONE")
-    metrics = json.loads((done.parent / "metrics.json").read_text())
+    metrics = json.loads((done.parent / "metrics.json").read_text(encoding="utf-8"))
     shares = {name: metrics[f"time/{name}_s"] for name in ("calibrate", "quantize", "evaluate")}
     shard = done.parent / "checkpoint" / "mgvq.safetensors"
     return Measured(seconds, peak, hashlib.sha256(shard.read_bytes()).hexdigest(), shares)
@@ -80,7 +80,7 @@ def measure(model: Path, memory: str, settings: list[str], results: Path) -> Mea
 def anonymous(pid: int) -> int:
     """The anonymous memory of a process in bytes; 0 where it has just ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
@@ -119,7 +119,7 @@ def main() -> None:
     if asked.memory is None:
         path = results_folder() / "tables" / "scale.md"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n".join(lines) + "\n")
+        path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
         print(path)
 
 

@@ -16,7 +16,7 @@ import jaxtyping
 
 assert "mgvq.types" not in sys.modules, "mgvq is imported already, with the check at every call"
 
-CHECKED = int(os.environ.get("MGVQ_CHECKED_CALLS", "100"))
+CHECKED = int(os.environ.get("MGVQ_CHECKED_CALLS", "5"))
 _present = 0
 _jaxtyped = jaxtyping.jaxtyped
 
