@@ -3,8 +3,8 @@
 The model has the shape of the language model of LLaVA-OneVision-0.5B (24 blocks of Qwen2, hidden 896, intermediate 4864, 151,936
 tokens, tied) and random weights: what is measured does not depend on their values. Each run is a process of its own, whose
 anonymous memory (`RssAnon`: what it has allocated, without the pages of mapped files, which the system takes back when others
-need the room) is read from /proc twenty times a second. Written to results/tables/scale.md; with fewer `--blocks` or `--passages`
-than the whole it prints alone.
+need the room) is read from /proc twenty times a second. Written to results/tables/scale.md, which says how many blocks and
+passages it is of; with one `--memory` alone it is printed and not written.
 """
 
 import argparse

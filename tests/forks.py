@@ -10,6 +10,7 @@ and how the command ended. Whoever hangs up before has it killed.
 import atexit
 import gc
 import importlib
+import itertools
 import json
 import os
 import select
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 RUN = "mgvq.cli.run"
-FAMILIES = ("tiny_internvl", "tiny_llava_onevision", "tiny_qwen2_vl", "tiny_smolvlm")
 LONGEST = 1 << 18  # bytes of a request, most of which are the environment
 # Python, for whoever starts `python -m mgvq.cli.NAME`: a fork runs it. Everything else is the real Python's.
 PYTHON = """#!{python} -IS
@@ -80,7 +80,8 @@ class Forks:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=_environment(), start_new_session=True
         )
-        self._connections: dict[int, tuple[socket.socket, Path]] = {}
+        self._connections: dict[int, tuple[socket.socket, Path]] = {}  # of commands that nobody has waited for, by process id
+        self._numbers = itertools.count()
         if self._process.stdout.readline() != "ready\n":  # type: ignore[union-attr]
             raise RuntimeError("the process that forks could not start")
         return self
@@ -99,7 +100,7 @@ class Forks:
         job = {"module": module, "words": list(words), "environment": environment, "folder": str(Path.cwd()), "fault": fault}
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         connection.connect(self._address)
-        output = Path(self._scratch.name) / str(len(self._connections))
+        output = Path(self._scratch.name) / str(next(self._numbers))
         with Path(os.devnull).open() as nothing, output.open("w") as said:
             socket.send_fds(connection, [json.dumps(job).encode()], [nothing.fileno(), said.fileno(), said.fileno()])
         pid = json.loads(connection.recv(LONGEST))
@@ -108,7 +109,7 @@ class Forks:
 
     def wait(self, pid: int) -> Ended:
         """How the command with that process id ended."""
-        connection, output = self._connections[pid]
+        connection, output = self._connections.pop(pid)
         with connection:
             status = json.loads(connection.recv(LONGEST))
         return Ended(status, output.read_text(errors="replace"))
@@ -224,6 +225,7 @@ def _import_all() -> None:
 
     torch.set_num_threads(1)
     from mgvq.model.load import load
+    from mgvq.model.source import SHIPPED
     from mgvq.runs.build import build
     from mgvq.runs.compose import composer
 
@@ -231,8 +233,8 @@ def _import_all() -> None:
         importlib.import_module(f"mgvq.cli.{name}")
     importlib.import_module("mgvq.runs.execute")
     with composer() as compose:
-        for family in FAMILIES:
-            load(build(compose(f"model={family}"), "model"), torch.device("cpu"))
+        for weights in SHIPPED.glob("*/model.safetensors"):
+            load(build(compose(f"model={weights.parent.name}"), "model"), torch.device("cpu"))
         cfg = compose("method=mgvq")
         for group in ("calibration", "evaluation", "curvature", "codebook", "compensation", "refit", "allocation", "grouping"):
             importlib.import_module(cfg[group]["_target_"].rpartition(".")[0])

@@ -54,6 +54,7 @@ def card() -> str:
     record = read_record(results_folder() / "records" / "e17_real_vlm.parquet")
     run = metric_frame(record).query("arm == 'full precision'").iloc[0]
     course = " | ".join(f"{step}: {value:.3f}" for step, value in training["headline_validation"].items())
+    told = f" These three figures are from {training['source']}." if "source" in training else ""
     settings = ", ".join(f"{key} {value}" for key, value in training["recipe"].items())
     return f"""---
 license: apache-2.0
@@ -77,7 +78,7 @@ Chance: one over the number of different answers; majority: always the most freq
 
 ## Recipe
 One run of `experiments/train_smollm2_vlm/train.py`: {settings}. AdamW, float32, fresh pictures at every step, {training["cpu_seconds_per_step"]} s of CPU a step on one thread.
-Validation headline by step (teacher-forced): {course}. KL to the language model without adapters on docstrings, at the end: {training["text_kl"]:.3f} nats.
+Validation headline by step (teacher-forced): {course}. KL to the language model without adapters on docstrings, at the end: {training["text_kl"]:.3f} nats.{told}
 """
 
 

@@ -67,15 +67,6 @@ def modules_before(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[li
 
 
 def install(model: torch.nn.Module, weights: Mapping[Site, Tensor]) -> None:
-    """Copy weights into the model. Whoever calls this owns the model until the weights are back (`restored`)."""
+    """Copy weights into the model. Whoever calls this owns the model until the weights are back (`Weights.unchanged`)."""
     for site, weight in weights.items():
         linear(model, site).weight.data.copy_(weight)
-
-
-@contextmanager
-def restored(model: torch.nn.Module, weights: Mapping[Site, Tensor]) -> Iterator[None]:
-    """The model has these weights again afterwards, whatever happens inside."""
-    try:
-        yield
-    finally:
-        install(model, weights)

@@ -12,10 +12,11 @@ from mgvq.codebook.scalar import Scalar
 from mgvq.compensation.none import NoCompensation
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_states
-from mgvq.model.blocks import by_block, install, restored
+from mgvq.model.blocks import by_block, install
 from mgvq.model.encode import batches
 from mgvq.model.sites import linear, list_sites, site_weights
 from mgvq.model.walk import BlockWalk
+from mgvq.model.weights import InModel
 from mgvq.prefix.quantized import QuantizedPrefix
 from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
@@ -92,7 +93,7 @@ def test_the_moments_behind_the_prefix_are_of_the_further_samples_too(loaded) ->
 def disturbed(model, block, size=0.3):
     """The model with noise on the weights of one block, and what they were."""
     originals = {s: w.clone() for s, w in site_weights(model, list_sites(model, "all")).items()}
-    with restored(model, originals):
+    with InModel(model).unchanged(list(originals)):
         moved = {s: originals[s] + size * originals[s].std() * normal(*originals[s].shape, seed=9).float() for s in block}
         install(model, moved)
         yield originals
@@ -167,7 +168,7 @@ def test_the_model_is_left_as_it_was_and_each_kind_of_shift_brings_it_nearer(loa
     part = samples(loaded, 4)
 
     def drift(found):
-        with restored(model, before), torch.inference_mode():
+        with InModel(model).unchanged(list(before)), torch.inference_mode():
             teacher = [answer_states(model, b) for b in part.batches]
             install(model, found.decoded)
             return sum(float((answer_states(model, b) - t).square().sum()) for b, t in zip(part.batches, teacher, strict=True))

@@ -5,10 +5,11 @@ import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.model.answers import answer_states
-from mgvq.model.blocks import block_name, by_block, restored
+from mgvq.model.blocks import block_name, by_block
 from mgvq.model.encode import batches
 from mgvq.model.sites import linear, list_sites, site_weights
 from mgvq.model.walk import BlockWalk
+from mgvq.model.weights import InModel
 
 
 def noise(weight, seed):
@@ -44,7 +45,7 @@ def test_a_walk_sees_what_whole_passes_see(loaded, scope: str) -> None:
     names = [block_name(block) for block in blocks]
     full = [plain_pass(model, batch, names) for batch in samples]
     walk = BlockWalk(model, sites, samples)
-    with restored(model, originals):
+    with InModel(model).unchanged(list(originals)):
         for seed in (0, 1):
             walk.unsettle()
             for block, name in zip(blocks, names, strict=True):
