@@ -84,7 +84,8 @@ class Rotation:
     def _blockwise(self, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         y = torch.empty_like(x)
         rows = max(1, _TOGETHER // max(1, x.shape[-1])) if x.ndim > 1 else len(x)
-        for part, into in zip(x.split(rows), y.split(rows), strict=True):
+        for start in range(0, len(x), rows):  # one view at a time: autograd writes into none of the several that a split returns
+            part, into = x[start : start + rows], y[start : start + rows]
             for block, signs in zip(self.blocks, self.signs, strict=True):
                 into[..., block] = turn(part[..., block], signs)
         return y
