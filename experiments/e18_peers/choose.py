@@ -2,9 +2,10 @@
 
 `python experiments/e18_peers/choose.py` writes `chosen.csv` beside it, a row a preset, combination of settings and model. A
 combination that a preset cannot have (a refit of a code without tables, say) is left out, and so is one that is the same run as
-another. The order is on the grid where the preset's score decides nothing else: RSAVQ's bits come from its own. Judged are two layers of one block of each model (SmolLM2: that with a massive activation): rounded on the calibration
-samples, their error is measured in the preset's own metric, taken of the held-out samples alone. No test question or passage is
-looked at, and the model is never run quantised. A preset with a prefix is judged without it.
+another. The order is on the grid where the preset's score decides nothing else: RSAVQ's bits come from its own. Judged are two
+layers of one block of each model (SmolLM2: that with a massive activation): rounded on the calibration samples, their error is
+measured in the preset's own metric, taken of the held-out samples alone. No test question or passage is looked at, and the model
+is never run quantised. A preset with a prefix is judged without it.
 
 The setting of the paper stays unless another leaves `MARGIN` less over both models; the yaml of the preset then says so.
 """
