@@ -1,4 +1,4 @@
-"""Two studies on one HTML page: what the files ask for otherwise, verdicts and figures side by side, and the arms of both."""
+"""Two studies on one HTML page: in what the files differ, verdicts and figures side by side, and the arms of both."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def write_two(first: tuple[Study, StudyRecord], second: tuple[Study, StudyRecord
 
 
 def file_differences(a: Study, b: Study) -> list[list[str]]:
-    """Key and both values of what the study files have otherwise, name and question apart."""
+    """Key and both values of all in which the study files differ, name and question apart."""
     keys = [field.name for field in fields(Study) if field.name not in ("name", "question")]
     values = [(key, getattr(a, key), getattr(b, key)) for key in keys]
     return [[key, json.dumps(own), json.dumps(other)] for key, own, other in values if own != other]

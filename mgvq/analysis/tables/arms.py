@@ -171,9 +171,8 @@ def _comparison_note(record: StudyRecord, table: Sequence[Row]) -> str:
     kind = record.kind
     by_point = [len(set().union(*(cell.seeds for cell in record.at(point).values()))) for point in record.points]
     num_seeds, most = min(by_point), max(by_point)
-    clusters = record.questions.picture.nunique()
     many = f"{num_seeds}" if most == num_seeds else f"{num_seeds} to {most}"
-    design = f"{many} seed{'s' * (most > 1)} x {clusters:,} {kind.clusters}"
+    design = f"{many} seed{'s' * (most > 1)} x {_told_clusters(record, table)}"
     units = ", ".join(MEASURES[name].in_words for name in kind.measures)
     text = (
         f"{DIFFERENCE}: difference to {record.baseline}, {units}, with its 95 % interval. p: of a {PROCEDURE.test_name} over "
@@ -190,3 +189,12 @@ def _comparison_note(record: StudyRecord, table: Sequence[Row]) -> str:
     if _has_gap(table):
         text += f" {GAP.capitalize()}: what the arm avoids of the loss that the baseline has above full precision."
     return text
+
+
+def _told_clusters(record: StudyRecord, table: Sequence[Row]) -> str:
+    """How many clusters of questions the tests are over; by column where one leaves out questions that do not weigh in it."""
+    noun = record.kind.clusters
+    found = {name: c.effect.num_samples for row in table for name, c in row.comparisons.items()}
+    if len(set(found.values())) <= 1:
+        return f"{next(iter(found.values()), record.questions.picture.nunique()):,} {noun}"
+    return ", ".join(f"{number:,} {noun} ({name.removesuffix(' %')})" for name, number in found.items())
