@@ -177,9 +177,7 @@ def _answer(connection: socket.socket) -> NoReturn:
 
 def _ended(status: int) -> NoReturn:
     """End as Python does, without the seconds in which it takes every object apart."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # pools of workers are told that this is the end, then all threads are waited for
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
