@@ -80,6 +80,11 @@ def main() -> None:
     try:
         launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
+        if study.frozen and arguments.overrides:
+            raise UserError(
+                f"study {study.name} is frozen at {study.frozen}: not run, so {' '.join(arguments.overrides)} has no effect. "
+                "Overrides need a study that is not frozen: copy its file under another name and without `frozen`."
+            )
         if study.frozen and arguments.dry:
             record = results_folder() / "records" / f"{study.name}.parquet"
             print(f"{study.name}: {study.question}\nfrozen at {study.frozen}: nothing is run, mgvq-report reads {record}")

@@ -72,8 +72,11 @@ def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
 def test_a_finished_run_is_skipped_and_named(finished: Path) -> None:
     model = json.loads((finished / "identity.json").read_text())["model"]["name"]
     words = (f"model={model}", "method=kmeans", "evaluation.num_questions=52")
+    left = finished.parents[1] / "partial" / finished.name  # by a run that was killed behind DONE
+    left.mkdir(parents=True)
     again = run_command("mgvq.cli.run", *words, results=finished.parents[1])
     assert again.stdout.splitlines()[0].startswith("done before")
+    assert not left.exists()
     assert again.stdout.splitlines()[-1] == str(finished)
 
 
