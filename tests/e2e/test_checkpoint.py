@@ -21,7 +21,7 @@ from mgvq.checkpoint.index import read_index, to_bytes
 from mgvq.checkpoint.save import save
 from mgvq.cli import ask as asking
 from mgvq.data.tiny_vqa.dataset import draw_test
-from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
+from mgvq.data.tiny_vqa.questions import TRAINING_MIX
 from mgvq.errors import UserError
 from mgvq.export.folder import export
 from mgvq.model.encode import chat_prompt
@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) >= KEYS
     assert metrics["schema_version"] == 1
-    assert {f"tiny_vqa/accuracy/{kind}" for kind in QUESTION_TYPES} <= set(metrics)
+    assert {f"tiny_vqa/accuracy/{kind}" for kind in TRAINING_MIX} <= set(metrics)
     assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.02)
     assert 2 < metrics["bits/language_model"] < 16
     assert 2 < metrics["bits/model"] < 16

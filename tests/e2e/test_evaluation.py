@@ -100,7 +100,7 @@ def test_losses_do_not_depend_on_batches(loaded) -> None:
     one, many = (score(loaded.model, None, batches(loaded.processor, examples(30), size)) for size in (1, 30))
     for key in one:
         assert one[key].loss == pytest.approx(many[key].loss, abs=1e-4)
-        assert one[key].exact == many[key].exact
+        assert one[key].predicted == many[key].predicted
 
 
 def test_all_questions_of_a_picture_in_one_row_are_those_of_single_rows(loaded) -> None:
