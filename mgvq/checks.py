@@ -1,10 +1,18 @@
 """Checks of single values, and the way from whatever a library raises on a bad file to a sentence of our own."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mgvq.errors import UserError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a whole commit, which cannot move as a branch or a tag may."""
+    return _COMMIT.fullmatch(revision or "") is not None
 
 
 def whole_number(name: str, value: Any, *, least: int = 0, most: int | None = None, why: str = "") -> None:

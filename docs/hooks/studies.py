@@ -8,14 +8,7 @@ from typing import Any
 import yaml
 from pages import Page
 
-FIGURES = {
-    "arms": "Every arm against the baseline (or, without one, mean and deviation)",
-    "bits": "Quality against stored bits",
-    "allocation": "Where the bits went",
-    "sensitivity": "What each arm took for sensitive",
-    "usage": "How evenly the centroids are used",
-    "proxy": "The proxy error of each layer after each stage of rounding",
-}
+from mgvq.analysis.report import FIGURES, TABLES, figure_path
 
 
 @cache
@@ -70,15 +63,16 @@ def _design(study: dict[str, Any]) -> str:
 
 
 def _figures(root: Path, name: str) -> str:
-    found = [kind for kind in FIGURES if (root / "results" / "figures" / f"{name}_{kind}.svg").is_file()]
-    shown = "".join(f"![{FIGURES[kind]}](../figures/{name}_{kind}.svg)\n\n*{FIGURES[kind]}.*\n\n" for kind in found)
+    found = [(figure, path) for figure in FIGURES if (path := figure_path(root / "results", name, figure)).is_file()]
+    shown = "".join(f"![{name}, {figure.name}](../figures/{path.name})\n\n*{figure.caption}*\n\n" for figure, path in found)
     return f"\n## Figures\n\n{shown}" if found else ""
 
 
 def _tables(root: Path, name: str, body: str) -> str:
     """The tables that the README does not have already: those against further baselines, say."""
     folder, shown = root / "results" / "tables", set(re.findall(r"<!-- table (\w+) -->", body))
-    stems = [name, *(f"{name}_{kind}" for kind in ("spread", "trainings", "verdict"))]
+    kinds = [*(table.name for table in TABLES), "verdict"]
+    stems = ["_".join(filter(None, (name, kind))) for kind in kinds]
     stems += sorted(f.stem for f in folder.glob(f"{name}_vs_*.md"))
     left = [stem for stem in stems if stem not in shown and (folder / f"{stem}.md").is_file()]
     return "".join(f"\n## Table {stem}\n\n{(folder / f'{stem}.md').read_text(encoding='utf-8')}\n" for stem in left)

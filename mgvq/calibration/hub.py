@@ -1,6 +1,5 @@
 """Calibration on a data set of the hub, or in a local folder, through the library `datasets`."""
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +9,13 @@ from typing import Any
 
 from mgvq.calibration.drawn import Drawn
 from mgvq.calibration.rows import Row, chat_turns, open_image, question_turns
-from mgvq.checks import told_as
+from mgvq.checks import is_commit, told_as
 from mgvq.data.cached import cache_of
 from mgvq.errors import UserError
 from mgvq.model.chat import Turn
 
 _COLUMNS = ("images", "question", "answer", "messages")
 _SAVED = ("state.json", "dataset_dict.json")  # of a data set, and of several splits, in a folder of `save_to_disk`
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class Hub(Drawn):
         for key, idle in (("revision", Path(self.path).is_dir()), ("subset", self._is_saved())):
             if idle and (value := getattr(self, key)) is not None:
                 raise UserError(f"calibration.{key}={value} has no effect with the folder {self.path}; leave it out.")
-        if not Path(self.path).is_dir() and not _COMMIT.fullmatch(self.revision or ""):
+        if not Path(self.path).is_dir() and not is_commit(self.revision):
             raise UserError(
                 f"calibration.path={self.path} is not a folder, so it is taken as a name on the hub, and that needs "
                 f"calibration.revision=<the 40 hex digits of a commit>, got {self.revision!r}: a branch may change."

@@ -46,7 +46,8 @@ def check_digests(folder: Path, *, leave_out: Collection[str] = (), everything: 
     if problems:
         raise UserError(
             f"{folder} is not the checkpoint that was written: {'; '.join(problems)} (by the digests in {DIGESTS}). Take the "
-            "run's own copy, or make it again; verify=False loads it as it is, on your own responsibility."
+            "run's own copy, or make it again. In Python, mgvq.load(..., verify=False) loads it as it is, on your own "
+            "responsibility."
         )
 
 

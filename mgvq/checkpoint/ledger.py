@@ -9,7 +9,7 @@ import pandas as pd
 from mgvq.types import Tower
 
 Part = Tower | Literal["other", "container"]
-"""A tower; `other`: head and embeddings outside of the towers; `container`: headers and json."""
+"""A tower; `other`: head and embeddings outside of the towers; `container`: headers of the shards, and the index."""
 
 
 @dataclass(frozen=True, slots=True)

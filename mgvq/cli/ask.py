@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mgvq.cli.checkpoints import checkpoint_folder, mistakes_told
+from mgvq.cli.checkpoints import checkpoint_folder
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from mgvq.cli.checkpoints import checkpoint_folder, mistakes_told
+from mgvq.cli.checkpoints import checkpoint_folder
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.utf8 import use_utf8
 
 KINDS = """\

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
@@ -25,7 +26,7 @@ refused, unless with --partial: then tables, figures and verdict are of the othe
 
 
 def main() -> None:
-    """Entry point: prints what it wrote; exits with 2 where a run is missing or a file is bad."""
+    """Entry point: prints what it wrote; exits with 2 where a run is missing or a file is bad, 130 after Ctrl-C."""
     use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-report", description=__doc__, epilog=EPILOG)
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
@@ -41,18 +42,17 @@ def main() -> None:
         parser.error("--paper always reads records, and has no HTML")
     if arguments.partial and arguments.from_records:
         parser.error("--partial reads run folders, since records are of complete studies: leave out --from-records")
-    if arguments.other and (not arguments.html or arguments.partial):
-        parser.error("two studies are compared on a page, from their records: give --html, and not --partial")
-    results = results_folder()
-    try:
-        if arguments.other:
-            print(_two(arguments.study, arguments.other, results))
-            return
-        written = _paper(results) if arguments.paper else _study(arguments, results)
-    except UserError as error:
-        print(f"mgvq-report: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(*written, sep="\n")
+    if arguments.other and (not arguments.html or arguments.partial or arguments.from_records):
+        parser.error("two studies are compared on a page, always from their records: give --html alone")
+    with mistakes_told("mgvq-report"):
+        _report(arguments, results_folder())
+
+
+def _report(arguments: argparse.Namespace, results: Path) -> None:
+    if arguments.other:
+        print(_two(arguments.study, arguments.other, results))
+        return
+    print(*(_paper(results) if arguments.paper else _study(arguments, results)), sep="\n")
     root = checkout()
     if root and results == root / "results" and not arguments.partial:  # not where MGVQ_RESULTS points
         _refresh(root, results)

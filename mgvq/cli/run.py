@@ -64,6 +64,7 @@ def hydra_main(cfg: DictConfig) -> float | list[float] | None:
             log.warning("%s was done before, but %s is gone: it runs again", folder.path, _few(gone))
             folder.reopen()
         if folder.is_done():
+            folder.discard_partial()
             print("done before; delete the folder to run it again")
         else:
             check_device(cfg.device)

@@ -19,9 +19,9 @@ from mgvq.analysis.runs.differences import (
 )
 from mgvq.analysis.runs.listed import NOTHING, SORTS, ListedRun, chosen, find_run, read_runs
 from mgvq.analysis.runs.sending import check_sent, pack
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.pipes import reader_may_leave
 from mgvq.cli.utf8 import use_utf8
-from mgvq.errors import UserError
 from mgvq.runs.places import results_folder
 from mgvq.runs.verify import verify
 
@@ -59,15 +59,8 @@ def main() -> None:
     """Entry point: exits with 0 where all is well, 1 where something is bad, 2 for what is not there."""
     use_utf8()
     arguments = _parser().parse_args()
-    try:
-        with reader_may_leave():
-            bad = arguments.does(arguments)
-    except UserError as error:
-        print(f"mgvq-runs: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nmgvq-runs: interrupted; nothing is changed.", file=sys.stderr)
-        sys.exit(130)
+    with mistakes_told("mgvq-runs"), reader_may_leave():
+        bad = arguments.does(arguments)
     sys.exit(1 if bad else 0)
 
 

@@ -1,7 +1,6 @@
 """`mgvq-sensitivity`: all definitions of channel sensitivity side by side on one model, over several calibration seeds."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +8,7 @@ from typing import Any, cast
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
@@ -21,7 +21,8 @@ _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibra
 
 
 def main() -> None:
-    """Entry point: prints how stable each definition is and the files that it wrote; exits with 2 for bad settings."""
+    """Entry point: prints how stable each definition is and the files that it wrote; exits with 2 for bad settings, 130 after
+    Ctrl-C."""
     use_utf8()
     parser = argparse.ArgumentParser(prog="mgvq-sensitivity", description=__doc__, epilog=f"example: {_EXAMPLE}")
     parser.add_argument("model", help="a variant of conf/model")
@@ -36,11 +37,8 @@ def main() -> None:
     parser.add_argument("--metrics", help="variants of conf/sensitivity, with commas between them (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="folder for tables/ and figures/ (default: the results folder)")
     arguments = parser.parse_args()
-    try:
+    with mistakes_told("mgvq-sensitivity"):
         written = _compare(arguments)
-    except UserError as error:
-        print(f"mgvq-sensitivity: {error}", file=sys.stderr)
-        sys.exit(2)
     print(*written, sep="\n")
 
 

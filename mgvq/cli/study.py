@@ -10,6 +10,7 @@ from mgvq.analysis.records.collect import collect
 from mgvq.analysis.statistics.forecast import detectable, predicted_seconds
 from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import markdown
+from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.pipes import reader_may_leave
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
@@ -77,9 +78,14 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="check and list the runs, start none")
     parser.add_argument("--tracker", choices=("csv", "wandb"), help="mirror every run there (default: as the study file says)")
     arguments = parser.parse_intermixed_args()
-    try:
+    with mistakes_told("mgvq-study"):
         launcher = choose(arguments.launcher, arguments.jobs, arguments.launcher_config)
         study = read_study(arguments.study)
+        if study.frozen and arguments.overrides:
+            raise UserError(
+                f"study {study.name} is frozen at {study.frozen}: not run, so {' '.join(arguments.overrides)} has no effect. "
+                "Overrides need a study that is not frozen: copy its file under another name and without `frozen`."
+            )
         if study.frozen and arguments.dry:
             record = results_folder() / "records" / f"{study.name}.parquet"
             print(f"{study.name}: {study.question}\nfrozen at {study.frozen}: nothing is run, mgvq-report reads {record}")
@@ -88,9 +94,6 @@ def main() -> None:
         if quick:
             study, last = quick_pass(study, arguments.overrides)
         runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []), last=last)
-    except UserError as error:
-        print(f"mgvq-study: {error}", file=sys.stderr)
-        sys.exit(2)
     once = distinct(runs)
     missing = sum(not run.folder.is_done() for run in once)
     seconds = predicted_seconds(runs, jobs := launcher.jobs or max(1, missing))

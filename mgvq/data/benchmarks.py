@@ -59,12 +59,18 @@ BENCHMARKS = {
 
 
 def tokens_that_count(max_new_tokens: Mapping[str, int], fields: Mapping[str, Any]) -> dict[str, int | None]:
-    """The limits of the tasks that are asked: those of others leave a run as it is."""
+    """The limits of the tasks that are asked: those of others leave a run as it is.
+
+    A rule of identity: conf/evaluation/suite.yaml names it under `_declares_`, and what it returns is hashed into a run's name.
+    """
     return {task: max_new_tokens.get(task) for task in fields["tasks"]}
 
 
 def datasets_that_count(folder: str | None, fields: Mapping[str, Any]) -> dict[str, str] | None:
-    """A digest of the dataset in `folder` for each task that is asked; None for datasets from the library's cache."""
+    """A digest of the dataset in `folder` for each task that is asked; None for datasets from the library's cache.
+
+    A rule of identity, as `tokens_that_count` is.
+    """
     if folder is None:
         return None
     return {task: _listing(Path(folder) / BENCHMARKS[task].dataset) for task in fields["tasks"] if task in BENCHMARKS}

@@ -5,7 +5,6 @@ read in passages of some 160 words or in windows of tokens, as the literature do
 """
 
 import hashlib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +12,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mgvq.checks import told_as, whole_number
+from mgvq.checks import is_commit, told_as, whole_number
 from mgvq.data.english import Corpus, cut
 from mgvq.digest import file_digest
 from mgvq.errors import UserError
 
 SUFFIXES = (".md", ".rst", ".txt")  # the files of a folder that are read
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +51,7 @@ class TextSettings:
                 raise UserError(f"{group}.{name}={value} has no effect with {where}; it is about a data set of the hub.")
         elif "/" not in self.path or self.path.startswith((".", "/", "~")):
             raise UserError(f"{group}.path={self.path} does not exist: give a text file in UTF-8, or a folder of {_suffixes()}.")
-        elif not _COMMIT.fullmatch(self.revision or ""):
+        elif not is_commit(self.revision):
             raise UserError(
                 f"{group}.path={self.path} does not exist here, so it is taken as a data set on the hub, and that needs "
                 f"{group}.revision=<the 40 hex digits of a commit>, got {self.revision!r}: a branch may change."

@@ -3,7 +3,6 @@
 Exact match of all answer tokens equals the exact match of greedy decoding, at the cost of one forward pass.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -29,7 +28,6 @@ class Forced:
     loss: float  # nats, summed over the answer's tokens; NaN where a logit is NaN or infinite
     kl: float  # KL(reference || model) in nats, summed likewise; 0 without a reference
     num_tokens: int  # tokens of the answer, its end token included
-    exact: bool  # whether each of them is the model's first choice, of finite logits
     predicted: tuple[int, ...]  # the first choices
     reference_loss: float  # the loss of the reference; the model's own without one
     reference_exact: bool  # whether each token is the reference's first choice
@@ -58,9 +56,8 @@ def score(
         columns = (t.split(sizes) for t in (losses, divergence, chosen, expected_losses, expected_chosen, targets))
         for sample_id, loss, kl, choice, expected_loss, expected_choice, target in zip(batch.sample_ids, *columns, strict=True):
             total = loss.sum().item()
-            exact = bool(torch.equal(choice, target)) and math.isfinite(total)
             other = expected_loss.sum().item(), bool(torch.equal(expected_choice, target))
-            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), exact, tuple(choice.tolist()), *other)
+            scored[sample_id] = Forced(total, kl.sum().item(), len(loss), tuple(choice.tolist()), *other)
     return scored
 
 

@@ -19,6 +19,7 @@ from mgvq.export import aqlm, vptq
 from mgvq.export.codes import Coded, narrow
 from mgvq.model.classes import model_class
 from mgvq.model.files import read_json, reading_folder
+from mgvq.model.terms import term_files
 
 KINDS = ("bf16", "aqlm", "vptq")
 _WRITERS = {"aqlm": aqlm, "vptq": vptq}
@@ -36,33 +37,35 @@ class Exported:
     """The bytes of all files."""
 
 
-def export(path: Path, out: Path, kind: str, *, trust_remote_code: bool = False, verify: bool = True) -> Exported:
+def export(path: Path, out: Path, kind: str, *, trust_remote_code: bool = False) -> Exported:
     """Write the checkpoint at `path` into the new folder `out` as one of `KINDS`.
 
     `bf16`: every weight decoded and rounded once to 16 bits, a model like any other. `aqlm`, `vptq`: the codes of these packages,
-    without loss; embedding and head are decoded, exactly. The other arguments are those of `mgvq.load`. Raises UserError, before
-    anything is written, where `out` is taken, and with the layer and the reason where a layer cannot be represented.
+    without loss; embedding and head are decoded, exactly. Files with the model's terms, and Python files that came with it, go
+    along. `trust_remote_code` is that of `mgvq.load`. Raises UserError, before anything is written, where `out` is taken, and
+    with the layer and the reason where a layer cannot be represented.
     """
     if out.exists():
         raise UserError(f"{out} is there already: give a folder that is not (--out DIR).")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent} is no folder, so {out.name} cannot be made in it.")
-    trusted = {"trust_remote_code": trust_remote_code}
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         made = Path(scratch) / out.name
         if kind == "bf16":
-            num_coded = _write_plain(path, made, verify=verify, **trusted)
+            num_coded = _write_plain(path, made, trust_remote_code)
         else:
-            num_coded = _write_coded(path, made, kind, verify=verify, **trusted)
-        load_processor(path, verify=False, **trusted).save_pretrained(made)
+            num_coded = _write_coded(path, made, kind, trust_remote_code)
+        load_processor(path, verify=False, trust_remote_code=trust_remote_code).save_pretrained(made)
+        for file in (*path.glob("*.py"), *term_files(path)):
+            shutil.copy(file, made)
         if (settings := path / "generation_config.json").is_file():
             shutil.copy(settings, made)
         made.rename(out)
     return Exported(out, num_coded, sum(f.stat().st_size for f in out.rglob("*") if f.is_file()))
 
 
-def _write_plain(path: Path, out: Path, **settings: Any) -> int:
-    model = load(path, dtype=torch.bfloat16, **settings)
+def _write_plain(path: Path, out: Path, trust_remote_code: bool) -> int:
+    model = load(path, dtype=torch.bfloat16, trust_remote_code=trust_remote_code)
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:  # though config.json may say otherwise
         for part in {id(c): c for c in (model.config, model.config.get_text_config(decoder=True))}.values():
@@ -73,9 +76,9 @@ def _write_plain(path: Path, out: Path, **settings: Any) -> int:
     return 0
 
 
-def _write_coded(path: Path, out: Path, kind: str, *, verify: bool, trust_remote_code: bool) -> int:
+def _write_coded(path: Path, out: Path, kind: str, trust_remote_code: bool) -> int:
     writer = _WRITERS[kind]
-    layers, plain = read(path, verify=verify)
+    layers, plain = read(path)
     model = _skeleton(path, trust_remote_code)
     ends = {
         name for name, module in model.named_modules() if module in (model.get_input_embeddings(), model.get_output_embeddings())

@@ -67,10 +67,11 @@ class Chat:
     def render(self, processor: Any) -> Rendered:
         """The last answer stands behind the generation prompt, where the model would write it; all before it is the template's.
 
-        An answer goes from there to its end token. Where the template writes none, it ends before the white space that the
-        template closes the turn with, and the last answer gets one: generation has to stop. Raises UserError where the template
-        refuses the conversation, writes the answers elsewhere than behind the generation prompt (white space apart), or not at
-        all, and where a text holds a special token, that of an image for instance.
+        An answer goes from there to its end token. Where the template writes no end token, an answer ends before the white space
+        that closes its turn, and an end token is put behind the last answer, since generation has to stop.
+
+        Raises UserError where the template refuses the conversation, writes the answers elsewhere than behind the generation
+        prompt (white space apart), or not at all, and where a text holds a special token, that of an image for instance.
         """
         check_texts(processor, self.sample_id, [turn.text for turn in self.turns])
         end = end_token(processor)

@@ -1,7 +1,7 @@
 """Answers token by token. Questions about the same image share what the model has seen of it."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,18 +149,18 @@ def _watch_logits(model: PreTrainedModel, num_rows: int) -> Iterator[list[Tensor
 def _runs(questions: Sequence[Question], num_images: int, replies: list[Reply]) -> Iterator[dict[int, Question]]:
     """Consecutive questions about at most `num_images` images, by number; those that cannot be read get their reply here."""
     run: dict[int, Question] = {}
-    seen: set[bytes] = set()
+    seen: set[Hashable] = set()
     for i in range(len(questions)):
         try:
             question = questions[i]
         except Unaskable as error:
             replies[i] = Reply("", refused=str(error))
             continue
-        pixels = b"".join(image.tobytes() for image in _shown(question))
-        seen.add(pixels)
+        images = tuple(map(_told_apart, _shown(question)))
+        seen.add(images)
         if len(seen) > num_images:
             yield run
-            run, seen = {}, {pixels}
+            run, seen = {}, {images}
         run[i] = question
     if run:
         yield run
@@ -171,13 +171,18 @@ def _shown(question: Question) -> list[Image]:
     return [images] if isinstance(images, Image) else list(images)
 
 
+def _told_apart(image: Image) -> Hashable:
+    """What tells an image from all others. Its bytes alone do not: a wide one and a tall one may have the same."""
+    return image.size, image.mode, image.tobytes()
+
+
 class _Seen:
     """The keys and values of some images, each computed once."""
 
     def __init__(self, model: PreTrainedModel, processor: Any, questions: Sequence[Question]) -> None:
         self._processor, self._device = processor, model.device
-        first: dict[bytes, int] = {}
-        self._image = [first.setdefault(_shown(q)[0].tobytes(), len(first)) for q in questions]
+        first: dict[Hashable, int] = {}
+        self._image = [first.setdefault(_told_apart(_shown(q)[0]), len(first)) for q in questions]
         shown = {p: question for p, question in zip(self._image, questions, strict=True)}
         starts, self._rest = zip(*(split_prompt(processor, text) for _, text in questions), strict=True)
         inputs, prefixes = prefix_inputs(processor, [shown[p] for p in range(len(first))])

@@ -15,6 +15,7 @@ from mgvq.checks import told_as
 from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.source import Source
+from mgvq.model.terms import bring_terms
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
@@ -50,12 +51,14 @@ class Gguf(Source):
 
     @property
     def folder(self) -> Path:
-        """The unpacked model; the first who asks writes it.
+        """The unpacked model, with the terms that lie beside the file; the first who asks writes it.
 
         Weights are decoded and kept in bfloat16, as such models are published before they become GGUF. Raises UserError where the
         file is missing, another than the revision says, or nothing that transformers makes a language model of.
         """
-        return unpacked(Path(self.cache) / self.identity(), self._unpack)
+        folder = unpacked(Path(self.cache) / self.identity(), self._unpack)
+        bring_terms(Path(self.path).parent, folder)  # also to one that was unpacked without them
+        return folder
 
     def provenance(self) -> dict[str, Any]:
         """The path, the revision as it was asked for, and the digest of the file."""

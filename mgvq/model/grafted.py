@@ -21,6 +21,7 @@ from mgvq.errors import UserError
 from mgvq.model.files import read_json
 from mgvq.model.gguf import Gguf, unpacked
 from mgvq.model.source import SHIPPED, Source
+from mgvq.model.terms import bring_terms
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,6 +74,7 @@ class Grafted(Source):
 
     def _assemble(self, folder: Path) -> None:
         assemble(self.language.folder, SHIPPED / self.tower, Path(self.path) / ADAPTERS, folder)
+        bring_terms(self.language.folder, folder)
         if (found := file_digest(folder / "model.safetensors")) != self.revision:
             shutil.rmtree(folder)
             raise UserError(

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoProcessor, GenerationConfig, InternVLConfig
 
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 from mgvq.model.encode import image_token_id
 from mgvq.model.files import read_json
+from mgvq.model.terms import bring_terms
 
 _RENAMED = (
     (r"^vision_model\.", "model.vision_tower."),
@@ -57,9 +60,10 @@ _VISION = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 
 def convert(original: Path, native: Path, out: Path) -> None:
-    """Write `out`, a folder in the hub's format, shard by shard; `original` and `native` are such folders too.
+    """Write `out`, a folder in the hub's format, whole or not at all; `original` and `native` are such folders too.
 
-    Raises UserError where `original` is not of InternVL2's layout with an InternLM2, or where `out` exists.
+    Terms and model card of `original` go along. Raises UserError where `original` is not of InternVL2's layout with an InternLM2,
+    where `out` exists, and for a file that cannot be read or written.
     """
     if out.exists():
         raise UserError(f"{out} exists; give a folder that does not.")
@@ -72,7 +76,22 @@ def convert(original: Path, native: Path, out: Path) -> None:
         )
     processor = AutoProcessor.from_pretrained(native, local_files_only=True)
     config = _config(described, image_token_id(processor))
-    out.mkdir(parents=True)
+    with told_as(f"{original} cannot be converted into {out}", "Nothing is left there: mend it, and start the same command."):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+            made = Path(scratch) / out.name
+            made.mkdir()
+            _write_weights(original, config, made)
+            config.save_pretrained(made)
+            # The end of a turn, where the language model's own config names the end of a text.
+            ends, pad = processor.tokenizer.convert_tokens_to_ids("<|im_end|>"), processor.tokenizer.pad_token_id
+            GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=False).save_pretrained(made)
+            processor.save_pretrained(made)
+            bring_terms(original, made)
+            made.rename(out)
+
+
+def _write_weights(original: Path, config: InternVLConfig, out: Path) -> None:
     files = sorted(original.glob("*.safetensors"))
     places: dict[str, str] = {}
     total = 0
@@ -84,11 +103,6 @@ def convert(original: Path, native: Path, out: Path) -> None:
         total += sum(t.nbytes for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
-    config.save_pretrained(out)
-    # The end of a turn, where the language model's own config names the end of a text.
-    ends = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    GenerationConfig(eos_token_id=ends, pad_token_id=processor.tokenizer.pad_token_id, do_sample=False).save_pretrained(out)
-    processor.save_pretrained(out)
 
 
 def _read(folder: Path) -> dict[str, Any]:

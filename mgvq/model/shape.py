@@ -12,7 +12,7 @@ from mgvq.model.family import Family, declare
 
 
 @runtime_checkable
-class Described(Protocol):
+class OfKnownShape(Protocol):
     """What is looked at of a source (model/source.py, which cannot be imported here: it asks for sizes)."""
 
     @property
@@ -25,7 +25,7 @@ class Described(Protocol):
     def trust_remote_code(self) -> bool: ...
 
 
-def empty_model(source: Described) -> PreTrainedModel | None:
+def empty_model(source: OfKnownShape) -> PreTrainedModel | None:
     """The modules of the model on torch's `meta` device, which holds no numbers.
 
     They are made from config.json where the files are here, otherwise from `source.shape`; None without either.
@@ -38,7 +38,7 @@ def empty_model(source: Described) -> PreTrainedModel | None:
         return model_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
 
 
-def download_size(source: Described) -> int | None:
+def download_size(source: OfKnownShape) -> int | None:
     """Bytes of the published weights, counted on the empty model in the width in which they are stored; None where unknown.
 
     A head that shares the token embedding's weights is stored once. What else a repository holds (tokenizer, a second copy of
@@ -55,7 +55,7 @@ def stored_bytes(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters()) * width.itemsize
 
 
-def _config(source: Described) -> Any:
+def _config(source: OfKnownShape) -> Any:
     if (Path(source.path) / "config.json").is_file():
         return AutoConfig.from_pretrained(source.path, local_files_only=True, trust_remote_code=source.trust_remote_code)
     return AutoConfig.for_model(**source.shape) if source.shape else None

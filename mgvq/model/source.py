@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mgvq.checks import whole_number
+from mgvq.checks import is_commit, whole_number
 from mgvq.digest import file_digest
 from mgvq.errors import UserError
 from mgvq.model.files import INDEX, OLD_INDEX, missing_files
@@ -17,7 +17,6 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTIONS = ("eager", "sdpa")  # those that take the masks of packed questions (model/pack.py)
 FLAG = "model:"  # flags that begin so say of which model a run is; tables put them beside its name
 _WEIGHTS = (".safetensors", ".bin")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -150,7 +149,7 @@ class Source:
     def flags(self) -> list[str]:
         """What tables must say of this model: the stress variant, and a revision that may move."""
         flags = [f"{FLAG}stress {self.stress.sigma:g}"] if self.stress.sigma is not None else []
-        moving = self.on_hub and not _COMMIT.fullmatch(self.revision or "")
+        moving = self.on_hub and not is_commit(self.revision)
         return [*flags, *([f"{FLAG}moving revision {self.revision}"] if moving else [])]
 
     def provenance(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a quantised model is reported with: its stored layers, their bits, and five tables."""
+"""What a quantised model is reported with: its stored layers, their bits, and six tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from mgvq.types import LayerProblem, RateTable, Site
 
 @dataclass(frozen=True)
 class QuantReport:
-    """What `quantize` gives; the columns of its tables are explained in docs/design.md."""
+    """What `quantize` gives; the columns of its tables are explained in docs/run_folder.md."""
 
     weights: Mapping[Site, QuantizedWeight]
     stored_bits: int  # predicted; the ledger of the checkpoint must count the same

@@ -104,7 +104,10 @@ def quantize(
     `samples` are what the method calibrates on: rows `{"image", "question", "answer"}`, texts for a model of text, or what a
     calibration of mgvq has drawn; None for a method that looks at no data. Of rows and texts the last fifth is held out, no
     image of which is among the others. `method` is a preset of mgvq-run, `settings` are any further settings of its by their
-    names, `{"codebook.state_bits": 8}`. With equal samples, settings and `threads` the checkpoint has the bytes of a run's.
+    names, `{"codebook.state_bits": 8}`. `scope` says which towers' linear layers are quantised: `language`, `language_projector`
+    (with what lies between the towers) or `all` (the vision tower too). `seed` draws everything that is random; which rows are
+    held out does not depend on it. `threads` are those of the CPU, and the last digits may move with them. With equal samples,
+    settings and `threads` the checkpoint has the bytes of a run's.
 
     Raises UserError for bad settings, before any work, and as a run does for models and samples that cannot be used.
     """

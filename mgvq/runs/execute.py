@@ -77,6 +77,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     device = _device(cfg)
     with folder:
         if folder.is_done():  # by another process, while this one was starting
+            folder.discard_partial()
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
         identity = scientific_settings(cfg)
@@ -110,7 +111,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             for_grams = method.prefix is not None
             samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.runs_on_samples else None
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
-            journal = Journal(Path(cfg.paths.results) / "partial" / folder.path.name, code) if method.is_blockwise else None
+            journal = Journal(folder.partial, code) if method.is_blockwise else None
             bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
             report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype, loaded.streamed)
             clock.lap("quantize")

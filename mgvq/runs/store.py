@@ -40,6 +40,15 @@ class RunFolder:
     def checkpoint(self) -> Path:
         return self.path / "checkpoint"
 
+    @property
+    def partial(self) -> Path:
+        """Where a run that goes block by block keeps its finished blocks until it is done."""
+        return self.path.parents[1] / "partial" / self.path.name
+
+    def discard_partial(self) -> None:
+        """Throw away the finished blocks of a run that is done: one that was killed behind DONE has left them."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
     def is_done(self) -> bool:
         return (self.path / "DONE").is_file()
 

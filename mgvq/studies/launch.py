@@ -30,7 +30,7 @@ def choose(name: str, jobs: int | None, settings: Path | None) -> Launcher:
     try:
         read = yaml.safe_load(settings.read_text(encoding="utf-8")) or {} if settings else {}
         return LAUNCHERS[name](**{**read, **given})
-    except (OSError, TypeError, yaml.YAMLError) as error:
+    except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{settings} is no file of settings of the launcher {name}: {error}") from error
 
 
@@ -62,7 +62,12 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
     and peak memory; a pipe gets a line a finished run, and one a minute for each that is going on (stderr, both). When
     interrupted the started runs are ended.
     """
-    waiting = [run for run in distinct(runs) if not run.folder.is_done()]
+    waiting = []
+    for run in distinct(runs):
+        if run.folder.is_done():
+            run.folder.discard_partial()
+        else:
+            waiting.append(run)
     if not waiting:
         return []
     logs = waiting[0].folder.path.parent / ".logs"

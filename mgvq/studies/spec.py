@@ -190,14 +190,6 @@ class Study:
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
 
 
-def frozen_line(commit: str) -> str:
-    """The first line of the page of a study that is frozen at the commit."""
-    return (
-        f"> **Frozen at `{commit}`.** This study is not run again: its tables and figures are made from its record, and commands "
-        "and settings on this page are those of that commit."
-    )
-
-
 def file_part(arm: str) -> str:
     """An arm's name as part of a file's name."""
     return re.sub("[^a-z0-9]+", "_", arm.lower())

@@ -1,5 +1,6 @@
 """Words of the commands: what is not known is refused in one paragraph with the nearest name, before torch is loaded."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 from forks import shared_forks
 
 import mgvq
+from mgvq.cli import report
 from mgvq.cli import run as command
 from mgvq.cli.words import check_words
 from mgvq.errors import SharedFault, UserError
@@ -186,3 +188,29 @@ def test_the_version_and_the_commands_are_told(monkeypatch: pytest.MonkeyPatch, 
 def test_nothing_of_torch_is_imported_for_a_refusal() -> None:
     code = "import sys, mgvq.cli.run, mgvq.cli.runs, mgvq.cli.words; sys.exit('torch' in sys.modules)"
     assert shell(f'{sys.executable} -c "{code}"').returncode == 0
+
+
+@pytest.mark.parametrize(("name", "begins"), [("report", "_study"), ("sensitivity", "_compare"), ("runs", "_list")])
+def test_an_interrupted_command_says_so(
+    name: str, begins: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"mgvq.cli.{name}")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, begins, interrupted)
+    monkeypatch.setattr("sys.argv", [f"mgvq-{name}", "list" if name == "runs" else "some"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == f"\nmgvq-{name}: interrupted.\n"
+
+
+def test_records_are_not_asked_for_where_nothing_else_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["mgvq-report", "a.yaml", "b.yaml", "--html", "--from-records"])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "two studies are compared on a page, always from their records: give --html alone" in capsys.readouterr().err

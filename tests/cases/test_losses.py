@@ -62,7 +62,6 @@ def test_a_loss_of_one_infinite_logit_is_none(model: Loaded, value: float) -> No
     broken = [key for key, answer in found.items() if not math.isfinite(answer.loss)]
     assert len(broken) == 1
     assert math.isnan(found[broken[0]].loss)
-    assert not found[broken[0]].exact
     assert all(found[key] == sound[key] for key in found if key not in broken)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,8 @@ def test_runs_are_chosen_by_what_they_are(results: Path) -> None:
     with pytest.raises(UserError, match="kmeans is no filter"):
         chosen(runs, ["kmeans"])
     assert find_run(runs[0].id[:12], results / "runs").id == runs[0].id
+    numbered = [replace(run, settings={"codebook": {"seed": seed}}) for run, seed in zip(runs * 2, (10, 2, 1, 0), strict=True)]
+    assert [run.seed for run in chosen(numbered, (), "seed")] == ["0", "1", "2", "10"]
     for name, words in (("", "begins so"), ("zz", "begins so")):
         with pytest.raises(UserError, match=words):
             find_run(name, results / "runs")
@@ -110,6 +113,7 @@ def test_what_was_sent_is_checked(results: Path, tmp_path: Path) -> None:
     folder = pack(run, tmp_path)
     card = folder / "CARD.md"
     card.write_text(card.read_text().replace("TODO", "me | <b>here</b>"))
+    (folder / "TRACKED").write_text("runs.csv\n")
     assert faults(folder) == []
     assert "here" in pack(run, tmp_path).joinpath("CARD.md").read_text(), "what was written by hand stays"
     archive = Path(shutil.make_archive(str(tmp_path / "sent"), "zip", tmp_path, folder.name))

@@ -14,6 +14,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from mgvq.analysis.report import FIGURES, figure_path
+
 OUTSIDE = re.compile(r"^(?:https?:)?//")
 NAMES_OF_STANDARDS = re.compile(r"https?://www\.w3\.org/[\w/.#-]*")  # of SVG and MathML: names, nothing is fetched
 LOADING = {"src", "srcset", "data", "poster", "action", "background"}  # attributes whose address a browser fetches by itself
@@ -128,6 +130,16 @@ def test_every_variant_and_setting_has_its_place(pages: dict[Path, Html], site: 
             if not name.startswith("_") and name not in ("defaults", "shape") and not isinstance(value, dict):
                 assert f"<code>{name}</code>" in text, f"{file.name}: {name}"
     assert all((site / "studies" / f"{f.parent.name}.html").is_file() for f in (ROOT / "experiments").glob("*/study.yaml"))
+
+
+def test_a_studys_page_has_all_its_figures(site: Path) -> None:
+    """With the captions of the one list that reports are made from."""
+    for file in (ROOT / "experiments").glob("*/study.yaml"):
+        name, page = file.parent.name, " ".join((site / "studies" / f"{file.parent.name}.html").read_text().split())
+        for figure in FIGURES:
+            if (path := figure_path(ROOT / "results", name, figure)).is_file():
+                assert path.name in page
+                assert f"<em>{figure.caption}</em>" in page, path.name
 
 
 def test_the_design_names_every_room() -> None:

@@ -21,7 +21,7 @@ from mgvq.checkpoint.index import read_index, to_bytes
 from mgvq.checkpoint.save import save
 from mgvq.cli import ask as asking
 from mgvq.data.tiny_vqa.dataset import draw_test
-from mgvq.data.tiny_vqa.questions import QUESTION_TYPES
+from mgvq.data.tiny_vqa.questions import TRAINING_MIX
 from mgvq.errors import UserError
 from mgvq.export.folder import export
 from mgvq.model.encode import chat_prompt
@@ -48,7 +48,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     metrics = json.loads((finished / "metrics.json").read_text())
     assert set(metrics) >= KEYS
     assert metrics["schema_version"] == 1
-    assert {f"tiny_vqa/accuracy/{kind}" for kind in QUESTION_TYPES} <= set(metrics)
+    assert {f"tiny_vqa/accuracy/{kind}" for kind in TRAINING_MIX} <= set(metrics)
     assert metrics["bits/quantized_layers"] == pytest.approx(2.0, abs=0.02)
     assert 2 < metrics["bits/language_model"] < 16
     assert 2 < metrics["bits/model"] < 16
@@ -72,8 +72,11 @@ def test_the_ledger_is_the_bytes_on_disk(finished: Path) -> None:
 def test_a_finished_run_is_skipped_and_named(finished: Path) -> None:
     model = json.loads((finished / "identity.json").read_text())["model"]["name"]
     words = (f"model={model}", "method=kmeans", "evaluation.num_questions=52")
+    left = finished.parents[1] / "partial" / finished.name  # by a run that was killed behind DONE
+    left.mkdir(parents=True)
     again = run_command("mgvq.cli.run", *words, results=finished.parents[1])
     assert again.stdout.splitlines()[0].startswith("done before")
+    assert not left.exists()
     assert again.stdout.splitlines()[-1] == str(finished)
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 
 from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.evaluation.documents import documents
@@ -16,7 +17,7 @@ from mgvq.evaluation.tasks.tiny_vqa import TinyVQATask
 from mgvq.evaluation.tiny_vqa import TinyVQA
 from mgvq.model.answers import answer_logits, answer_states
 from mgvq.model.encode import Example, batches, encode
-from mgvq.model.generate import generate
+from mgvq.model.generate import _runs, _Seen, generate
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.runs.cache import reference
 
@@ -87,11 +88,19 @@ def test_questions_that_share_a_picture_get_the_answers_of_questions_alone(loade
     assert len(set(shared)) > 20
 
 
+def test_images_of_equal_bytes_are_told_apart(loaded) -> None:
+    wide, tall = Image.new("RGB", (64, 32)), Image.new("RGB", (32, 64))
+    asked = [(wide, "?"), (tall, "?"), (wide.copy(), "?")]
+    assert [list(run) for run in _runs(asked, 1, [])] == [[0], [1], [2]]
+    assert [list(run) for run in _runs(asked, 2, [])] == [[0, 1, 2]]
+    assert _Seen(loaded.model, loaded.processor, asked)._image == [0, 1, 0]
+
+
 def test_losses_do_not_depend_on_batches(loaded) -> None:
     one, many = (score(loaded.model, None, batches(loaded.processor, examples(30), size)) for size in (1, 30))
     for key in one:
         assert one[key].loss == pytest.approx(many[key].loss, abs=1e-4)
-        assert one[key].exact == many[key].exact
+        assert one[key].predicted == many[key].predicted
 
 
 def test_all_questions_of_a_picture_in_one_row_are_those_of_single_rows(loaded) -> None:

@@ -72,6 +72,9 @@ def test_a_frozen_study_is_not_run(tmp_path: Path) -> None:
     assert len(refused.stderr.splitlines()) == 1
     dry = run_command("mgvq.cli.study", str(study), "--dry", results=results)
     assert f"frozen at 0123abc: nothing is run, mgvq-report reads {results}/records/quick.parquet" in dry.stdout
+    overridden = run_command("mgvq.cli.study", str(study), "--dry", "seed=0", results=results, check=False)
+    assert (overridden.returncode, overridden.stdout) == (2, "")
+    assert "study quick is frozen at 0123abc: not run, so seed=0 has no effect" in overridden.stderr
     report = run_command("mgvq.cli.report", str(study), results=results, check=False)
     assert report.returncode == 2
     assert "records/quick.parquet is missing" in report.stderr

@@ -19,7 +19,7 @@ from mgvq.analysis.tables.paper_tables import write_paper
 from mgvq.data.tiny_vqa.questions import HEADLINE
 from mgvq.model.source import SHIPPED
 from mgvq.studies.plan import distinct, expand
-from mgvq.studies.spec import frozen_line, read_study
+from mgvq.studies.spec import read_study
 
 RESULTS = ROOT / "results"
 TRAININGS = sorted(f.parent.name for f in SHIPPED.glob("trainings/*/model.safetensors"))
@@ -73,7 +73,10 @@ def test_the_records_of_frozen_studies_are_what_they_were() -> None:
 @pytest.mark.parametrize("study", sorted(FROZEN))
 def test_the_page_of_a_frozen_study_says_so_first(study: str) -> None:
     page = (ROOT / "experiments" / study / "README.md").read_text()
-    assert page.partition("\n")[0] == frozen_line(FROZEN[study])
+    assert page.partition("\n")[0] == (
+        f"> **Frozen at `{FROZEN[study]}`.** This study is not run again: its tables and figures are made from its record, and "
+        "commands and settings on this page are those of that commit."
+    )
 
 
 def test_no_other_page_says_so() -> None:

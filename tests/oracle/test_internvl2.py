@@ -88,10 +88,8 @@ def in_their_layout(model: torch.nn.Module, vision: dict[str, Any]) -> dict[str,
     return old
 
 
-@pytest.mark.parametrize("vision", [SMALL, LARGE], ids=["300M", "6B"])
-def test_every_tensor_comes_to_its_place_and_the_model_runs(vision: dict[str, Any], tmp_path: Path) -> None:
-    model = native_model(vision)
-    original = tmp_path / "original"
+def write_original(original: Path, model: torch.nn.Module, vision: dict[str, Any]) -> None:
+    """Its repository, with terms."""
     original.mkdir()
     tensors = in_their_layout(model, vision)
     for number in (1, 2):
@@ -100,14 +98,38 @@ def test_every_tensor_comes_to_its_place_and_the_model_runs(vision: dict[str, An
     described = {"model_type": "internvl_chat", "llm_config": LLM, "vision_config": vision, "ps_version": "v2",
                  "select_layer": -1, "downsample_ratio": 0.5, "torch_dtype": "float32"}  # fmt: skip
     (original / "config.json").write_text(json.dumps(described))
+    (original / "LICENSE").write_text("what may be done with it")
+    (original / "README.md").write_text("---\nlicense: mit\n---\n")
+
+
+@pytest.mark.parametrize("vision", [SMALL, LARGE], ids=["300M", "6B"])
+def test_every_tensor_comes_to_its_place_and_the_model_runs(vision: dict[str, Any], tmp_path: Path) -> None:
+    model, original = native_model(vision), tmp_path / "original"
+    write_original(original, model, vision)
     convert(original, NATIVE, tmp_path / "out")
     source = Source(name="internvl2", path=str(tmp_path / "out"), revision=None, dtype="float32")
     found = load(source, torch.device("cpu"))
+    assert (found.licence, [file.name for file in found.terms]) == ("mit", ["LICENSE"])
     expected = model.state_dict()
     assert found.model.state_dict().keys() == expected.keys()
     assert [name for name, tensor in found.model.state_dict().items() if not torch.equal(tensor, expected[name])] == []
     assert found.model.config.text_config.rope_parameters["rope_type"] == "dynamic"
     assert found.model.generation_config.eos_token_id == AutoProcessor.from_pretrained(NATIVE).tokenizer.eos_token_id
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
+    """The same command does it once the file is mended."""
+    original, out = tmp_path / "original", tmp_path / "out"
+    write_original(original, native_model(SMALL), SMALL)
+    shard = original / "model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"original cannot be converted into \S+out \("):
+        convert(original, NATIVE, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["original"]
+    shard.write_bytes(content)
+    convert(original, NATIVE, out)
+    assert (out / "model-00002-of-00002.safetensors").is_file()
 
 
 def test_what_is_no_internvl2_is_refused(tmp_path: Path) -> None:

@@ -190,12 +190,13 @@ def test_components_are_recovered() -> None:
 
 
 def test_power_is_that_of_the_paired_t_test_with_one_seed() -> None:
-    """scipy's noncentral t by hand, and the limits: no difference is found alpha of the time, no spread always."""
+    """scipy's noncentral t by hand, and the limits: no difference is found 5 % of the time, no spread always."""
     parts = Components(seed=1.0, sample=0.25, residual=0.75)  # of 1.0 a question; that between seeds cannot be seen
     found = power(0.3, parts, num_seeds=1, num_samples=50)
     critical, shift = stats.t.ppf(0.975, 49), 0.3 * 50**0.5
     assert found == pytest.approx(1 - stats.nct.cdf(critical, 49, shift) + stats.nct.cdf(-critical, 49, shift))
-    assert power(0.0, TYPICAL, num_seeds=5, num_samples=50, alpha=0.1) == pytest.approx(0.1)
+    assert power(0.0, TYPICAL, num_seeds=5, num_samples=50) == pytest.approx(0.05)
+    assert power(0.0, TYPICAL, num_seeds=5, num_samples=50, num_tests=2) == pytest.approx(0.025)
     nothing = Components(seed=0.0, sample=0.0, residual=0.0)
     assert smallest_difference(nothing, num_seeds=3, num_samples=4) == 0
     assert power(1e-9, nothing, num_seeds=3, num_samples=4) == 1

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mgvq.errors import UserError
 from mgvq.model.gguf import Gguf, unpack
 from mgvq.model.load import load
+from mgvq.model.terms import licence_of, term_files
 from mgvq.runs.compose import composer
 from mgvq.runs.identity import run_id
 
@@ -153,6 +154,20 @@ def test_without_the_reader_it_says_what_to_install(tmp_path: Path, monkeypatch:
 def test_what_is_unpacked_is_not_read_again(tmp_path: Path) -> None:
     (tmp_path / "cache" / DIGEST).mkdir(parents=True)
     assert source(tmp_path / "gone.gguf").folder == tmp_path / "cache" / DIGEST
+
+
+def test_terms_beside_the_file_travel_with_the_model(tmp_path: Path) -> None:
+    """Also with one that was unpacked before they were there; weights of the same folder do not."""
+    terms = {"GEMMA_TERMS.html": "terms", "NOTICE.md": "notice", "README.upstream.md": "---\nlicense: gemma\n---\n"}
+    unpacked = tmp_path / "cache" / DIGEST
+    unpacked.mkdir(parents=True)
+    assert (licence_of(source(tmp_path / "x.gguf").folder), term_files(unpacked)) == (None, ())
+    for name, text in {**terms, "SHA256SUMS": "other", "determs.json": "other"}.items():
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        assert licence_of(source(tmp_path / "x.gguf").folder) == "gemma"
+        assert {file.name: file.read_text() for file in unpacked.iterdir()} == terms
+        assert [file.name for file in term_files(unpacked)] == ["GEMMA_TERMS.html", "NOTICE.md"]
 
 
 @reads

@@ -1,9 +1,12 @@
 """The files from which a stopped run goes on."""
 
+import subprocess
+
 import pytest
 import torch
 
 from mgvq.runs.journal import Journal
+from mgvq.runs.provenance import provenance
 
 
 def test_entries_outlive_the_process_and_other_code_takes_none_of_them(tmp_path) -> None:
@@ -33,3 +36,26 @@ def test_where_nothing_can_be_written_the_run_goes_on(tmp_path, caplog) -> None:
     journal["block"] = 1
     assert "block" not in journal
     assert "will have to begin again" in caplog.text
+
+
+def test_a_new_module_is_other_code(tmp_path, monkeypatch) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True)
+
+    def write(name: str, text: str) -> str | None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return provenance()["dirty"]
+
+    monkeypatch.setattr("mgvq.runs.provenance.checkout", lambda: tmp_path)
+    git("init", "--quiet")
+    write("mgvq/old.py", "")
+    write(".gitignore", "*.pyc\n")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "old")
+    assert provenance()["dirty"] is None
+    assert write("mgvq/old.pyc", "") is None
+    assert write("results/new.md", "") is None, "no code"
+    states = [write("mgvq/new.py", "a"), write("mgvq/new.py", "b"), write("conf/neu é.yaml", "c"), write("mgvq/old.py", "d")]
+    assert None not in states
+    assert len(set(states)) == 4

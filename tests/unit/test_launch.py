@@ -111,6 +111,17 @@ def test_a_run_that_another_study_gives_up_is_taken_over(tmp_path: Path) -> None
     assert run.folder.is_done()
 
 
+def test_a_finished_run_keeps_no_blocks(tmp_path: Path) -> None:
+    """One that was killed behind DONE has left them."""
+    (run,) = planned(tmp_path / "runs", WORK)
+    run.folder.path.mkdir(parents=True)
+    (run.folder.path / "DONE").touch()
+    run.folder.partial.mkdir(parents=True)
+    assert run.folder.partial == tmp_path / "partial" / "r0"
+    assert launch([run], choose("local", 1, None)) == []
+    assert not run.folder.partial.exists()
+
+
 def test_each_slot_has_its_device(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("gpus: [3, 5]")
     code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.4); sys.exit(1)"
@@ -128,12 +139,18 @@ def test_each_slot_has_its_device(tmp_path: Path) -> None:
         ("slurm", "cluster: pbs", "cluster must be slurm or local"),
         ("ray", "cpus: 0", "cpus must be a number >= 1"),
         ("ray", "[", "settings.yaml"),
+        ("local", "jobs: -1", "launcher local: jobs must be a whole number >= 1, got -1"),
+        ("local", "jobs: 0", "jobs must be a whole number >= 1, got 0"),
+        ("local", "jobs: true", "jobs must be a whole number >= 1, got True"),
+        ("slurm", "jobs: 0", "launcher slurm: jobs must be a whole number >= 1, got 0"),
+        ("ray", "jobs: -1", "launcher ray: jobs must be a whole number >= 1, got -1"),
+        ("local", "jobs: 2  # f\xfcr zwei", "settings.yaml is no file of settings"),
     ],
 )
 def test_bad_settings_are_named(name: str, settings: str, named: str, tmp_path: Path) -> None:
     if find_spec(PACKAGE[name]) is None:
         pytest.skip(f"{PACKAGE[name]} is not installed: pip install 'mgvq[{name}]'")
-    (tmp_path / "settings.yaml").write_text(settings)
+    (tmp_path / "settings.yaml").write_bytes(settings.encode("latin-1"))
     with pytest.raises(UserError, match=named):
         choose(name, None, tmp_path / "settings.yaml")
 

@@ -10,11 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, GotOcr2ImageProcessor, LlamaConfig, PretrainedConfig, Qwen2VLImageProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    GotOcr2ImageProcessor,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2VLImageProcessor,
+)
 
 from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.save import save
 from mgvq.errors import UserError
+from mgvq.export.folder import export
 from mgvq.model.generate import generate
 from mgvq.model.load import load
 from mgvq.model.processor import adjust, load_processor
@@ -170,18 +178,25 @@ class Config(InternVLConfig):
 class Model(InternVLForConditionalGeneration):
     config_class = Config
 """
+TERMS = ("LICENSE", "NOTICE.md", "THEIR_TERMS.html")
 
 
 def test_a_class_of_the_repository_is_loaded_saved_and_loaded_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     theirs = with_code(tmp_path / "a", {"AutoConfig": "theirs.Config", "AutoModelForImageTextToText": "theirs.Model"})
     (tmp_path / "a" / "theirs.py").write_text(THEIRS)
+    for name in TERMS:
+        (tmp_path / "a" / name).write_text("what may be done with it")
     loaded = load(replace(theirs, trust_remote_code=True), CPU)
     assert type(loaded.model).__name__ == "Model"
     save(tmp_path / "checkpoint", loaded, [], {})
+    assert {file.name for file in (tmp_path / "checkpoint").iterdir()} >= {"theirs.py", *TERMS}
     again = load_checkpoint(tmp_path / "checkpoint", trust_remote_code=True)
     assert type(again).__name__ == "Model"
     assert all(torch.equal(p, q) for p, q in zip(again.parameters(), loaded.model.parameters(), strict=True))
+    plain = export(tmp_path / "checkpoint", tmp_path / "plain", "bf16", trust_remote_code=True).folder
+    assert {file.name for file in plain.iterdir()} >= {"theirs.py", *TERMS}
+    assert type(AutoModelForImageTextToText.from_pretrained(plain, trust_remote_code=True)).__name__ == "Model"
 
 
 def test_trusted_code_without_a_class_for_images_and_text_is_an_error(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import declare_done, write_finished_run
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,7 +23,7 @@ from mgvq.analysis.figures.study_figures import arms_figure, has_bit_widths
 from mgvq.analysis.html import write_html
 from mgvq.analysis.records import layers as layers_module
 from mgvq.analysis.records.collect import collect
-from mgvq.analysis.records.layers import collect_layers, evenness, read_layers, write_layers
+from mgvq.analysis.records.layers import codebook_usage, collect_layers, evenness, read_layers, write_layers
 from mgvq.analysis.records.records import RunRecord, StudyRecord
 from mgvq.analysis.report import write_figures
 from mgvq.analysis.tables.limits_table import limits_table, write_limits
@@ -30,6 +32,10 @@ from mgvq.analysis.two_studies import file_differences, shared_arms, write_two
 from mgvq.analysis.verdict import verdict
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
+from mgvq.formats.columns import ColumnWeight
+from mgvq.formats.exponent import ExponentWeight
+from mgvq.formats.grouped import GroupedWeight, pack_groups
+from mgvq.formats.vector import VectorWeight
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
@@ -132,6 +138,17 @@ def test_usage_is_the_entropy_of_the_codes_over_its_maximum(
     codes: list[list[int]], tables: int, size: int, expected: float
 ) -> None:
     assert evenness(np.array(codes)[..., None], tables, size) == pytest.approx(expected)
+
+
+def test_every_weight_with_a_codebook_has_its_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is wrapped in: by columns, times a power of two, as a channel group."""
+    vectors = VectorWeight(torch.tensor([[[0], [0]], [[1], [1]]]), torch.zeros(1, 4, 2, dtype=torch.float16), 4)
+    columns = ColumnWeight(VectorWeight(vectors.codes, vectors.table, 4))
+    grouped = GroupedWeight((columns, ExponentWeight(columns, 30)), pack_groups(torch.tensor([0, 0, 1, 1])), 4)
+    weights = {"a": vectors, "b": columns, "c": ExponentWeight(vectors, 30), "d": grouped}
+    stored = [SimpleNamespace(name=n, format=w.format, tensors=w.tensors(), settings=w.settings()) for n, w in weights.items()]
+    monkeypatch.setattr("mgvq.checkpoint.load.read", lambda _: (stored, {}))
+    assert codebook_usage(Path()) == dict.fromkeys([("a", 0), ("b", 0), ("c", 0), ("d", 0), ("d", 1)], pytest.approx(0.5))
 
 
 def test_the_table_of_limits_has_a_column_a_kind(layers: pd.DataFrame, tmp_path: Path) -> None:

@@ -85,8 +85,10 @@ def codebook_usage(checkpoint: Path) -> dict[tuple[str, int], float]:
         stored = getattr(stored, "rest", stored)  # beside outliers
         stored = getattr(stored, "inner", stored)  # in a rotated basis
         for group, channel_slice in enumerate(getattr(stored, "slices", (stored,))):
-            if channel_slice.format == "vector":
-                usage[layer.name, group] = evenness(channel_slice.codes.numpy(), *channel_slice.table.shape[:2])
+            coded = getattr(channel_slice, "plain", channel_slice)  # times a power of two
+            coded = getattr(coded, "transposed", coded)  # vectors of columns
+            if coded.format == "vector":
+                usage[layer.name, group] = evenness(coded.codes.numpy(), *coded.table.shape[:2])
     return usage
 
 

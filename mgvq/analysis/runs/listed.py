@@ -56,9 +56,13 @@ class ListedRun:
     @property
     def seed(self) -> str:
         """The seed that its parts drew with, several where they differ; `-` where nothing was drawn."""
+        return "/".join(f"{seed:g}" for seed in self.seeds) or NOTHING
+
+    @property
+    def seeds(self) -> list[float]:
+        """The same as numbers, ascending."""
         groups = (own for name, own in self.settings.items() if isinstance(own, Mapping) and name not in _DRAWS_ELSEWHERE)
-        seeds = {own["seed"] for own in groups if own.get("seed") is not None}
-        return "/".join(f"{seed:g}" for seed in sorted(seeds)) or NOTHING
+        return sorted({own["seed"] for own in groups if own.get("seed") is not None})
 
     @property
     def metric(self) -> str:
@@ -133,7 +137,7 @@ def find_run(name: str, runs: Path) -> ListedRun:
 SORTS = {
     "method": lambda run: run.method,
     "model": lambda run: run.model,
-    "seed": lambda run: run.seed,
+    "seed": lambda run: run.seeds,
     "score": lambda run: (run.metric, run.score is not None, run.score),
     "date": lambda run: run.date,
 }

@@ -24,6 +24,7 @@ from mgvq.analysis.statistics.measures import MEASURES
 from mgvq.errors import UserError
 from mgvq.runs.identity import id_of
 from mgvq.runs.store import RunFolder
+from mgvq.runs.tracking import MARK
 from mgvq.studies.kinds import kind_of_metrics
 
 _LEFT_OUT = "checkpoint/"  # too large to send; its digests stay in DONE
@@ -118,7 +119,7 @@ def _check_run(path: Path) -> Iterator[Finding]:
             broken.add(name)
             yield Finding("ALTERED", f"{name} is not the file that the run wrote.")
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        if (name := str(file.relative_to(path))) not in (*names, "DONE", CARD):
+        if (name := str(file.relative_to(path))) not in (*names, "DONE", CARD, MARK):
             yield Finding("ALTERED", f"{name} was not written by the run: take it out.")
     for name in _NEEDED:
         if name not in names:

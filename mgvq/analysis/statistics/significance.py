@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, stats
 
+LEVEL, ALPHA, FOUND = 0.95, 0.05, 0.8  # of intervals; of p; how often a difference is found that studies are planned for
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
@@ -55,14 +57,14 @@ class Components:
     """What neither explains."""
 
 
-def paired_difference(d: Float[np.ndarray, "seeds samples"], level: float = 0.95) -> Effect:
-    """The effect of differences paired by seed and sample, its interval covering `level` of the time.
+def paired_difference(d: Float[np.ndarray, "seeds samples"]) -> Effect:
+    """The effect of differences paired by seed and sample, its interval covering `LEVEL` of the time.
 
     An arm in which nothing is random has one row for all seeds: `a - b` of numpy repeats it. If both have one row, the result
     is `samples_only`. Differences that are all equal have an interval of width 0, and p = 1 if they are 0, else p = 0.
     """
     mean, se, df = (float(x) for x in two_way(d))
-    half = float(stats.t.ppf((1 + level) / 2, df)) * se
+    half = float(stats.t.ppf((1 + LEVEL) / 2, df)) * se
     num_seeds, num_samples = d.shape
     p = float(p_value(np.asarray(mean), np.asarray(se), np.asarray(df)))
     return Effect(mean=mean, low=mean - half, high=mean + half, p=p, df=df, se=se, num_seeds=num_seeds, num_samples=num_samples)
@@ -150,10 +152,8 @@ def variance_components(d: Float[np.ndarray, "seeds samples"]) -> Components:
     )
 
 
-def power(
-    effect: float, components: Components, *, num_seeds: int, num_samples: int, alpha: float = 0.05, num_tests: int = 1
-) -> float:
-    """How often a true difference of `effect` is found by `paired_difference` with p <= alpha / num_tests.
+def power(effect: float, components: Components, *, num_seeds: int, num_samples: int, num_tests: int = 1) -> float:
+    """How often a true difference of `effect` is found by `paired_difference` with p <= ALPHA / num_tests.
 
     Noncentral t at the expected mean squares. Dividing by `num_tests` is the first step of Holm, so with several real differences
     the power is a little better. With one seed the seeds' component plays no role, as in the test.
@@ -165,24 +165,16 @@ def power(
     se, df = (float(x) for x in _spread(squares[0], squares[1], squares[2], num_seeds, num_samples))
     if se == 0:
         return float(effect != 0)
-    critical = float(stats.t.isf(alpha / num_tests / 2, df))
+    critical = float(stats.t.isf(ALPHA / num_tests / 2, df))
     shift = abs(effect) / se
     return float(stats.nct.sf(critical, df, shift) + stats.nct.sf(critical, df, -shift))  # nct.cdf(-critical) may be NaN
 
 
-def smallest_difference(
-    components: Components,
-    *,
-    num_seeds: int,
-    num_samples: int,
-    target: float = 0.8,
-    alpha: float = 0.05,
-    num_tests: int = 1,
-) -> float:
-    """The true difference that is found with probability `target` (see `power`); 0 without any spread."""
+def smallest_difference(components: Components, *, num_seeds: int, num_samples: int, num_tests: int = 1) -> float:
+    """The true difference that is found with probability `FOUND` (see `power`); 0 without any spread."""
 
     def missing(effect: float) -> float:
-        return target - power(effect, components, num_seeds=num_seeds, num_samples=num_samples, alpha=alpha, num_tests=num_tests)
+        return FOUND - power(effect, components, num_seeds=num_seeds, num_samples=num_samples, num_tests=num_tests)
 
     largest = np.sqrt(components.seed + components.sample + components.residual)
     if largest == 0:

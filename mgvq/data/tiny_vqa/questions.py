@@ -211,7 +211,6 @@ _ASKERS: dict[str, Callable[[Things, np.random.Generator], Drawn]] = {
     "list_all": _list_all, "digit": _digit, "color": _color, "shape": _shape, "exist": _exist, "cmp_size": _cmp_size,
     "relation": _relation,
 }  # fmt: skip
-QUESTION_TYPES = tuple(_ASKERS)
 
 _THING_WORDS = {*SHAPES, *NUMBERS, NOTHING}
 _ANSWER_WORDS: dict[str, set[str]] = {

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mgvq.checks import whole_number
 from mgvq.errors import UserError
 from mgvq.studies.launchers.job import Command, Start, end
 
@@ -21,6 +22,7 @@ class Local:
     gpus: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        whole_number("launcher local: jobs", self.jobs, least=1)
         if not (isinstance(self.gpus, list) and all(type(g) is int and g >= 0 for g in self.gpus)):
             raise UserError(f"launcher local: gpus must be a list of device numbers such as [0, 1], got {self.gpus!r}.")
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mgvq.checks import whole_number
 from mgvq.errors import UserError
 from mgvq.studies.launchers.job import Command, Start, run_to_end
 
@@ -31,6 +32,8 @@ class Ray:
     def __post_init__(self) -> None:
         if find_spec("ray") is None:
             raise UserError("the launcher ray needs Ray: pip install 'mgvq[ray]'")
+        if self.jobs is not None:
+            whole_number("launcher ray: jobs", self.jobs, least=1)
         for name, least in (("cpus", 1), ("gpus", 0), ("memory_gb", 0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or value < least:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from mgvq.checks import whole_number
 from mgvq.errors import UserError
 from mgvq.studies.launchers.job import Command, Start, run_to_end
 
@@ -36,6 +37,8 @@ class Slurm:
             raise UserError("the launcher slurm needs submitit: pip install 'mgvq[slurm]'")
         if self.cluster not in ("slurm", "local"):
             raise UserError(f"launcher slurm: cluster must be slurm or local, got {self.cluster!r}.")
+        if self.jobs is not None:
+            whole_number("launcher slurm: jobs", self.jobs, least=1)
         for name, least in (("hours", 1 / 60), ("cpus", 1), ("memory_gb", 0.1), ("gpus", 0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or value < least:
