@@ -167,7 +167,10 @@ def _answer(connection: socket.socket) -> NoReturn:
     connection.send(json.dumps(pid).encode())
     ready, *_ = select.select([os.pidfd_open(pid), connection], [], [])
     if connection in ready:
-        os.killpg(pid, signal.SIGKILL)
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet
+            os.kill(pid, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
         connection.send(json.dumps(status).encode())

@@ -64,6 +64,7 @@ class PackedLinear(Held):
             self.hold(role, tensor, own=self.is_own(role))
         self.register_parameter("bias", bias)
         self.out_features, self.in_features = settings["shape"]
+        self.kernels = True  # False: every call decodes the weight, which gives the very sums of a plain layer
 
     def is_own(self, role: str) -> bool:
         """Whether the tensor is stored under the layer's own name."""

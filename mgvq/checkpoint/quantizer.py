@@ -51,7 +51,8 @@ class MgvqQuantizer(HfQuantizer):
         if not (folder / INDEX).exists() and not Path(model.config.name_or_path).is_dir():
             from huggingface_hub import snapshot_download  # transformers has got the first shard alone
 
-            folder = Path(snapshot_download(model.config.name_or_path, revision=getattr(model.config, "_commit_hash", None)))
+            commit, cache = getattr(model.config, "_commit_hash", None), folder.parents[2]  # CACHE/models--A--B/snapshots/COMMIT
+            folder = Path(snapshot_download(model.config.name_or_path, revision=commit, cache_dir=cache))
         contents = open_checkpoint(folder, verify=self.quantization_config.verify)
         self.placing = Placing(model, contents, model.config.dtype)
         checkpoint_files[:] = [str(file) for file in contents.shards]  # the list that transformers goes on with

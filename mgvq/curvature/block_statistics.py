@@ -40,10 +40,16 @@ def collect_by_block(
         return
     walk = BlockWalk(model, sites, held, weights)
     behind, more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
+    reached = set[Site]()
     for block in by_block(sites):
-        if not is_finished(block):
-            yield block, collect(model, block, behind, needs, seed, more)
+        if is_finished(block):  # an earlier start has found that samples come there
+            reached |= set(block)
+        else:
+            bank = collect(model, block, behind, needs, seed, more, whole=False)
+            reached |= {site for site in block if any(bank[site].num_tokens.values())}
+            yield block, bank
         walk.settle(block)
+    check_reached(sites, reached)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,15 @@ def collect(
     needs: Needs,
     seed: int,
     further: Iterable[Batch] = (),
+    *,
+    whole: bool = True,
 ) -> StatsBank:
     """Collect what `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
 
     The plain Gram sees the `further` batches too, in forward passes alone; nothing else does, and where `needs` asks for no Gram
     they are not looked at.
 
+    `sites` that are not the `whole` of what is quantised may lie where no sample comes: whoever has all of them checks that.
     Sites that read the same hold the very same Gram tensor. Sites that are never called have no tokens, and zeros.
 
     `sequence` and `token` estimate F, the Fisher of the mean answer loss over N answer tokens (YAQA, Tseng et al. 2025;
@@ -65,7 +68,8 @@ def collect(
         if answered:
             for site, g in run.gradients(right_labels(batch), last=True).items():
                 sums.add_answered(rows, site, run.inputs[site.reads], g)
-    check_reached(sites, {site for site in sites if sums.reached(site)})
+    if whole:
+        check_reached(sites, {site for site in sites if sums.reached(site)})
     for _ in _runs(model, sites, further, sums.add_inputs, graph=False):
         pass
     token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}

@@ -41,7 +41,8 @@ def has_kernel(inputs: Float[Tensor, "*b in"], layer: Any) -> bool:
     """Whether `packed_linear` multiplies these inputs without decoding the weight: by what its format offers as `multiply`."""
     num_tokens = inputs.numel() // max(1, inputs.shape[-1])
     return (
-        hasattr(layer.format_class, "multiply")
+        layer.kernels
+        and hasattr(layer.format_class, "multiply")
         and 0 < num_tokens <= FEW
         and inputs.device.type == "cpu"
         and inputs.dtype in _NARROW

@@ -29,8 +29,12 @@ def by_block(sites: Sequence[Site]) -> Iterator[list[Site]]:
 def block_name(block: Block) -> str:
     """The module that holds a block: a site's name up to the block's number; a site outside the blocks is one itself."""
     site = block[0]
-    parts = site.name.split(".")
-    return site.name if site.block is None else ".".join(parts[: parts.index(str(site.block)) + 1])
+    if site.block is None:
+        return site.name
+    parts, number = site.name.split("."), str(site.block)
+    if number not in parts:  # blocks of a tower with several lists are numbered through
+        number = next(part for part in parts if part.isdigit())
+    return ".".join(parts[: parts.index(number) + 1])
 
 
 def rows_of_blocks(sites: Sequence[Site]) -> list[list[str]]:

@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,7 +58,8 @@ class Gguf(Source):
         file is missing, another than the revision says, or nothing that transformers makes a language model of.
         """
         folder = unpacked(Path(self.cache) / self.identity(), self._unpack)
-        bring_terms(Path(self.path).parent, folder)  # also to one that was unpacked without them
+        with suppress(OSError):  # a cache that another user has filled
+            bring_terms(Path(self.path).parent, folder)  # also to one that was unpacked without them
         return folder
 
     def provenance(self) -> dict[str, Any]:
@@ -79,6 +81,8 @@ class Gguf(Source):
 
 def unpacked(folder: Path, write: Any) -> Path:
     """The folder, which `write(FOLDER)` fills where it is not there yet: whole, or not at all, and by one process of several."""
+    if folder.is_dir():  # whole, since it is renamed at the end; the lock may be another user's
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_suffix(".lock").open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -37,6 +37,8 @@ class Forward:
         outputs = list(self.outputs.values())
         if not outputs:  # sites of the vision tower, and no image in the batch
             return {}
+        if not loss.requires_grad:  # nobody uses what any of these layers puts out
+            return {site: torch.zeros_like(output, dtype=torch.float32) for site, output in self.outputs.items()}
         # A layer whose output nobody uses (a vision tower's last block, say) has the gradient 0.
         found = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True, materialize_grads=True)
         return {site: gradient.float() for site, gradient in zip(self.outputs, found, strict=True)}

@@ -78,6 +78,9 @@ class BlockWalk:
     Two prefixes are kept apart. `quantized` is the model as it is now, the blocks before quantised. `full_precision` is what the
     blocks put out before they were: `visit` keeps it, for whoever compares the two.
 
+    Where something else reads what a block puts out than the next one of its tower (the features of a layer before the last in
+    LLaVA-1.5, those of several layers in Qwen3-VL), every settled block plays its own output; else the last one's is enough.
+
     `weights`: where the weights of `sites` are; None: in the model.
     """
 
@@ -90,6 +93,8 @@ class BlockWalk:
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
         self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
         self._visited: list[str] = []
+        self._chains: dict[tuple[str, ...], bool] = {}
+        self._playing = {name: row if self._is_chain(row) else [name] for name, row in self._row.items()}
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if not self.batches:
@@ -97,6 +102,26 @@ class BlockWalk:
         with torch.no_grad(), modules_before(self.model, sites) as static:
             answer_states(self.model, self.batches[-1])  # the batch with the most images: the first may have none
         return static
+
+    @torch.no_grad()
+    def _is_chain(self, row: Sequence[str]) -> bool:
+        """Whether nothing but the next block reads what a block of the row puts out: the last one's output is all that counts."""
+        key = tuple(row)
+        if key not in self._chains:
+            self._chains[key] = len(row) < 2 or not self.batches or self._plays_alike(row)
+        return self._chains[key]
+
+    def _plays_alike(self, row: Sequence[str]) -> bool:
+        kept, self._kept = self._kept, {"quantized": _Kept(list(row))}
+        self._playing = dict.fromkeys(row, row)
+        answers = []
+        try:
+            for _ in range(2):  # the first pass computes, the second one plays
+                with self.passing(len(self.batches) - 1) as batch:
+                    answers.append(answer_states(self.model, batch))
+        finally:
+            self._kept = kept
+        return torch.equal(*answers)
 
     def settle(self, block: Block) -> None:
         """The weights of the block, and of all blocks before it, stay as they are until `unsettle`."""
@@ -117,7 +142,7 @@ class BlockWalk:
         modules = {name: self.model.get_submodule(name) for name in kept.settled}
         own = {name: vars(module).get("forward") for name, module in modules.items()}
         for name, module in modules.items():
-            module.forward = _Player(kept, self._row[name], number, name, module.forward)
+            module.forward = _Player(kept, self._playing[name], number, name, module.forward)
         try:
             yield self.batches[number]
         finally:
@@ -179,7 +204,7 @@ class Visit:
         precision keeps what the block puts out, from where the walk goes on.
         """
         passes = self._run(prefix, self.calls[prefix], watch, graph, whole)
-        kept, row = self._walk._kept[prefix], self._walk._row[self.name]
+        kept, row = self._walk._kept[prefix], self._walk._playing[self.name]
         if prefix == "quantized" or self.name in kept.settled or not whole:
             yield from passes
             return

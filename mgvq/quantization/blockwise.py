@@ -264,7 +264,7 @@ class _Loop:
             gradient = problem.transform.weight(gradient)
             assert gradient is not None, "a transform gives a weight for a weight"
         if earlier is not None:  # an earlier sweep has rounded it, with an error that the gradient knows
-            target = earlier
+            target = earlier.to(target.device)  # one that was read back is on the CPU
             gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
         return _Aim(target, gradient)
 

@@ -55,7 +55,8 @@ def sequential_rounding(
                 own |= rounder.round(cache, rates, block, taken)
                 weights.install(own.decoded, own.stored)
             else:
-                streams = [_Streams(walk, block, originals) for walk in walks]
+                streams = [first := _Streams(walks[0], block, originals)]
+                streams += [_Streams(walk, block, originals, first.places) for walk in walks[1:]]  # of samples that are held out
                 visits = [stream.visit for stream in streams]
                 if (earlier := finished.get(name)) is not None:
                     own, taken = earlier
@@ -126,21 +127,30 @@ def _by_input(block: Block) -> Iterator[list[Site]]:
 
 
 class _Streams:
-    """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix."""
+    """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix.
 
-    def __init__(self, walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> None:
+    `places`: as another walk over the same model has found them; None: they are looked for.
+    """
+
+    def __init__(
+        self,
+        walk: BlockWalk,
+        block: Block,
+        originals: Mapping[Site, Tensor],
+        places: Mapping[Site, tuple[str, str]] | None = None,
+    ) -> None:
         self._walk, self._originals = walk, originals
         self.visit = walk.visit(block, {site: originals[site] for site in block})
         self._names = {site: site.name.removeprefix(self.visit.name).removeprefix(".") for site in block}
-        self._places = _stream_places(self.visit, self._names)
+        self.places = _stream_places(self.visit, self._names) if places is None else places
         firsts = [together[0] for together in _by_input(block)]
         self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
-        self._behind: dict[Site, list[Tensor]] = {site: [] for site in self._places}
-        watched = {self._names[site] for site in firsts} | {after for _, after in self._places.values()}
+        self._behind: dict[Site, list[Tensor]] = {site: [] for site in self.places}
+        watched = {self._names[site] for site in firsts} | {after for _, after in self.places.values()}
         for one in self.visit.run("full_precision", sorted(watched - _ENDS)):
             for site in firsts:
                 self._inputs[site.reads].append(self._tokens(site, one, self._names[site]))
-            for site, (_, after) in self._places.items():
+            for site, (_, after) in self.places.items():
                 self._behind[site].append(self._tokens(site, one, after))
 
     def moments(self, together: Sequence[Site]) -> dict[Site, _Moments]:
@@ -150,17 +160,17 @@ class _Streams:
         with W are taken of the moments, not token by token.
         """
         first, num_tokens = together[0], 0
-        into_stream = [site for site in together if site in self._places]
+        into_stream = [site for site in together if site in self.places]
         gram, drift = (torch.zeros(first.in_features, first.in_features, dtype=torch.float64) for _ in range(2))
         streams = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in into_stream}
-        befores = {self._places[site][0] for site in into_stream}
+        befores = {self.places[site][0] for site in into_stream}
         for number, one in enumerate(self.visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
             x = self._tokens(first, one, self._names[first])
             num_tokens += len(x)
             gram += (x.T @ x).double().cpu()
             drift += ((self._inputs[first.reads][number] - x).T @ x).double().cpu()
             for site in into_stream:
-                lack = self._behind[site][number] - self._tokens(site, one, self._places[site][0])
+                lack = self._behind[site][number] - self._tokens(site, one, self.places[site][0])
                 if (bias := self._walk.weights.bias(site)) is not None:
                     lack = lack - bias.float()
                 streams[site] += (lack.T @ x).double().cpu()
@@ -212,8 +222,9 @@ def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[
 def _few(values: Float[Tensor, "*tokens c"]) -> Float[Tensor, "few c"]:
     """Some tokens from all over: enough to tell one sum from another."""
     rows = values.flatten(0, -2)
-    return rows[:: -(-len(rows) // 16)].float()
+    return rows[:: max(1, -(-len(rows) // 16))]
 
 
 def _adds_up(before: Tensor, output: Tensor, after: Tensor) -> bool:
-    return torch.allclose(before + output, after, rtol=1e-4, atol=1e-5 * float(after.abs().max()))
+    total = (before + output).to(after.dtype)  # rounded as the model rounds it, to 16 bits perhaps
+    return torch.allclose(total.float(), after.float(), rtol=1e-4, atol=1e-5 * float(after.abs().max()))

@@ -265,9 +265,9 @@ class _BlockObjective:
 
 
 def _in_place(model: PreTrainedModel, decoders: Decoders, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What stands in place of the model's parameters, by name, in their dtypes: decoded weights, and values of their own."""
+    """What stands in place of the model's parameters, by name, as they are held: decoded weights, and values of their own."""
     own = {key: value for key, value in values.items() if key not in decoders.start}
-    return {name: value.to(model.get_parameter(name).dtype) for name, value in {**decoders(values), **own}.items()}
+    return {name: value.to(model.get_parameter(name)) for name, value in {**decoders(values), **own}.items()}
 
 
 def _mean(losses: Sequence[Float[Tensor, "tokens"]]) -> float:

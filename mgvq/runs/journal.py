@@ -26,20 +26,25 @@ class Journal(MutableMapping[str, Any]):
     """
 
     def __init__(self, folder: Path, code: Any) -> None:
-        self._folder, self._broken = folder, False
+        self._folder, self._broken, self._foreign = folder, False, False
         text = json.dumps(code, sort_keys=True)
         try:
             with disk_faults_told(folder):
                 if folder.is_dir() and (not (folder / _CODE).is_file() or (folder / _CODE).read_text(encoding="utf-8") != text):
                     self.close()
+                    if len(self):
+                        self._foreign = True
+                        raise SharedFault(f"{folder} holds blocks of other code, which cannot be deleted")
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / _CODE).write_text(text, encoding="utf-8")
         except (SharedFault, OSError) as fault:
             self._give_up(fault)
-        if number := len(self):
+        if not self._foreign and (number := len(self)):
             log.info("going on behind %d blocks that an earlier start has finished", number)
 
     def __getitem__(self, name: str) -> Any:
+        if self._foreign:
+            raise KeyError(name)
         try:
             content = self._file(name).read_bytes()
         except OSError:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import layer_problems
+from transformers import LlamaConfig, LlamaForCausalLM
 from variants import built
 
 from mgvq.calibration.tiny_vqa import TinyVQA
@@ -24,7 +25,7 @@ from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import _Streams, sequential_rounding
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.runs import execute
-from mgvq.types import Metric
+from mgvq.types import Batch, Metric
 
 
 def normal(*shape, seed=0):
@@ -105,8 +106,23 @@ def test_the_stream_is_found_behind_the_layers_that_are_added_to_it(loaded) -> N
     walk = BlockWalk(loaded.model, sites, samples(loaded).batches)
     for block in by_block(sites):
         streams = _Streams(walk, block, originals)
-        assert {site.kind for site in streams._places} == {"o_proj", "down_proj"}
+        assert {site.kind for site in streams.places} == {"o_proj", "down_proj"}
         walk.settle(block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_stream_is_found_in_every_precision(dtype: torch.dtype) -> None:
+    """Its sums are rounded to the model's dtype."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=64)).eval().requires_grad_(False).to(dtype)
+    ids = torch.randint(2, 60, (2, 24))
+    none, last = torch.zeros_like(ids, dtype=torch.bool), torch.arange(24).expand(2, 24) > 19
+    batch = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, none, last, ~none, ("a", "b"))
+    sites = list_sites(model, "language")
+    block = next(by_block(sites))
+    streams = _Streams(BlockWalk(model, sites, [batch]), block, site_weights(model, sites))
+    assert {site.kind for site in streams.places} == {"o_proj", "down_proj"}
 
 
 def test_moments_are_those_of_plain_passes_of_both_models(loaded) -> None:

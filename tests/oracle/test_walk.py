@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mgvq.calibration.tiny_vqa import TinyVQA
+from mgvq.curvature.statistics import collect
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import block_name, by_block
 from mgvq.model.encode import batches
 from mgvq.model.sites import linear, list_sites, site_weights
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import InModel
+from mgvq.types import Batch, Needs
 
 
 def noise(weight, seed):
@@ -85,3 +88,37 @@ def test_inputs_inside_a_block_and_a_backward_pass_from_its_output(loaded) -> No
     # In all four families the block's output is its down projection's added to the stream.
     expected = one.output.flatten(0, -2).T @ one.inputs[name].flatten(0, -2)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def llava():
+    """A model whose projector reads what the last vision block but one puts out, and a batch for it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, num_hidden_layers=3, image_size=28, patch_size=14)
+    text = LlamaConfig(**sizes, num_hidden_layers=2, num_key_value_heads=2, vocab_size=64)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=63, vision_feature_layer=-2, image_seq_length=4
+    )
+    ids = torch.tensor([[1, 63, 63, 63, 63, *range(5, 12)]])
+    masks = {"image_mask": ids == 63, "loss_mask": torch.arange(12)[None] > 8, "valid_mask": ids > 0}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 28, 28)}
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False), Batch(inputs, **masks, sample_ids=("one",))
+
+
+def test_a_settled_block_plays_its_own_output_where_more_than_the_next_one_reads_it() -> None:
+    model, batch = llava()
+    sites = list_sites(model, "all")
+    with torch.no_grad():
+        expected, walk = answer_states(model, batch), BlockWalk(model, sites, [batch])
+        for block in by_block(sites):
+            walk.settle(block)
+            for _ in range(2):  # the first pass computes and keeps, the second one plays
+                with walk.passing(0) as samples:
+                    assert torch.equal(answer_states(model, samples), expected), block_name(block)
+
+
+def test_a_block_that_nobody_reads_has_no_gradient() -> None:
+    model, batch = llava()
+    last = [block for block in by_block(list_sites(model, "all")) if block[0].tower == "vision"][-1]
+    found = collect(model, last, [batch], Needs(gradient=True), 0)
+    assert all(not found[site].gradient.any() for site in last)
