@@ -32,14 +32,15 @@ class Journal(MutableMapping[str, Any]):
             with disk_faults_told(folder):
                 if folder.is_dir() and (not (folder / _CODE).is_file() or (folder / _CODE).read_text(encoding="utf-8") != text):
                     self.close()
-                    if len(self):
-                        self._foreign = True
-                        raise SharedFault(f"{folder} holds blocks of other code, which cannot be deleted")
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / _CODE).write_text(text, encoding="utf-8")
+                    self._foreign = len(self) > 0
+                if not self._foreign:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / _CODE).write_text(text, encoding="utf-8")
         except (SharedFault, OSError) as fault:
             self._give_up(fault)
-        if not self._foreign and (number := len(self)):
+        if self._foreign:
+            self._give_up(OSError(f"{folder} holds blocks of other code, which cannot be deleted"))
+        elif number := len(self):
             log.info("going on behind %d blocks that an earlier start has finished", number)
 
     def __getitem__(self, name: str) -> Any:

@@ -336,7 +336,7 @@ def test_rsavq(seed):
     method = preset("method=rsavq")
     (found,), codebooks = quantized(method, item)
     gradients = [g.T @ x for g, x in zip(item.g.double(), item.x.double(), strict=True)]
-    h_out, h_in = (damped(sum(parts), 0.05) for parts in ([G @ G.T for G in gradients], [G.T @ G for G in gradients]))
+    h_out, h_in = (damped(sum(parts), 0.01) for parts in ([G @ G.T for G in gradients], [G.T @ G for G in gradients]))
     natural = torch.linalg.solve(torch.kron(h_out, h_in), sum(gradients).flatten()).view(64, 16)
     target = item.weight.double() - 0.05 * item.weight.double().norm() * natural / natural.norm()
     scores = next(iter(method.sensitivity({SITE: item.weight}, {SITE: item.stats(method)}).values()))

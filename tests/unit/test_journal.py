@@ -1,6 +1,7 @@
 """The files from which a stopped run goes on."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,3 +60,15 @@ def test_a_new_module_is_other_code(tmp_path, monkeypatch) -> None:
     states = [write("mgvq/new.py", "a"), write("mgvq/new.py", "b"), write("conf/neu é.yaml", "c"), write("mgvq/old.py", "d")]
     assert None not in states
     assert len(set(states)) == 4
+
+
+def test_blocks_of_other_code_that_cannot_be_deleted_are_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be another user's files: nothing is read, and nothing is written, so that their owner's run can go on."""
+    Journal(tmp_path / "run", "old code")["block"] = 1.0
+    monkeypatch.setattr(Journal, "close", lambda _: None)
+    journal = Journal(tmp_path / "run", "new code")
+    with pytest.raises(KeyError):
+        journal["block"]
+    journal["another"] = 2.0
+    monkeypatch.undo()
+    assert dict(Journal(tmp_path / "run", "old code")) == {"block": 1.0}
