@@ -93,8 +93,10 @@ class BlockWalk:
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
         self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
         self._visited: list[str] = []
-        self._chains: dict[tuple[str, ...], bool] = {}
-        self._playing = {name: row if self._is_chain(row) else [name] for name, row in self._row.items()}
+        self._playing = dict(self._row)  # the row in which a block's output may stand for those of the blocks before it
+        for row in rows_of_blocks(sites):
+            if not self._is_chain(row):
+                self._playing |= {name: [name] for name in row}
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if not self.batches:
@@ -106,14 +108,9 @@ class BlockWalk:
     @torch.no_grad()
     def _is_chain(self, row: Sequence[str]) -> bool:
         """Whether nothing but the next block reads what a block of the row puts out: the last one's output is all that counts."""
-        key = tuple(row)
-        if key not in self._chains:
-            self._chains[key] = len(row) < 2 or not self.batches or self._plays_alike(row)
-        return self._chains[key]
-
-    def _plays_alike(self, row: Sequence[str]) -> bool:
+        if len(row) < 2 or not self.batches:
+            return True
         kept, self._kept = self._kept, {"quantized": _Kept(list(row))}
-        self._playing = dict.fromkeys(row, row)
         answers = []
         try:
             for _ in range(2):  # the first pass computes, the second one plays
