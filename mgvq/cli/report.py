@@ -3,6 +3,7 @@ READMEs; a report to read."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,13 @@ from mgvq.cli.mistakes import mistakes_told
 from mgvq.cli.utf8 import use_utf8
 from mgvq.errors import UserError
 from mgvq.runs.places import checkout, results_folder
-from mgvq.studies.plan import expand
-from mgvq.studies.spec import Study, read_study
+from mgvq.studies.plan import PlannedRun, expand
+from mgvq.studies.spec import Study, read_studies, read_study
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mgvq.analysis.records.recorded import Recorded
     from mgvq.analysis.records.records import StudyRecord
 
 # What draws and what reads parquet is imported where it is used: help and bad study files need none of it.
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("study", type=Path, nargs="?", help="a study file, experiments/*/study.yaml")
     parser.add_argument("other", type=Path, nargs="?", help="with --html: another study, beside the first on one page")
     parser.add_argument("--from-records", action="store_true", help="use results/records/, not the run folders")
+    parser.add_argument("--recorded", action="store_true", help="take runs without a folder here from any record that has them")
     parser.add_argument("--partial", action="store_true", help="report on the runs that are there, as STUDY_partial")
     parser.add_argument("--html", action="store_true", help="results/reports/STUDY/index.html too: one file, no server")
     parser.add_argument("--paper", action="store_true", help="instead of a study: our numbers beside the published ones")
@@ -42,6 +45,8 @@ def main() -> None:
         parser.error("--paper always reads records, and has no HTML")
     if arguments.partial and arguments.from_records:
         parser.error("--partial reads run folders, since records are of complete studies: leave out --from-records")
+    if arguments.recorded and (arguments.from_records or arguments.paper or arguments.other):
+        parser.error("--recorded is about runs for a new record: give it with a study alone, or with --partial or --html")
     if arguments.other and (not arguments.html or arguments.partial or arguments.from_records):
         parser.error("two studies are compared on a page, always from their records: give --html alone")
     with mistakes_told("mgvq-report"):
@@ -52,29 +57,50 @@ def _report(arguments: argparse.Namespace, results: Path) -> None:
     if arguments.other:
         print(_two(arguments.study, arguments.other, results))
         return
-    print(*(_paper(results) if arguments.paper else _study(arguments, results)), sep="\n")
+    if arguments.paper:
+        written = _paper(results)
+    else:
+        recorded = _recorded(results) if arguments.recorded else None
+        written = [path for study in read_studies(arguments.study) for path in _study(study, arguments, results, recorded)]
+    print(*written, sep="\n")
     root = checkout()
     if root and results == root / "results" and not arguments.partial:  # not where MGVQ_RESULTS points
         _refresh(root, results)
 
 
-def _study(arguments: argparse.Namespace, results: Path) -> list[Path]:
-    study = read_study(arguments.study)
+def _recorded(results: Path) -> "Recorded":
+    from mgvq.analysis.records.recorded import Recorded
+
+    return Recorded(results)
+
+
+def _study(study: Study, arguments: argparse.Namespace, results: Path, recorded: "Recorded | None") -> list[Path]:
     if arguments.partial:
-        return _partial(study, results, html=arguments.html)
+        return _partial(study, results, recorded, html=arguments.html)
     if not (arguments.from_records or study.frozen):
-        _write_records(study, results)
+        _write_records(study, results, recorded)
     return _write_report(study, results, html=arguments.html)
 
 
-def _write_records(study: Study, results: Path) -> None:
+def _write_records(study: Study, results: Path, recorded: "Recorded | None") -> None:
     from mgvq.analysis.records.collect import collect
-    from mgvq.analysis.records.layers import collect_layers, layers_path, write_layers
+    from mgvq.analysis.records.layers import layers_path, write_layers
     from mgvq.analysis.records.records import write_record
 
     runs = expand(study)
-    write_record(collect(study, runs), results / "records" / f"{study.name}.parquet")
-    write_layers(collect_layers(runs), layers_path(results, study.name))
+    record, layers = collect(study, runs, recorded=recorded), _layers(runs, None, recorded)
+    write_record(record, results / "records" / f"{study.name}.parquet")
+    write_layers(layers, layers_path(results, study.name))
+
+
+def _layers(runs: Sequence[PlannedRun], record: "StudyRecord | None", recorded: "Recorded | None") -> "pd.DataFrame":
+    import pandas as pd
+
+    from mgvq.analysis.records.layers import collect_layers
+
+    layers = collect_layers(runs, record)
+    parts = [part for part in (layers, recorded.layers(runs)) if len(part)] if recorded else []  # empty ones have no dtypes
+    return pd.concat(parts, ignore_index=True) if parts else layers
 
 
 def _write_report(study: Study, results: Path, *, html: bool) -> list[Path]:
@@ -86,15 +112,14 @@ def _write_report(study: Study, results: Path, *, html: bool) -> list[Path]:
     return _write(study.name, study, record, layers, results, html=html)
 
 
-def _partial(study: Study, results: Path, *, html: bool) -> list[Path]:
+def _partial(study: Study, results: Path, recorded: "Recorded | None", *, html: bool) -> list[Path]:
     from mgvq.analysis.records.collect import collect
-    from mgvq.analysis.records.layers import collect_layers
 
     runs = expand(study)
-    record = collect(study, runs, partial=True)
+    record = collect(study, runs, partial=True, recorded=recorded)
     if not record.missing:
         print(f"mgvq-report: no run of {study.name} is missing; without --partial it gets its record.", file=sys.stderr)
-    return _write(f"{study.name}_partial", study, record, collect_layers(runs, record), results, html=html)
+    return _write(f"{study.name}_partial", study, record, _layers(runs, record, recorded), results, html=html)
 
 
 def _write(name: str, study: Study, record: "StudyRecord", layers: "pd.DataFrame", results: Path, *, html: bool) -> list[Path]:

@@ -49,6 +49,9 @@ class Study:
     of what is seen belongs to the model and how much to its quantising."""
     only: dict[str, dict[str, list[Any]]] = field(default_factory=dict)
     """Arms that are run at some values of a grid key alone: `{arm: {key: [value, ...]}}`."""
+    also: list[str] = field(default_factory=list)
+    """Other study files, from this one's folder, that are run and reported with it: the same question, put to models that are
+    evaluated otherwise, so that their tables are their own."""
     frozen: str | None = None
     """The commit whose code has run the study, which is not run again: it is reported from its record alone, since today's
     code may give its runs other names or other numbers. None: the study is run."""
@@ -188,6 +191,23 @@ class Study:
     def points(self) -> list[dict[str, Any]]:
         """Every combination of the grid's values."""
         return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+
+def read_studies(path: Path) -> list[Study]:
+    """A study, and behind it those that it names in `also`.
+
+    Raises UserError as `read_study` does, and where one of these names others in turn or has a name that was there before.
+    """
+    first = read_study(path)
+    studies = [first]
+    for name in first.also:
+        other = read_study(path.parent / name)
+        if other.also:
+            raise UserError(f"{path}: also names {name}, which has `also` of its own: name all of them in one of the files.")
+        if other.name in {study.name for study in studies}:
+            raise UserError(f"{path}: also names {name}, whose study is called {other.name} too: their files would be the same.")
+        studies.append(other)
+    return studies
 
 
 def file_part(arm: str) -> str:

@@ -89,6 +89,7 @@ _SHAPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "primary": ((dict, type(None)), "{arm: ..., metric: ...}"),
     "spread": ((str, type(None)), "text"),
     "trainings": ((str, type(None)), "text"),
+    "also": (list, "a list of study files"),
     "frozen": ((str, type(None)), "7 to 40 hex digits of a commit, in quotes"),
     "only": (dict, "a mapping {ARM: {KEY: [VALUE, ...]}}"),
 }
@@ -112,6 +113,9 @@ def _about_shapes(settings: Mapping[str, Any]) -> Iterator[str]:
         for word in words:
             if not isinstance(word, str):
                 yield f"{name} must list overrides KEY=VALUE as text, got {word!r}."
+    for name in settings.get("also", []):
+        if not isinstance(name, str):
+            yield f"also must list study files as text, got {name!r}."
     for arm, keys in settings.get("only", {}).items():
         if not isinstance(keys, dict) or not all(isinstance(values, list) for values in keys.values()):
             yield f"only {arm} must be {{KEY: [VALUE, ...]}}, got {keys!r}."

@@ -12,7 +12,8 @@ from made_up_study import STUDY, copied, plan, rewrite_metrics, rewrite_samples,
 
 from mgvq.analysis.html import write_html
 from mgvq.analysis.records.collect import collect
-from mgvq.analysis.records.layers import collect_layers, read_layers
+from mgvq.analysis.records.layers import COLUMNS, collect_layers, layers_path, read_layers, write_layers
+from mgvq.analysis.records.recorded import Recorded
 from mgvq.analysis.records.records import StudyRecord, read_record, write_record
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.analysis.statistics.compare import PROCEDURE, compare
@@ -107,6 +108,34 @@ def test_a_run_whose_files_have_changed_is_in_no_table(name: str, damage: Callab
     partial = collect(STUDY, runs, partial=True)
     assert [(cell.arm, missing.seeds) for cell, missing in partial.missing] == [("better", (1,))]
     assert RUN not in {run.run for run in partial.runs}
+
+
+def test_runs_without_a_folder_are_taken_from_any_record(results: Path) -> None:
+    runs = plan(results)
+    whole = collect(STUDY, runs)
+    write_record(replace(whole, cells=tuple(c for c in whole.cells if c.arm != "better")), results / "records" / "other.parquet")
+    layers = pd.DataFrame({"point": whole.points[0].text, "arm": ["base", "better"], "value": [1.0, 2.0]})
+    write_layers(layers.reindex(columns=COLUMNS), layers_path(results, "other"))
+    for run in runs:
+        if run.arm != "better":
+            shutil.rmtree(run.folder.path, ignore_errors=True)
+    runs = plan_without_writing(results)
+    with pytest.raises(UserError, match=f"{sum(r.arm != 'better' for r in runs)} of 18 runs are missing"):
+        collect(STUDY, runs)
+    recorded = Recorded(results)
+    again = collect(STUDY, runs, recorded=recorded)
+    assert markdown(arms_table(again)) == markdown(arms_table(whole))
+    assert recorded.layers(runs)[["arm", "value"]].to_numpy().tolist() == [["base", 1.0]], "an arm with folders is read from them"
+
+
+def test_a_run_that_no_record_has_is_missing(results: Path) -> None:
+    runs = plan(results)
+    write_record(collect(STUDY, runs), results / "records" / "made_up.parquet")
+    edit(results / "runs" / RUN / "metrics.json")
+    assert RUN in {run.run for run in collect(STUDY, runs, recorded=Recorded(results)).runs}, "a damaged folder is none"
+    other = tuple(replace(run, folder=RunFolder(results / "runs" / f"{run.folder.path.name}0")) for run in runs)
+    with pytest.raises(UserError, match="18 of 18 runs are missing"):
+        collect(STUDY, other, recorded=Recorded(results))
 
 
 # What else a run may be, and what is said of it.

@@ -125,6 +125,25 @@ def test_a_study_file_may_have_a_byte_order_mark_and_windows_lines(tmp_path: Pat
     assert read_study(path).question == "does it gr\u00fcn?"
 
 
+# What `also` may name wrongly, and what is said of it. A new input is a line.
+ALSO: dict[str, tuple[str, str]] = {
+    "no list": ("also: other.yaml\n", "also must be a list of study files"),
+    "a number": ("also: [1]\n", "also must list study files as text, got 1"),
+    "a file that is not there": ("also: [gone.yaml]\n", "gone.yaml is no study file"),
+    "itself": ("also: [study.yaml]\n", "study.yaml, which has `also` of its own"),
+    "a study of the same name": ("also: [same.yaml]\n", "whose study is called quick too"),
+}
+
+
+@pytest.mark.parametrize("case", ALSO.values(), ids=list(ALSO))
+def test_studies_that_do_not_go_together_are_refused(case: tuple[str, str], tmp_path: Path) -> None:
+    text, named = case
+    (tmp_path / "same.yaml").write_text(GOOD)
+    (tmp_path / "study.yaml").write_text(GOOD + text)
+    with pytest.raises(UserError, match=named):
+        read_studies(tmp_path / "study.yaml")
+
+
 # Values of a grid that mean something to Hydra's grammar. A new input is a line.
 VALUES = (
     "/a/b=c", "[a]", "a, b", "{a: b}", "a(b)", "glob(*)", "~a", "a:b", "", " a ", "it's", '"', "\\", "a\\", 'a\\"b', "C:\\a b\\",

@@ -1,5 +1,6 @@
 """`mgvq-study` and `mgvq-report`: what is missing is run, failures are shown, tables come out."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,28 @@ def test_a_study_runs_what_is_missing_and_tabulates(tmp_path: Path) -> None:
     (results / "runs").rename(tmp_path / "gone")
     run_command("mgvq.cli.report", str(study), results=results)
     assert {file.name: file.read_bytes() for file in (results / "tables").iterdir()} == written, "from the record alone"
+
+
+def test_studies_that_belong_together_are_run_and_reported_together(tmp_path: Path) -> None:
+    study, results = tmp_path / "study.yaml", tmp_path / "results"
+    (tmp_path / "more.yaml").write_text(QUICK.replace("name: quick", "name: more").replace("[0, 1]", "[2]"))
+    study.write_text(QUICK.replace("[0, 1]", "[0]") + "also: [more.yaml]\n")
+    run = run_command("mgvq.cli.study", str(study), results=results)
+    assert run.stdout.count("2 runs, 0 done, 2 to run") == 2
+    assert run.stdout.count("| two bits") == 2, "each has its table"
+    run_command("mgvq.cli.report", str(study), results=results)
+    assert {file.stem for file in (results / "records").glob("*.parquet")} == {"quick", "more"}
+    for folder in (results / "runs").iterdir():
+        if folder.name != ".logs":
+            shutil.rmtree(folder)
+    known = run_command("mgvq.cli.study", str(study), "--recorded", results=results)
+    assert known.stdout.count("2 runs, 0 done, 2 in records, 0 to run") == 2
+    assert known.stdout.count("| two bits") == 2
+    records = {file.name: file.read_bytes() for file in (results / "records").rglob("*.parquet")}
+    run_command("mgvq.cli.report", str(study), "--recorded", results=results)
+    assert {file.name: file.read_bytes() for file in (results / "records").rglob("*.parquet")} == records
+    alone = run_command("mgvq.cli.study", str(study), "--dry", "evaluation.num_questions=4", results=results)
+    assert "more" not in alone.stdout, "a quick pass is of the study alone"
 
 
 def test_a_frozen_study_is_not_run(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mgvq.analysis.records.recorded import Recorded
 from mgvq.analysis.records.records import Cell, MissingRun, Point, RunRecord, StudyRecord, read_parquet, seeds_in_words
 from mgvq.errors import UserError
 from mgvq.model.source import FLAG
@@ -22,15 +23,16 @@ from mgvq.studies.spec import Study
 FILES = ("config.yaml", "identity.json", "metrics.json", "samples.parquet")  # of a run folder, as far as records need it
 
 
-def collect(study: Study, runs: Sequence[PlannedRun], *, partial: bool = False) -> StudyRecord:
+def collect(study: Study, runs: Sequence[PlannedRun], *, partial: bool = False, recorded: Recorded | None = None) -> StudyRecord:
     """The record of a study, from run folders whose files are those that the runs wrote.
 
     Where a run is of a stress variant, or of a model whose revision may move, the points say so as their `model`, and so do all
-    tables. `partial` leaves out runs that are not finished or whose files have changed, and names them in the record's cells;
-    without it they raise UserError, by arm and seed. Raises UserError too where an evaluation is none that tables know, where
-    runs answered different questions (their numbers do not belong into one table), and where no run at all is there.
+    tables. A run without a good folder is taken from `recorded`, where that has it. `partial` leaves out the others that are not
+    finished or whose files have changed, and names them in the record's cells; without it they raise UserError, by arm and seed.
+    Raises UserError too where an evaluation is none that tables know, where runs answered different questions (their numbers do
+    not belong into one table), and where no run at all is there.
     """
-    cells = [_cell(planned) for planned in _by_cell(runs)]
+    cells = [_cell(planned, recorded) for planned in _by_cell(runs)]
     lacking = [(cell, missing) for cell in cells for missing in cell.missing]
     if lacking and not partial:
         raise UserError(f"{_told_missing(lacking, len(runs))} mgvq-study runs them; mgvq-report --partial tabulates the rest.")
@@ -40,11 +42,10 @@ def collect(study: Study, runs: Sequence[PlannedRun], *, partial: bool = False) 
     by_samples = {run.samples: run.run for run in found}
     if len(by_samples) > 1:
         raise UserError(f"the runs answered different test questions: {by_samples}")
-    folders = {run.folder.path.name: run.folder.path for run in runs}
     return StudyRecord(
         cells=tuple(_labelled(cells)),
         kind=_kind(runs[0]),
-        questions=_described(_samples(folders[found[0].run])),
+        questions=_questions(found[0].run, runs, recorded),
         baselines=tuple(study.baselines),
         baseline=next(iter(study.baselines), None),
         primary=study.primary,
@@ -69,17 +70,19 @@ def _by_cell(runs: Sequence[PlannedRun]) -> list[list[PlannedRun]]:
     return list(cells.values())
 
 
-def _cell(planned: Sequence[PlannedRun]) -> Cell:
+def _cell(planned: Sequence[PlannedRun], recorded: Recorded | None) -> Cell:
     by_folder: dict[Path, list[PlannedRun]] = {}
     for run in planned:
         by_folder.setdefault(run.folder.path, []).append(run)
     runs, missing = [], []
     for same in by_folder.values():
         seeds = tuple(run.seed for run in same)
-        if reason := _why_missing(same[0].folder):
-            missing.append(MissingRun(seeds=seeds, reason=reason))
-        else:
+        if not (reason := _why_missing(same[0].folder)):
             runs.append(_run_record(same[0], seeds))
+        elif recorded and (name := same[0].folder.path.name) in recorded:
+            runs.append(replace(recorded.run(name), seeds=seeds, overrides=shlex.join(same[0].overrides)))
+        else:
+            missing.append(MissingRun(seeds=seeds, reason=reason))
     point = Point(json.dumps(planned[0].point))
     return Cell(point=point, arm=planned[0].arm, runs=tuple(runs), missing=tuple(missing))
 
@@ -165,6 +168,14 @@ def _scores(samples: pd.DataFrame, kind: Kind) -> np.ndarray:
     if "loss" not in samples or unknown:
         return samples.score.to_numpy("float32")
     return (samples.score > 0).to_numpy()
+
+
+def _questions(name: str, runs: Sequence[PlannedRun], recorded: Recorded | None) -> pd.DataFrame:
+    """What the run of that name answered, from its folder, or where that is gone from a record."""
+    folder = next(run.folder for run in runs if run.folder.path.name == name)
+    if recorded and name in recorded and _why_missing(folder):
+        return recorded.questions(name)
+    return _described(_samples(folder.path))
 
 
 def _described(samples: pd.DataFrame) -> pd.DataFrame:
