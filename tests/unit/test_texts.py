@@ -131,7 +131,7 @@ def test_a_window_is_scored_as_transformers_scores_it(monkeypatch: pytest.Monkey
         expected = network(ids, labels=labels).loss.item()
         assert found[window.sample_id].num_tokens == 40 - window.num_context
         assert found[window.sample_id].loss / found[window.sample_id].num_tokens == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr("mgvq.evaluation.forced._MOST_LOGITS", 96 * 7)
+    monkeypatch.setattr("mgvq.evaluation.forced._CUT", 96 * 7)
     for name, other in score(network, model(), window_batches(cut, 1)).items():
         assert other.loss == pytest.approx(found[name].loss, rel=1e-6)
         assert other.predicted == found[name].predicted
