@@ -87,9 +87,18 @@ def _problems(
     prefix: Prefix,
     streams: Sequence["_Streams"],
 ) -> dict[Site, LayerProblem]:
-    """The problems of layers that read the same activations, behind the quantised prefix."""
-    moments = [stream.moments(together) for stream in streams]
-    return {s: _sequential(cache.problems[s], originals[s], prefix, *(m[s] for m in moments)) for s in together}
+    """The problems of layers that read the same activations, behind the quantised prefix, in the bases that they have.
+
+    Their inputs have one basis, and so they have one input factor.
+    """
+    moments, heldout = (stream.moments(together) for stream in streams)
+    found = {
+        s: replace(p := cache.problems[s], target=_target(p, originals[s], prefix, moments[s], heldout[s])) for s in together
+    }
+    del heldout
+    gram, transform = moments[together[0]].gram, cache.problems[together[0]].transform
+    h_in = (transform.input_factor(gram) if transform else gram).float()
+    return {s: replace(p, metric=Metric((h_in,), p.metric.h_out if p.metric else None)) for s, p in found.items()}
 
 
 def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
@@ -110,15 +119,11 @@ class _Moments:
     lacking: Float[Tensor, "out in"]  # E[r x~^T]
 
 
-def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> LayerProblem:
-    """The layer's problem behind the quantised prefix, in the basis that it has."""
+def _target(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> Tensor:
+    """What the layer is to be rounded to behind the quantised prefix, in the basis of the problem."""
     held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
-    move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target
-    if move is not None:
-        target = problem.of_model((weight.double() + move.to(weight.device)).float())
-    gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
-    h_out = problem.metric.h_out if problem.metric else None
-    return replace(problem, target=target, metric=Metric((gram.float(),), h_out))
+    move = prefix.correction(moments.of, moments.lacking, moments.gram, held)
+    return problem.target if move is None else problem.of_model((weight.double() + move.to(weight.device)).float())
 
 
 def _by_input(block: Block) -> Iterator[list[Site]]:
@@ -191,6 +196,8 @@ class _Streams:
                 assert drift is not None
                 lacking[site] = (weight @ drift.total).div_(count)
         mean = gram.total.div_(count).float()
+        if self._walk.weights.streamed:
+            give_back()
         return {
             site: _Moments(num_tokens, mean, "stream" if site in streams else "output", lacks) for site, lacks in lacking.items()
         }
