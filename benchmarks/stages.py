@@ -27,7 +27,7 @@ from mgvq.rng import generator
 from mgvq.runs.api import quantize
 from mgvq.sensitivity.global_local import GlobalLocal
 from mgvq.transform.hadamard import Hadamard
-from mgvq.types import Batch, Rate, RateTable, Site, SiteStats, TableGroupInfo
+from mgvq.types import Batch, Modality, Rate, RateTable, Site, SiteStats, TableGroupInfo
 
 Pairs = dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
 _SIZE, _LAYERS = 1024, 256
@@ -43,8 +43,9 @@ def _of_a_layer() -> Pairs:
     weight, tokens = (torch.randn(_SIZE, _SIZE, generator=draws) for _ in range(2))
     gram, wide = tokens.T @ tokens / _SIZE, weight.double()
     site = _site(0)
-    factors = {"image": gram, "text": gram}
-    stats = SiteStats(num_tokens=dict.fromkeys(factors, _SIZE), gram=factors, num_answers=_SIZE, fisher=factors)
+    factors: dict[Modality, Tensor] = {"image": gram, "text": gram}
+    num_tokens: dict[Modality, int] = {"image": _SIZE, "text": _SIZE}
+    stats = SiteStats(num_tokens=num_tokens, gram=factors, num_answers=_SIZE, fisher=factors)
     sensitivity = GlobalLocal(reading="scope", alpha=0.5, modality="both", damping=0.01)
     prefix = QuantizedPrefix(residual=True, asymmetric=True, ridge=[1.0, 3.0, 10.0])
     turned = Hadamard(sides="both", within="layer", seed=0)([site], None)[site]
