@@ -9,6 +9,7 @@ from torch import Tensor
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
+from mgvq.linalg import damped_solve
 from mgvq.protocols import CodedSlice, Compensation, FittedSlice
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.rng import generator
@@ -28,8 +29,14 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
         "two-sided rounding of a 512 x 256 layer, 16 centroids of length 2": (
             partial(_round, _TWO_SIDED, 512, 256, 2, 16), "one-sided", partial(_round, _ONE_SIDED, 512, 256, 2, 16)
         ),
+        "two-sided rounding of a 512 x 256 layer, 16 centroids of length 2, against products": (
+            partial(_round, _TWO_SIDED, 512, 256, 2, 16), "L and M times the layer", partial(_products, 512, 256)
+        ),
         "refit of a 512 x 256 layer, 256 centroids of length 4": (
             partial(_refit, 512, 256, 4, 256), "one-sided rounding", partial(_round, _ONE_SIDED, 512, 256, 4, 256)
+        ),
+        "refit of a 512 x 256 layer, 256 centroids of length 4, against a solution": (
+            partial(_refit, 512, 256, 4, 256), "1,024 equations by Cholesky, float64", partial(_solution, 1024)
         ),
     }  # fmt: skip
 
@@ -53,6 +60,16 @@ def _layer(num_out: int, num_in: int, length: int, num_centroids: int) -> tuple[
     rate = next(r for r in codebook.rates() if r.name == f"{length}x{num_centroids}")
     channel_slice = ChannelSlice(Site("layer", "language", "layer", None, num_out, num_in), 0, torch.arange(num_in))
     return weight, FittedSlice(channel_slice, codebook.fit("layer", [weight[:_FIT_ROWS]], rate, [None], [])[0])
+
+
+def _products(num_out: int, num_in: int) -> Tensor:
+    h_in, h_out = _factors(num_out, num_in)
+    return h_out @ (_layer(num_out, num_in, 2, 16)[0] @ h_in)
+
+
+def _solution(size: int) -> Tensor:
+    h_in, _ = _factors(size, size)
+    return damped_solve(h_in, h_in[:, :1], 0.1)
 
 
 def _round(method: Compensation, num_out: int, num_in: int, length: int, num_centroids: int) -> Tensor:

@@ -15,6 +15,7 @@ import codes
 import compensation
 import curvature
 import kernels
+import stages
 import torch
 
 from mgvq.evaluation.documents import documents
@@ -45,6 +46,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], str, Callable[[], object]]]
         **compensation.pairs(),
         **curvature.pairs(),
         **kernels.pairs(),
+        **stages.pairs(),
         "104 answers generated through lmms-eval": (
             lambda: evaluate(loaded.model, loaded.processor, TinyVQATask(docs), "benchmark", 104),
             "104 answers teacher-forced",

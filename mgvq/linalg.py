@@ -43,7 +43,7 @@ def damping_unit(diagonal: Float[Tensor, "n"], of: str) -> Float[Tensor, "n"]:
 
 def damped(matrix: Float[Tensor, "n n"], share: float, of: str = "mean") -> Float[Tensor, "n n"]:
     """`matrix + share * diag(damping_unit)` in float64, positive definite for a positive semidefinite matrix and `share > 0`."""
-    wide = matrix.double().clone()
+    wide = matrix.to(torch.float64, copy=True)
     wide.diagonal().add_(share * damping_unit(wide.diagonal(), of))
     return wide
 

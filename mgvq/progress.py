@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
+from operator import length_hint
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+_UNKNOWN = -1
 
 log = logging.getLogger(__name__)
 _EVERY = 20.0  # seconds between two lines of a log, and before the first
@@ -23,8 +26,9 @@ _told_at = 0.0
 def progress(items: Iterable[T], what: str) -> Iterator[T]:
     """`items` one by one, `what` being what they are.
 
-    A terminal shows a bar, which is gone when they are through. Anywhere else the outermost loop of known length says every 20
-    seconds which item of how many it is at, how many minutes are left at this pace, and the peak memory of the process.
+    A terminal shows a bar, which is gone when they are through. Anywhere else the outermost loop of known length (`Counted` for
+    what is made item by item) says every 20 seconds which item of how many it is at, how many minutes are left at this pace, and
+    the peak memory of the process.
     """
     if sys.stderr.isatty():
         return _shown(items, what)
@@ -32,7 +36,7 @@ def progress(items: Iterable[T], what: str) -> Iterator[T]:
 
 
 def _shown(items: Iterable[T], what: str) -> Iterator[T]:
-    with tqdm(items, what, leave=False) as bar:
+    with tqdm(items, what, leave=False, total=_number(items)) as bar:
         for item in bar:
             bar.set_postfix_str(f"peak {peak_gb():.2f} GB", refresh=False)
             yield item
@@ -40,7 +44,7 @@ def _shown(items: Iterable[T], what: str) -> Iterator[T]:
 
 def _told(items: Iterable[T], what: str) -> Iterator[T]:
     global _told_at
-    number = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+    number = _number(items)
     start = time.monotonic()
     if not _going_on:
         _told_at = start
@@ -55,6 +59,33 @@ def _told(items: Iterable[T], what: str) -> Iterator[T]:
             yield item
     finally:
         _going_on.remove(what)
+
+
+def _number(items: Iterable[object]) -> int | None:
+    """How many there are, where that is known."""
+    number = length_hint(items, _UNKNOWN)
+    return None if number == _UNKNOWN else number
+
+
+class Counted(Iterator[T]):
+    """An iterator that knows how many items it has at first, so that `progress` can say how far it is."""
+
+    def __init__(self, items: Iterable[T], number: int | None) -> None:
+        """`number`: None: it is not known."""
+        self._items, self._number = iter(items), number
+
+    def __next__(self) -> T:
+        return next(self._items)
+
+    def __length_hint__(self) -> int:
+        return NotImplemented if self._number is None else self._number
+
+
+def chained(*parts: Iterable[T]) -> Counted[T]:
+    """The items of one part after the other; how many is known where it is of every part."""
+    numbers = [_number(part) for part in parts]
+    known = [number for number in numbers if number is not None]
+    return Counted(chain(*parts), sum(known) if len(known) == len(numbers) else None)
 
 
 @dataclass(frozen=True)

@@ -73,21 +73,21 @@ class Rotation:
         if [len(block) for block in self.blocks] != [len(signs) for signs in self.signs]:
             raise ValueError("a rotation needs one sign for every channel of every block")
 
-    def apply(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
-        """`Q x` of every vector along the last dimension."""
-        return self._blockwise(x, rotate)
+    def apply(self, x: Float[Tensor, "*b n"], into: Float[Tensor, "*b n"] | None = None) -> Float[Tensor, "*b n"]:
+        """`Q x` of every vector along the last dimension, in a new tensor; or in `into`, in its dtype, which may be x itself."""
+        return self._blockwise(x, rotate, into)
 
     def apply_back(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
         """`Q^T x` of every vector along the last dimension."""
         return self._blockwise(x, rotate_back)
 
-    def _blockwise(self, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        y = torch.empty_like(x)
+    def _blockwise(self, x: Tensor, turn: Callable[[Tensor, Tensor], Tensor], into: Tensor | None = None) -> Tensor:
+        y = torch.empty_like(x) if into is None else into
         rows = max(1, _TOGETHER // max(1, x.shape[-1])) if x.ndim > 1 else len(x)
         for start in range(0, len(x), rows):  # one view at a time: autograd writes into none of the several that a split returns
-            part, into = x[start : start + rows], y[start : start + rows]
+            part, turned = x[start : start + rows].to(y.dtype), y[start : start + rows]
             for block, signs in zip(self.blocks, self.signs, strict=True):
-                into[..., block] = turn(part[..., block], signs)
+                turned[..., block] = turn(part[..., block], signs)
         return y
 
 
@@ -111,6 +111,8 @@ def rotate_matrix_back(
 
 
 def rotate_factor(factor: Float[Tensor, "n n"], rotation: Rotation) -> Float[Tensor, "n n"]:
-    """`Q H Q^T`: a symmetric factor of the metric, of the inputs under V or of the outputs under U; symmetric to the last bit."""
-    turned = rotation.apply(rotation.apply(factor).T)
-    return (turned + turned.T) / 2
+    """`Q H Q^T`, float64: a symmetric factor of the metric, of the inputs under V or of the outputs under U; symmetric to the
+    last bit."""
+    turned = rotation.apply(factor, torch.empty(factor.shape, dtype=torch.float64, device=factor.device))
+    rotation.apply(turned.T, turned.T)
+    return (turned + turned.T).div_(2)

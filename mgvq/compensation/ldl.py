@@ -8,6 +8,8 @@ from torch import Tensor
 
 from mgvq.linalg import damping_unit
 
+_TOGETHER = 64  # blocks whose columns of L are made at a time: what is made of all of them is as large as H in float64, twice
+
 
 @dataclass(frozen=True, slots=True)
 class BlockLDL:
@@ -32,7 +34,7 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     order = slots.flatten()
     real = order >= 0
     chosen = order.clamp(min=0)
-    permuted = hessian[chosen[:, None], chosen].double()
+    permuted = hessian[chosen[:, None], chosen].double()  # the one wide copy beside its factor: H of a wide layer fills memory
     permuted[~real] = 0
     permuted[:, ~real] = 0
     unit = torch.zeros_like(permuted.diagonal())
@@ -41,20 +43,26 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     permuted /= mean
     permuted.diagonal()[~real] = 1.0
     factor, damping = _cholesky(permuted, unit / mean, damping)
+    del permuted
     tiles = factor.view(blocks, length, blocks, length)
     at = torch.arange(blocks)
     diagonal = tiles[at, :, at]
     inverse = torch.linalg.solve_triangular(diagonal, torch.eye(length, dtype=torch.float64, device=factor.device), upper=False)
-    lower = torch.einsum("ibj,bjk->ibk", factor.view(-1, blocks, length), inverse).reshape(factor.shape)
+    lower = torch.empty(factor.shape, dtype=torch.float32, device=factor.device)
+    into = lower.view(-1, blocks, length)
+    for first in range(0, blocks, _TOGETHER):
+        own = slice(first, first + _TOGETHER)
+        into[:, own] = torch.einsum("ibj,bjk->ibk", factor.view(-1, blocks, length)[:, own], inverse[own])
     root = diagonal.transpose(1, 2) * real.view(blocks, 1, length) * mean.sqrt()
-    return BlockLDL(lower.float(), root.float(), damping)
+    return BlockLDL(lower, root.float(), damping)
 
 
 def _cholesky(matrix: Float[Tensor, "n n"], unit: Float[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
+    """The factor of the damped matrix, whose diagonal is written into, and the damping."""
+    own = matrix.diagonal().clone()
     while damping <= 1:
-        damped = matrix.clone()
-        damped.diagonal().add_(damping * unit)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        matrix.diagonal().copy_(own + damping * unit)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and torch.isfinite(factor.diagonal()).all():  # what is not finite reaches the diagonal of its row
             return factor, damping
         damping *= 10

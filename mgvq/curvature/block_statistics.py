@@ -13,6 +13,7 @@ from mgvq.model.blocks import Block, by_block
 from mgvq.model.passes import Rows
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import Weights
+from mgvq.progress import progress
 from mgvq.types import Batch, Needs, Site, StatsBank
 
 
@@ -41,7 +42,7 @@ def collect_by_block(
     walk = BlockWalk(model, sites, held, weights)
     behind, more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
     reached = set[Site]()
-    for block in by_block(sites):
+    for block in progress(list(by_block(sites)), "blocks of statistics"):
         if is_finished(block):  # an earlier start has found that samples come there
             reached |= set(block)
         else:
@@ -82,7 +83,7 @@ def _grams(
 ) -> Iterator[tuple[Block, StatsBank]]:
     rows = [Rows.of(batch) for batch in held]
     walk, watch, reached = BlockWalk(model, sites, held, weights), Watch(), set[Site]()
-    for block in by_block(sites):
+    for block in progress(list(by_block(sites)), "blocks of statistics"):
         visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)
         # A first token has no position before it that would predict it (`answer_states`).
         sums.num_answers = sum(int(batch.loss_mask[:, 1:].sum()) for batch in held)

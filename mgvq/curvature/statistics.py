@@ -7,7 +7,6 @@ by 1e-6 at most; but for a Gram that clips its tokens, each by those of its batc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from functools import partial
-from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -16,7 +15,7 @@ from torch import Tensor
 from mgvq.curvature.fusion import balanced
 from mgvq.errors import UserError
 from mgvq.model.passes import Forward, Rows, forward, right_labels, sampled_labels
-from mgvq.progress import progress
+from mgvq.progress import chained, progress
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 
 
@@ -58,7 +57,7 @@ def collect(
     answered = needs.saliency or needs.gradient or needs.channel_groups > 0
     further = further if needs.gram else ()
     if not (sampled or answered):  # the Gram is all there is: its batches are all alike
-        batches, further = chain(batches, further), ()
+        batches, further = chained(batches, further), ()
     for batch, rows, run in _runs(model, sites, batches, sums.add_inputs, graph=sampled or answered):
         sums.num_answers += len(run.logs)
         if sampled:
@@ -215,7 +214,7 @@ def _runs(
 ) -> Iterator[tuple[Batch, Rows, Forward]]:
     """Run every batch forward and yield it with its rows and what the pass left behind; `see` gets what the sites read."""
     device = next(model.parameters()).device
-    for batch in progress(batches, "statistics"):
+    for batch in progress(batches, "batches of statistics"):
         batch = batch.to(device)
         rows = Rows.of(batch)
         run = forward(model, sites, batch, partial(_looked_at, Watch(), partial(see, rows)), graph=graph)

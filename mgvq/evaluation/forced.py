@@ -17,8 +17,9 @@ from mgvq.model.reference import Reference
 from mgvq.progress import progress
 from mgvq.types import Batch
 
-_TOGETHER = 64  # tokens whose logits are compared at a time
-_MOST_LOGITS = 2**27  # at a time, half a gigabyte: a window of 2,048 tokens of a large vocabulary would fill ten
+_LEAST = 64  # tokens whose logits are there at a time, where there are as many
+_LOGITS = 2**23  # about as many at a time: each step of a comparison makes a copy of them
+_CUT = 2**27  # logits after which runs of tokens begin anew; fixed: where they end moves the last digits, as `_runs` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,13 @@ def score(
     """What `model` makes of the right answers, by sample id; `reference` is the full-precision model that it is compared with."""
     asked = reference if reference is None or isinstance(reference, Reference) else Reference(reference)
     scored: dict[str, Forced] = {}
-    for batch in progress(batches, "answers"):
+    for batch in progress(batches, "batches of answers"):
         batch = batch.to(model.device, model.dtype) if isinstance(batch, PackedBatch) else batch.to(model.device)
         targets = batch.inputs["input_ids"][batch.loss_mask]
         compared = asked if asked is not None and asked.model is not model else None
         states = answer_states(model, batch)
         expected = compared.states(batch) if compared else states
-        size = max(1, _MOST_LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+        size = max(1, _CUT // model.config.get_text_config(decoder=True).vocab_size)
         parts = [
             _scored(model, compared, *part)
             for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
@@ -68,14 +69,22 @@ def _scored(
 
     Its states are read where there is one; without one these are the model's own.
     """
-    found = logits(model, states)
-    expected = None if reference is None else reference.logits(expected_states)
-    parts = [
-        _compared(found[at : at + _TOGETHER], None if expected is None else expected[at : at + _TOGETHER], own)
-        for at, own in zip(range(0, len(targets), _TOGETHER), targets.split(_TOGETHER), strict=True)
-    ]
+    parts = []
+    for few in _runs(len(targets), model.config.get_text_config(decoder=True).vocab_size):
+        expected = None if reference is None else reference.logits(expected_states[few])
+        parts.append(_compared(logits(model, states[few]), expected, targets[few]))
     losses, divergences, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
     return losses, divergences, chosen, expected_losses, expected_chosen
+
+
+def _runs(number: int, vocabulary: int) -> list[slice]:
+    """Tokens in runs of a multiple of `_LEAST`; a last run has what is left over, and no fewer where there are as many.
+
+    A product of a few rows adds up in another order than that of many rows, which has the same bits however it is cut.
+    """
+    size = max(1, _LOGITS // vocabulary // _LEAST) * _LEAST
+    starts = range(0, max(1, number - _LEAST + 1), size)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], number], strict=True)]
 
 
 def _compared(found: Tensor, expected: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

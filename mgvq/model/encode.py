@@ -10,6 +10,7 @@ from PIL.Image import Image
 
 from mgvq.errors import UserError
 from mgvq.model.chat import Answer, Chat, Rendered, begins_itself, check_texts, end_token, write_chat
+from mgvq.progress import Counted
 from mgvq.types import Batch
 
 
@@ -107,7 +108,6 @@ def _answers(processor: Any, sample: Sample, rendered: Rendered, row: list[int])
 def batches(processor: Any, samples: Sequence[Sample], size: int) -> Iterator[Batch]:
     """Samples with equally many images, and of like length, together, so that little is padded; ids tell which row is which."""
     order = sorted(samples, key=lambda s: (len(s.images), s.num_words, s.sample_id))
-    for _, alike in itertools.groupby(order, key=lambda s: len(s.images)):
-        rows = list(alike)
-        for at in range(0, len(rows), size):
-            yield encode(processor, rows[at : at + size])
+    alike = [list(samples) for _, samples in itertools.groupby(order, key=lambda s: len(s.images))]
+    parts = [rows[at : at + size] for rows in alike for at in range(0, len(rows), size)]
+    return Counted((encode(processor, part) for part in parts), len(parts))

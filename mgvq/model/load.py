@@ -29,6 +29,7 @@ from mgvq.model.terms import licence_of, term_files
 from mgvq.model.weights import InModel, Weights
 
 log = logging.getLogger(__name__)
+_TOGETHER = 2**24  # numbers that are compared at a time: a copy of a whole embedding is half a gigabyte
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def as_stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+    runs = zip(narrow.flatten().split(_TOGETHER), tensor.flatten().split(_TOGETHER), strict=True)
+    return narrow if all(torch.equal(few.to(tensor.dtype), own) for few, own in runs) else tensor
 
 
 def describe(source: Source) -> Described:

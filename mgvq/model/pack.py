@@ -20,6 +20,7 @@ from mgvq.model.classes import is_text_only
 from mgvq.model.encode import Example
 from mgvq.model.family import family_of
 from mgvq.model.image import prefix_inputs, split_prompt, tokens
+from mgvq.progress import Counted
 
 _BLOCKED = -1e4  # added to a score: nothing of it is left in any floating-point width
 
@@ -63,8 +64,8 @@ def packed_batches(processor: Any, examples: Sequence[Example], num_images: int)
     Raises ValueError where the processor adds to the text behind the image.
     """
     rows = [list(group) for _, group in itertools.groupby(examples, key=lambda e: id(e.image))]
-    for at in range(0, len(rows), num_images):
-        yield _pack(processor, rows[at : at + num_images])
+    parts = [rows[at : at + num_images] for at in range(0, len(rows), num_images)]
+    return Counted((_pack(processor, part) for part in parts), len(parts))
 
 
 def _pack(processor: Any, rows: Sequence[Sequence[Example]]) -> PackedBatch:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mgvq.errors import UserError
+from mgvq.progress import Counted
 from mgvq.types import Batch
 
 
@@ -57,5 +58,5 @@ def added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 def text_batches(processor: Any, passages: Sequence[Passage], size: int) -> Iterator[Batch]:
     """Passages of like length together, so that little is padded; sample ids tell which row is which."""
     order = sorted(passages, key=lambda p: (len(p.text), p.sample_id))
-    for at in range(0, len(order), size):
-        yield encode_text(processor, order[at : at + size])
+    parts = [order[at : at + size] for at in range(0, len(order), size)]
+    return Counted((encode_text(processor, part) for part in parts), len(parts))

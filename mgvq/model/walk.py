@@ -188,7 +188,8 @@ class Visit:
         self._walk, self.name = walk, block_name(block)
         self.module = walk.model.get_submodule(self.name)
         prefixes: tuple[PrefixName, ...] = get_args(PrefixName)
-        self.calls: Mapping[PrefixName, list[Call]] = Lazy(prefixes, lambda p: walk.calls(block, p), together=lambda _: None)
+        # Those of one prefix at a time: whoever has come to the quantised one is done with full precision.
+        self.calls: Mapping[PrefixName, list[Call]] = Lazy(prefixes, lambda p: walk.calls(block, p), together=lambda p: p)
         self._full_precision = full_precision
 
     def run(

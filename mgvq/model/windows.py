@@ -13,6 +13,7 @@ import torch
 
 from mgvq.errors import UserError
 from mgvq.model.text import added_tokens
+from mgvq.progress import Counted
 from mgvq.types import Batch
 
 
@@ -63,10 +64,13 @@ class Windows:
 
 def window_batches(windows: Sequence[Window], size: int) -> Iterator[Batch]:
     """`size` windows at a time; all have the same length."""
-    for at in range(0, len(windows), size):
-        part = windows[at : at + size]
-        ids = torch.tensor([window.ids for window in part])
-        valid = torch.ones_like(ids, dtype=torch.bool)
-        scored = torch.arange(ids.shape[1]) >= torch.tensor([[window.num_context] for window in part])
-        inputs = {"input_ids": ids, "attention_mask": valid.long()}
-        yield Batch(inputs, torch.zeros_like(valid), scored, valid, tuple(window.sample_id for window in part))
+    parts = [windows[at : at + size] for at in range(0, len(windows), size)]
+    return Counted(map(_batch, parts), len(parts))
+
+
+def _batch(windows: Sequence[Window]) -> Batch:
+    ids = torch.tensor([window.ids for window in windows])
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    scored = torch.arange(ids.shape[1]) >= torch.tensor([[window.num_context] for window in windows])
+    inputs = {"input_ids": ids, "attention_mask": valid.long()}
+    return Batch(inputs, torch.zeros_like(valid), scored, valid, tuple(window.sample_id for window in windows))

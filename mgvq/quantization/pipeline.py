@@ -16,6 +16,7 @@ from mgvq.model.blocks import block_name, by_block
 from mgvq.model.lazy import Lazy
 from mgvq.model.sites import site_weights
 from mgvq.model.streamed import StreamedWeights
+from mgvq.progress import progress
 from mgvq.protocols import LayerTransform
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
@@ -79,12 +80,11 @@ def quantize(
     rounder = LayerRounder(method.compensation, method.refit, ids, limits)
     blocks = pd.DataFrame()
     tuner = None
-    if streamed and not method.is_blockwise:
+    if not method.is_blockwise:
         rounded = Rounded()
-        for block in by_block(sites):
-            rounded |= rounder.round(cache, rates, block, flags).packed()
-    elif not method.is_blockwise:
-        rounded = rounder.round(cache, rates, sites, flags)
+        for part in [sites] if between else progress(list(by_block(sites)), "blocks"):
+            own = rounder.round(cache, rates, part, flags)
+            rounded |= own.packed() if streamed else own
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
         if between:

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from mgvq.memory import give_back
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
 from mgvq.model.weights import InModel, Weights
@@ -67,6 +68,8 @@ def sequential_rounding(
                         now = rounder.round(cache.with_problems(problems), rates, together, taken)
                         weights.install(now.decoded, now.stored)
                         own |= now
+                        if weights.streamed:
+                            give_back()
                     finished[name] = own, taken
             rounded |= own.packed() if weights.streamed else own
             flags += taken
@@ -84,9 +87,18 @@ def _problems(
     prefix: Prefix,
     streams: Sequence["_Streams"],
 ) -> dict[Site, LayerProblem]:
-    """The problems of layers that read the same activations, behind the quantised prefix."""
-    moments = [stream.moments(together) for stream in streams]
-    return {s: _sequential(cache.problems[s], originals[s], prefix, *(m[s] for m in moments)) for s in together}
+    """The problems of layers that read the same activations, behind the quantised prefix, in the bases that they have.
+
+    Their inputs have one basis, and so they have one input factor.
+    """
+    moments, heldout = (stream.moments(together) for stream in streams)
+    found = {
+        s: replace(p := cache.problems[s], target=_target(p, originals[s], prefix, moments[s], heldout[s])) for s in together
+    }
+    del heldout
+    gram, transform = moments[together[0]].gram, cache.problems[together[0]].transform
+    h_in = (transform.input_factor(gram) if transform else gram).float()
+    return {s: replace(p, metric=Metric((h_in,), p.metric.h_out if p.metric else None)) for s, p in found.items()}
 
 
 def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
@@ -107,15 +119,11 @@ class _Moments:
     lacking: Float[Tensor, "out in"]  # E[r x~^T]
 
 
-def _sequential(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> LayerProblem:
-    """The layer's problem behind the quantised prefix, in the basis that it has."""
+def _target(problem: LayerProblem, weight: Tensor, prefix: Prefix, moments: _Moments, heldout: _Moments) -> Tensor:
+    """What the layer is to be rounded to behind the quantised prefix, in the basis of the problem."""
     held = (heldout.lacking, heldout.gram) if heldout.num_tokens else None
-    move, target = prefix.correction(moments.of, moments.lacking, moments.gram, held), problem.target
-    if move is not None:
-        target = problem.of_model((weight.double() + move.to(weight.device)).float())
-    gram = problem.transform.input_factor(moments.gram) if problem.transform else moments.gram
-    h_out = problem.metric.h_out if problem.metric else None
-    return replace(problem, target=target, metric=Metric((gram.float(),), h_out))
+    move = prefix.correction(moments.of, moments.lacking, moments.gram, held)
+    return problem.target if move is None else problem.of_model((weight.double() + move.to(weight.device)).float())
 
 
 def _by_input(block: Block) -> Iterator[list[Site]]:
@@ -129,7 +137,9 @@ def _by_input(block: Block) -> Iterator[list[Site]]:
 class _Streams:
     """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix.
 
-    `places`: as another walk over the same model has found them; None: they are looked for.
+    `places`: as another walk over the same model has found them; None: they are looked for. Activations are kept as the model has
+    them, in its dtype, until the moments of the layers that they are for are taken; the stream behind a block is the very tensor
+    that the walk goes on with.
     """
 
     def __init__(
@@ -143,51 +153,77 @@ class _Streams:
         self.visit = walk.visit(block, {site: originals[site] for site in block})
         self._names = {site: site.name.removeprefix(self.visit.name).removeprefix(".") for site in block}
         self.places = _stream_places(self.visit, self._names) if places is None else places
-        firsts = [together[0] for together in _by_input(block)]
+        firsts = [together[0] for together in _by_input(block) if set(together) - set(self.places)]
         self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
         self._behind: dict[Site, list[Tensor]] = {site: [] for site in self.places}
         watched = {self._names[site] for site in firsts} | {after for _, after in self.places.values()}
         for one in self.visit.run("full_precision", sorted(watched - _ENDS)):
             for site in firsts:
-                self._inputs[site.reads].append(self._tokens(site, one, self._names[site]))
+                self._inputs[site.reads].append(_at(one, self._names[site]))
             for site, (_, after) in self.places.items():
-                self._behind[site].append(self._tokens(site, one, after))
+                self._behind[site].append(_at(one, after))
 
     def moments(self, together: Sequence[Site]) -> dict[Site, _Moments]:
-        """The moments of layers that read the same activations; zeros where no sample reaches them.
+        """The moments of layers that read the same activations, taken once; zeros where no sample reaches them.
 
         An output lacks `W (x - x~)`, and the stream what it was less what it is before the layer and less `W x~`: the products
         with W are taken of the moments, not token by token.
         """
         first, num_tokens = together[0], 0
         into_stream = [site for site in together if site in self.places]
-        gram, drift = (torch.zeros(first.in_features, first.in_features, dtype=torch.float64) for _ in range(2))
-        streams = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in into_stream}
+        gram = _Sum(first.in_features, first.in_features)
+        drift = _Sum(first.in_features, first.in_features) if first.reads in self._inputs else None
+        streams = {site: _Sum(site.out_features, site.in_features) for site in into_stream}
         befores = {self.places[site][0] for site in into_stream}
+        inputs, behind = self._inputs.pop(first.reads, []), {site: self._behind.pop(site) for site in into_stream}
         for number, one in enumerate(self.visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
-            x = self._tokens(first, one, self._names[first])
+            x = self._tokens(first, one, _at(one, self._names[first]))
             num_tokens += len(x)
-            gram += (x.T @ x).double().cpu()
-            drift += ((self._inputs[first.reads][number] - x).T @ x).double().cpu()
+            gram.add(x.T @ x)
+            if drift is not None:
+                drift.add((self._tokens(first, one, inputs[number]) - x).T @ x)
             for site in into_stream:
-                lack = self._behind[site][number] - self._tokens(site, one, self.places[site][0])
+                lack = self._tokens(site, one, behind[site][number]) - self._tokens(site, one, _at(one, self.places[site][0]))
                 if (bias := self._walk.weights.bias(site)) is not None:
                     lack = lack - bias.float()
-                streams[site] += (lack.T @ x).double().cpu()
-        count = max(1, num_tokens)
-        found = {}
+                streams[site].add(lack.T @ x)
+        count, lacking = max(1, num_tokens), dict[Site, Tensor]()
         for site in together:
             weight = self._originals[site].double().cpu()
-            lacking = streams[site] - weight @ gram if site in streams else weight @ drift
-            found[site] = _Moments(num_tokens, (gram / count).float(), "stream" if site in streams else "output", lacking / count)
-        return found
+            if site in streams:
+                lacking[site] = (streams[site].total - weight @ gram.total).div_(count)
+            else:
+                assert drift is not None
+                lacking[site] = (weight @ drift.total).div_(count)
+        mean = gram.total.div_(count).float()
+        if self._walk.weights.streamed:
+            give_back()
+        return {
+            site: _Moments(num_tokens, mean, "stream" if site in streams else "output", lacks) for site, lacks in lacking.items()
+        }
 
-    def _tokens(self, site: Site, one: BlockPass, place: str) -> Float[Tensor, "tokens c"]:
-        """The rows of real tokens of what is at a place: the input of a module, or one of the ends of the block."""
-        values = one.call.hidden if place == _ENTRY else one.output if place == _EXIT else one.inputs[place]
+    def _tokens(self, site: Site, one: BlockPass, values: Float[Tensor, "*b c"]) -> Float[Tensor, "tokens c"]:
+        """The rows of real tokens among values of a call, float32."""
         return self.visit.tokens(one.call, values, site.tower).float()
 
 
+def _at(one: BlockPass, place: str) -> Float[Tensor, "*b c"]:
+    """What is at a place: the input of a module, or one of the ends of the block."""
+    return one.call.hidden if place == _ENTRY else one.output if place == _EXIT else one.inputs[place]
+
+
+class _Sum:
+    """A sum of float32 products in float64 on the CPU, a few rows at a time: a wide copy of a product is as large as the sum."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.total = torch.zeros(rows, columns, dtype=torch.float64)
+
+    def add(self, product: Float[Tensor, "rows columns"]) -> None:
+        for into, few in zip(self.total.split(_ROWS), product.cpu().split(_ROWS), strict=True):
+            into += few
+
+
+_ROWS = 256  # of a product that are added at a time
 _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, and those that come out
 _ENDS = {_ENTRY, _EXIT}
 

@@ -30,6 +30,7 @@ from mgvq.curvature.block_statistics import collect_by_block
 from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
 from mgvq.errors import SharedFault, UserError
+from mgvq.memory import give_back
 from mgvq.model.blocks import Block
 from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
@@ -129,6 +130,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
                 if not table.empty:
                     folder.write_table(f"{name}.parquet", table)
             weights, parameters = report.weights, report.parameters
+        give_back()
         if made is None:
             rounded = round_embeddings(loaded.model, cfg.embedding_bits) if cfg.embedding_bits else {}
             made_of = _made_of(identity, calibration)
@@ -162,6 +164,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         if other is None:  # else the run that made the checkpoint has compared them, and its digests are as they were
             check_same_model(loaded, weights, model, folder.checkpoint, rounded, parameters)
         digest = file_digest(folder.checkpoint / FIRST_SHARD)
+        give_back()
         shared = {name: identity.get(name) for name in ("model", "evaluation", "threads", "device", "tf32", "numerics")}
         with reference(Path(cfg.paths.results) / "cache" / "teacher", shared, loaded.model) as asked:
             result = task(model, asked, load_processor(folder.checkpoint, **trusted), digest)

@@ -38,11 +38,11 @@ class LayerRotation:
 
     def input_factor(self, factor: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
         """`V H V^T`."""
-        return factor if self.inputs is None else rotate_factor(factor.double(), self.inputs).float()
+        return factor if self.inputs is None else rotate_factor(factor, self.inputs).float()
 
     def output_factor(self, factor: Float[Tensor, "out out"]) -> Float[Tensor, "out out"]:
         """`U H U^T`."""
-        return factor if self.outputs is None else rotate_factor(factor.double(), self.outputs).float()
+        return factor if self.outputs is None else rotate_factor(factor, self.outputs).float()
 
     def statistics(self, stats: SiteStats) -> SiteStats:
         """The statistics that the turned layer would have had.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgvq.checks import whole_number
 from mgvq.errors import UserError
+from mgvq.progress import Counted, progress
 from mgvq.protocols import Descended, Objective
 from mgvq.rng import generator
 
@@ -71,7 +72,8 @@ class Descent:
         optimiser = torch.optim.AdamW(list(shares.values()), lr=self.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
         checked = {round(self.steps * (i + 1) / self.checks) for i in range(self.checks)}
         since: list[float] = []
-        for step, batch in enumerate(self._order(name, objective.num_batches), start=1):
+        order = Counted(self._order(name, objective.num_batches), self.steps)
+        for step, batch in enumerate(progress(order, "steps of tuning"), start=1):
             with torch.enable_grad():
                 loss = objective.loss(values(), batch)
             if not torch.isfinite(loss):

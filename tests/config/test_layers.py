@@ -25,7 +25,7 @@ LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantiza
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
           ["data", "formats", "linalg", "rng", "progress"], ["checks", "digest"],
           ["kernels"],
-          ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors"]]  # fmt: skip
+          ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors", "memory"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 HYDRA_ALLOWED = ("cli", "studies", "runs")
 MODULES = sorted(f for f in PACKAGE.rglob("*.py") if f != PACKAGE / "__init__.py")

@@ -1,13 +1,18 @@
 """`memory=streamed`: one block in memory at a time, and the bytes of a run with the whole model in memory."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, run_command, sampled
+from conftest import FAMILIES, ROOT, run_command, sampled
+from forks import shared_forks
 from torch import Tensor, nn
 
 from mgvq.model.load import load
@@ -71,6 +76,29 @@ def test_a_stopped_collection_goes_on_and_a_damaged_block_is_collected_again(tmp
     assert {file: file.read_bytes() for file in blocks} == wanted
     assert blocks[1].stat().st_mtime_ns == kept, "what is finished is not written again"
     assert files(done.parent) == first
+
+
+def test_a_run_that_is_killed_in_the_statistics_and_in_the_rounding_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    arguments = ["model=tiny_internvl", "memory=streamed", *FEW, *METHODS["mgvq2"]]
+    run_command("mgvq.cli.run", *arguments, results=tmp_path / "undisturbed")
+    (undisturbed,) = (tmp_path / "undisturbed").glob("runs/*/DONE")
+    disturbed = tmp_path / "disturbed"
+    for finished in ("cache/statistics/*/block-0001.safetensors", "partial/*/block-0001.entry"):
+        process = subprocess.Popen(
+            [str(shared_forks().python), "-m", "mgvq.cli.run", *arguments],
+            cwd=ROOT,
+            env={**os.environ, "MGVQ_RESULTS": str(disturbed)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not list(disturbed.glob(finished)):
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "the kill came before the end"
+        assert not list(disturbed.glob("runs/*/DONE"))
+    done = run_command("mgvq.cli.run", *arguments, results=disturbed)
+    assert "going on behind" in done.stderr
+    assert files(disturbed / "runs" / undisturbed.parent.name) == files(undisturbed.parent)
 
 
 def test_tuning_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from mgvq import progress as module
-from mgvq.progress import last_told, peak_gb, progress
+from mgvq.progress import Counted, chained, last_told, peak_gb, progress
 
 
 @pytest.fixture
@@ -35,10 +35,25 @@ def test_a_quick_loop_and_one_of_unknown_length_say_nothing(clock, caplog) -> No
     caplog.set_level(logging.INFO)
     for _ in progress(range(100), "batches"):
         clock[0] += 0.1
-    for _ in progress(iter(range(3)), "batches"):
+    for _ in progress((n for n in range(3)), "batches"):
         clock[0] += 60
     assert not caplog.messages
     assert last_told("12:00:00 loading a model") is None
+
+
+def test_what_is_made_item_by_item_may_know_its_number(clock, caplog) -> None:
+    caplog.set_level(logging.INFO)
+    made = Counted((n for n in range(3)), 3)
+    items = []
+    for item in progress(chained(made, [3, 4]), "batches"):
+        items.append(item)
+        clock[0] += 60
+    assert items == list(range(5))
+    assert [(last_told(m).done, last_told(m).total) for m in caplog.messages] == [(1, 5), (2, 5), (3, 5), (4, 5)]
+    caplog.clear()
+    for _ in progress(chained(made, (n for n in range(3))), "batches"):
+        clock[0] += 60
+    assert not caplog.messages
 
 
 def test_a_loop_that_is_left_early_leaves_room_for_the_next(clock, caplog) -> None:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mgvq.calibration.text import Text
 from mgvq.data.english import docstrings
 from mgvq.errors import UserError
-from mgvq.evaluation.forced import score
+from mgvq.evaluation.forced import _runs, score
 from mgvq.evaluation.perplexity import Perplexity
 from mgvq.model.text import encode_text
 from mgvq.model.windows import Windows, window_batches
@@ -131,11 +131,21 @@ def test_a_window_is_scored_as_transformers_scores_it(monkeypatch: pytest.Monkey
         expected = network(ids, labels=labels).loss.item()
         assert found[window.sample_id].num_tokens == 40 - window.num_context
         assert found[window.sample_id].loss / found[window.sample_id].num_tokens == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr("mgvq.evaluation.forced._MOST_LOGITS", 96 * 7)
+    monkeypatch.setattr("mgvq.evaluation.forced._CUT", 96 * 7)
     for name, other in score(network, model(), window_batches(cut, 1)).items():
         assert other.loss == pytest.approx(found[name].loss, rel=1e-6)
         assert other.predicted == found[name].predicted
         assert abs(other.kl) < 1e-4
+
+
+@pytest.mark.parametrize("number", [0, 1, 63, 64, 127, 128, 130, 883])
+@pytest.mark.parametrize("vocabulary", [96, 49_152, 151_936])
+def test_logits_are_cut_into_runs_of_which_none_is_short(number: int, vocabulary: int) -> None:
+    runs = _runs(number, vocabulary)
+    assert [row for run in runs for row in range(number)[run]] == list(range(number))
+    sizes = [run.stop - run.start for run in runs]
+    assert min(sizes) >= min(number, 64)
+    assert max(sizes) < max(2 * 64, 2**23 // vocabulary + 64)
 
 
 def test_perplexity_of_windows(tmp_path: Path) -> None:

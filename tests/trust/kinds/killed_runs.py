@@ -1,5 +1,6 @@
-"""A run that goes block by block is killed (`kill -9`) behind one of its blocks and started again: it goes on from there, and its
-checkpoint, tables and answers have the same bytes as those of a run that was left alone."""
+"""A run that goes block by block is killed (`kill -9`) behind one of its blocks, in the statistics too where it is streamed, and
+started again: it goes on from there, and its checkpoint, tables and answers have the same bytes as those of a run that was left
+alone."""
 
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 from forks import shared_forks
 from trials import Outcome
 
-WHOLE, SAMPLE = 20, 0  # `make test` stops the loop itself at every place: tests/e2e/test_gradient.py
+WHOLE, SAMPLE = 40, 0  # `make test` stops the loop itself at every place: tests/e2e/test_gradient.py
 SEED = 0
 FEW = ["scope=language_projector", "evaluation.num_questions=8", "evaluation.answers=forced", "codebook.sample=64"]
 METHODS = {
@@ -22,6 +23,7 @@ METHODS = {
         "method=kmeans_ldlq", "prefix=quantized", "calibration.num_images=4", "calibration.heldout_images=2"
     ],
 }  # fmt: skip
+METHODS |= {f"{case}, streamed": [*method, "memory=streamed"] for case, method in METHODS.items()}
 COMPARED = ("checkpoint/", "samples.parquet", "ledger.parquet", "layers.parquet", "blocks.parquet", "proxy.parquet")
 
 
@@ -61,17 +63,23 @@ def start(case: str, results: Path) -> subprocess.Popen[bytes]:
 
 
 def entries(results: Path) -> int:
+    """Rounded blocks that a next start would go on behind."""
     try:
         return len(list((results / "partial").glob("*/*.entry")))
     except FileNotFoundError:  # the run has come to its end meanwhile, and has taken their folder away
         return 0
 
 
+def blocks(results: Path) -> int:
+    """The same, and the blocks whose statistics are there: of a streamed run each has a file of its own."""
+    return len(list((results / "cache" / "statistics").glob("*/block-*.safetensors"))) + entries(results)
+
+
 def finish(case: str, results: Path) -> int:
-    """Run to the end; the most blocks that were there as finished. A failure raises with its output."""
+    """Run to the end; the most that `blocks` has counted. A failure raises with its output."""
     process, most = start(case, results), 0
     while process.poll() is None:
-        most = max(most, entries(results))
+        most = max(most, blocks(results))
         time.sleep(0.02)
     _, errors = process.communicate()
     if process.returncode:
@@ -82,9 +90,9 @@ def finish(case: str, results: Path) -> int:
 
 
 def kill(case: str, results: Path, place: int, later: float) -> bool:
-    """Kill the run `later` seconds after it has finished `place` blocks; whether that was before its end."""
+    """Kill the run `later` seconds after `blocks` has counted `place`; whether that was before its end."""
     process = start(case, results)
-    while entries(results) < place and process.poll() is None:
+    while blocks(results) < place and process.poll() is None:
         time.sleep(0.02)
     try:
         process.communicate(timeout=later)
