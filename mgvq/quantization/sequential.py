@@ -19,6 +19,7 @@ from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
 from mgvq.quantization.tuning import BlockTuner
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
@@ -34,6 +35,7 @@ def sequential_rounding(
     finished: MutableMapping[str, Any] | None = None,
     tuner: BlockTuner | None = None,
     weights: Weights | None = None,
+    ranks: Ranks = ALONE,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
@@ -41,11 +43,16 @@ def sequential_rounding(
     output factor stays. `prefix` says how its target is moved before it is rounded; without one layers are rounded as they are.
     A `tuner` has the block once it is rounded. `finished` is as in `blockwise_rounding`, and not for tuned blocks, since an entry
     lacks what a tuner moves beside the layers. `weights` says where those of the layers are; None: in the model, which has its
-    own parameters again in the end.
+    own parameters again in the end. Several processes (`ranks`) are all given all samples, and run their own shares; but for a
+    tuner, which has all of them in each.
     """
     finished, weights = {} if finished is None else finished, weights or InModel(model)
-    parts = ([on_device(b, model) for b in part] for part in (samples.batches, samples.heldout))
-    walks = [BlockWalk(model, sites, part, weights) for part in parts]
+    if tuner is not None:
+        ranks = ALONE
+    walks = []
+    for part in (samples.batches, samples.heldout):
+        share = [on_device(batch, model) for batch in ranks.share(part)]
+        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None))
     rounded = Rounded()
     with weights.unchanged(sites) as originals, tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
@@ -55,8 +62,8 @@ def sequential_rounding(
                 own |= rounder.round(cache, rates, block, taken)
                 weights.install(own.decoded, own.stored)
             else:
-                streams = [first := _Streams(walks[0], block, originals)]
-                streams += [_Streams(walk, block, originals, first.places) for walk in walks[1:]]  # of samples that are held out
+                streams = [first := _Streams(walks[0], block, originals, ranks)]
+                streams += [_Streams(walk, block, originals, ranks, first.places) for walk in walks[1:]]  # of held-out samples
                 visits = [stream.visit for stream in streams]
                 if (earlier := finished.get(name)) is not None:
                     own, taken = earlier
@@ -129,7 +136,8 @@ def _by_input(block: Block) -> Iterator[list[Site]]:
 class _Streams:
     """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix.
 
-    `places`: as another walk over the same model has found them; None: they are looked for.
+    `places`: as another walk over the same model has found them; None: they are looked for. Of several processes (`ranks`) each
+    has its own share of the batches in its walk.
     """
 
     def __init__(
@@ -137,12 +145,16 @@ class _Streams:
         walk: BlockWalk,
         block: Block,
         originals: Mapping[Site, Tensor],
+        ranks: Ranks = ALONE,
         places: Mapping[Site, tuple[str, str]] | None = None,
     ) -> None:
-        self._walk, self._originals = walk, originals
+        self._walk, self._originals, self._ranks = walk, originals, ranks
         self.visit = walk.visit(block, {site: originals[site] for site in block})
         self._names = {site: site.name.removeprefix(self.visit.name).removeprefix(".") for site in block}
-        self.places = _stream_places(self.visit, self._names) if places is None else places
+        if places is None:  # all take those of the first process that has a call of the block
+            found = ranks.gather("places of the stream", _stream_places(self.visit, self._names))
+            places = next((own for own in found if own is not None), {})
+        self.places = places
         firsts = [together[0] for together in _by_input(block)]
         self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
         self._behind: dict[Site, list[Tensor]] = {site: [] for site in self.places}
@@ -174,6 +186,9 @@ class _Streams:
                 if (bias := self._walk.weights.bias(site)) is not None:
                     lack = lack - bias.float()
                 streams[site] += (lack.T @ x).double().cpu()
+        num_tokens = sum(self._ranks.gather("tokens", num_tokens))
+        streams = self._ranks.total("moments with the stream", streams)
+        gram, drift = self._ranks.total("moments", {"gram": gram, "drift": drift}).values()
         count = max(1, num_tokens)
         found = {}
         for site in together:
@@ -192,16 +207,17 @@ _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, a
 _ENDS = {_ENTRY, _EXIT}
 
 
-def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]]:
+def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]] | None:
     """For each layer whose output is added to the residual stream: where the stream is before that, and where behind.
 
     Found in one pass, not guessed from names: the places are the ends of the block and the inputs of its modules, and the sum of
-    one of them and the layer's output is another. A layer behind which a norm or a scale stands has none.
+    one of them and the layer's output is another. A layer behind which a norm or a scale stands has none. None where no sample
+    comes to the block.
     """
     calls = visit.calls["full_precision"][:1]
     hidden = calls[0].hidden if calls else None
     if hidden is None:
-        return {}
+        return None
     modules = [name for name, module in visit.module.named_modules() if name and not list(module.children())]
     one = next(visit.first("full_precision", [name for name in modules if name not in names.values()]), None)
     assert one is not None

@@ -16,7 +16,7 @@ from mgvq.quantization.pipeline import quantize
 from mgvq.runs.build import build
 from mgvq.runs.compose import composer
 from mgvq.runs.dry import report
-from mgvq.runs.execute import samples_as_batches
+from mgvq.runs.quantise import samples_as_batches
 from mgvq.runs.method import build_method
 
 QUICK = ("calibration.num_images=4", "calibration.questions_per_image=2", "calibration.heldout_images=2")
