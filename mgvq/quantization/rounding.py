@@ -182,9 +182,9 @@ class LayerRounder:
         return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
 
 
-def _cost(site: Site) -> float:
-    """Multiplications that rounding a layer takes: those of its feedback, and of the factor of its Gram."""
-    return site.in_features**2 * (site.out_features + site.in_features / 3)
+def _cost(site: Site) -> int:
+    """What rounding a layer takes, in thirds of a multiplication: its feedback, and the factor of its Gram."""
+    return site.in_features**2 * (3 * site.out_features + site.in_features)
 
 
 def _metric(problem: LayerProblem) -> Metric:

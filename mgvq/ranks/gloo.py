@@ -179,7 +179,9 @@ class _Pickler(pickle.Pickler):
 
 
 def _tensor(content: Any, dtype: torch.dtype, shape: tuple[int, ...], device: str) -> Tensor:
-    return torch.from_numpy(content.copy()).view(dtype).reshape(shape).to(device)
+    made = torch.empty(shape, dtype=dtype)
+    made.view(-1).view(torch.uint8).copy_(torch.from_numpy(content))
+    return made.to(device)
 
 
 def _to_bytes(value: Any) -> bytes:

@@ -33,12 +33,12 @@ class Ranks:
         whole = list(items)
         return whole[len(whole) * self.rank // self.size : len(whole) * (self.rank + 1) // self.size]
 
-    def deal(self, costs: Sequence[float]) -> list[int]:
+    def deal(self, costs: Sequence[int]) -> list[int]:
         """The process of each of several tasks: the dearest first, each to whoever has least so far, of equal ones the first.
 
         That is within a third of the best there is (Graham 1969), and equal for equal costs, wherever it is asked for.
         """
-        loads, whose = [0.0] * self.size, [0] * len(costs)
+        loads, whose = [0] * self.size, [0] * len(costs)
         for task in sorted(range(len(costs)), key=lambda number: -costs[number]):
             whose[task] = loads.index(min(loads))
             loads[whose[task]] += costs[task]
