@@ -28,7 +28,7 @@ from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.objective import check_objective, objective
 from mgvq.runs.places import conf_folder, register_resolvers
-from mgvq.runs.processes import is_first, ranks
+from mgvq.runs.processes import is_first, ranks, several
 from mgvq.runs.store import RunFolder
 from mgvq.runs.tracking import track
 
@@ -183,10 +183,10 @@ def main() -> None:
 def _check_plugins() -> None:
     """Raises UserError for a launcher or a sweeper whose plugin is not installed, and for a launcher in one of several processes,
     which would start jobs of its own in each of them."""
-    if os.environ.get("WORLD_SIZE", "1") != "1" and any(word.startswith("hydra/launcher=") for word in sys.argv):
+    if several() and any(word.startswith("hydra/launcher=") for word in sys.argv):
         raise UserError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: in one of several processes of a run hydra/launcher= would start runs of "
-            "its own. Leave one of the two out; mgvq-study has launchers that start runs of several processes (`processes`)."
+            "WORLD_SIZE is set, and in one of several processes of a run hydra/launcher= would start runs of its own. Leave one of "
+            "the two out; mgvq-study has launchers that start runs of several processes (`processes`)."
         )
     for plugin, (kind, extra) in EXTRAS.items():
         if find_spec(f"hydra_plugins.hydra_{plugin}_{kind}") is None and any(

@@ -115,8 +115,11 @@ class StatisticsSums:
     def add_up(self, ranks: Ranks) -> None:
         """Let these be the sums of all processes."""
         counts = ranks.gather("counts", (self.num_answers, self._num_tokens, self._num_answered))
-        self.num_answers = sum(answers for answers, _, _ in counts)
-        self._num_tokens, self._num_answered = (sum((own[i] for own in counts), Counter()) for i in (1, 2))
+        self.num_answers, self._num_tokens, self._num_answered = 0, Counter(), Counter()
+        for answers, tokens, answered in counts:
+            self.num_answers += answers
+            self._num_tokens.update(tokens)
+            self._num_answered.update(answered)
         self._tensors = ranks.total("statistics", self._tensors)
 
     def take(self, key: tuple[str, ...], *shape: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several processes that share a run and speak through torch.distributed, with its backend gloo."""
+"""Several processes that share a run and speak through gloo, as torch has it."""
 
 import io
 import pickle
@@ -14,18 +14,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mgvq.checks import short_words
 from mgvq.errors import SharedFault, UserError
 from mgvq.ranks.ranks import Ranks
 
 T = TypeVar("T")
 K = TypeVar("K")
 # Others wait while the first process evaluates, for hours; that one has died is told by its connection, and at once.
+_START = timedelta(minutes=5)
 _LONGEST = timedelta(days=30)
 _ERROR = 0  # what a process that has failed tells in place of the name of the call that the others are at
 
 
 class Gloo(Ranks):
-    """One of the processes that torchrun has started, or whoever sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`.
+    """The process `rank` of `size`, which meet at `MASTER_ADDR` and `MASTER_PORT`, as torchrun sets them.
+
+    They are a group of their own, and not the one that torch knows as the process's: libraries that find such a one
+    (transformers, lmms-eval) share out work that is not theirs to share.
 
     What is exchanged goes through the memory of the CPU, also where a model is on an accelerator: sums are of a fixed order,
     which no reduction of NCCL has, and there is one way for both kinds of device. Tensors come out on the kind of device on which
@@ -33,12 +38,18 @@ class Gloo(Ranks):
 
     Before every exchange the processes tell each other where they are. One that has failed tells that instead, then all of them
     what has happened: those that are well raise the error of the first that is not. Raises SharedFault where another process has
-    died, and RuntimeError where processes have come to different calls.
+    died, or is not found in five minutes, and RuntimeError where processes have come to different calls.
     """
 
-    def __init__(self) -> None:
-        dist.init_process_group("gloo", timeout=_LONGEST)
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        try:
+            store = next(dist.rendezvous("env://", rank, size, timeout=_START))[0]
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore("mgvq", store), rank, size, _LONGEST)
+        except (RuntimeError, ValueError) as error:
+            raise SharedFault(
+                f"the {size} processes of this run do not find each other ({short_words(error)}): start them by torchrun."
+            ) from error
         self._in_step = True  # whether the others can be expected where this one is: not after an exchange that was broken off
         self._over = False  # whether all know of an error
 
@@ -70,7 +81,7 @@ class Gloo(Ranks):
                 part = own.cpu().contiguous()
             else:
                 part = torch.empty(shape, dtype=dtype)
-            self._wait(dist.broadcast(part, rank, async_op=True))
+            self._wait(self._group.broadcast(part, rank))
             total = part.clone() if total is None else total.add_(part)
         assert total is not None, "a key is of some process"
         return total if own is None else total.to(own.device)
@@ -97,8 +108,7 @@ class Gloo(Ranks):
     def leave(self) -> None:
         if self._in_step:
             with suppress(SharedFault):
-                self._wait(dist.barrier(async_op=True))
-            dist.destroy_process_group()
+                self._wait(self._group.barrier())
 
     def _meet(self, what: str) -> None:
         with self._meeting(what):
@@ -134,7 +144,7 @@ class Gloo(Ranks):
 
     def _places(self, place: int) -> list[int]:
         parts = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-        self._wait(dist.all_gather(parts, torch.tensor([place]), async_op=True))
+        self._wait(self._group.allgather([parts], [torch.tensor([place])]))
         return [int(part) for part in parts]
 
     def _told(self, error: tuple[type[Exception], str] | None) -> list[tuple[type[Exception], str] | None]:
@@ -146,10 +156,10 @@ class Gloo(Ranks):
         if rank == self.rank:
             content = torch.frombuffer(bytearray(_to_bytes(value)), dtype=torch.uint8)
         size = torch.tensor([len(content)])
-        self._wait(dist.broadcast(size, rank, async_op=True))
+        self._wait(self._group.broadcast(size, rank))
         if rank != self.rank:
             content = torch.empty(int(size), dtype=torch.uint8)
-        self._wait(dist.broadcast(content, rank, async_op=True))
+        self._wait(self._group.broadcast(content, rank))
         return value if rank == self.rank else pickle.loads(content.numpy().tobytes())
 
     def _wait(self, work: Any) -> None:

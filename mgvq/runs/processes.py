@@ -3,7 +3,7 @@
 import atexit
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cache
 from typing import Any
 
@@ -11,41 +11,54 @@ from mgvq.checks import whole_number
 from mgvq.errors import UserError
 from mgvq.ranks.ranks import ALONE, Ranks
 
-_NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+_SET = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@cache
+def _place() -> Mapping[str, str]:
+    """What the environment says of this process, which is taken out of it: the libraries that a run uses (lmms-eval) would share
+    out work by it that is not shared."""
+    return {name: os.environ.pop(name) for name in _SET if name in os.environ}
+
+
+def several() -> bool:
+    """Whether this is one of several processes; asks nobody."""
+    return _place().get("WORLD_SIZE", "1") != "1"
 
 
 def is_first() -> bool:
     """Whether this process is alone, or the first of several; asks nobody."""
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
+    return not several() or _place().get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine, by which it takes an accelerator."""
+    return int(_place().get("LOCAL_RANK", _place().get("RANK", "0")))
 
 
 @cache
 def ranks() -> Ranks:
     """This process among those of its run: `WORLD_SIZE` of them, met by `RANK`, `MASTER_ADDR` and `MASTER_PORT`.
 
-    Torch is imported where there are several alone. Raises UserError for a WORLD_SIZE that is no number, and where the others
-    cannot be found by what is set.
+    Torch is imported where there are several alone. Raises UserError for a WORLD_SIZE or RANK that is no number, and where the
+    others cannot be found by what is set.
     """
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size == "1":
+    if not several():
         return ALONE
-    whole_number("WORLD_SIZE", int(size) if size.isdecimal() else size, least=1)
-    if missing := [name for name in _NEEDED if name not in os.environ]:
+    size, rank = (int(word) if word.isdecimal() else word for word in (_place()["WORLD_SIZE"], _place().get("RANK", "")))
+    whole_number("WORLD_SIZE", size, least=1)
+    if rank == "" or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"WORLD_SIZE={size} says that this is one of {size} processes, but {', '.join(missing)} is not set: start runs of "
-            "several processes by torchrun, or unset WORLD_SIZE."
+            f"WORLD_SIZE={size} says that this is one of {size} processes, but RANK, MASTER_ADDR or MASTER_PORT is not set: "
+            "start runs of several processes by torchrun, or unset WORLD_SIZE."
         )
+    whole_number("RANK", rank, most=int(size) - 1)
     from mgvq.ranks.gloo import Gloo  # here: torch takes seconds to import
 
-    several = Gloo()
-    atexit.register(several.leave)
+    one = Gloo(int(rank), int(size))
+    atexit.register(one.leave)
     atexit.register(lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)])  # before that: last come, first called
-    return several
-
-
-def local_rank() -> int:
-    """The number of this process among those of its machine, by which it takes an accelerator."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    return one
 
 
 class OfTheFirst(MutableMapping[str, Any]):

@@ -74,7 +74,7 @@ def test_two_processes_write_the_checkpoint_of_one(family: str, method: str, tmp
 def test_an_error_of_the_second_ends_both_and_is_told_by_the_first(tmp_path: Path) -> None:
     """The layers of the second do not fit into its budget, which it finds while the first waits for its share of them."""
     words = ("model=tiny_internvl", "scope=language", "method=rtn", "evaluation.num_questions=4")
-    first, second = in_two(tmp_path, *words, second=("budget.bits_per_weight=0.01",))
+    first, second = in_two(tmp_path, *words, second=("budget.bits_per_weight=0.5",))
     assert (first[0], second[0]) == (2, 2), first[2] + second[2]
     assert "mgvq-run: " in first[2]
     assert "process 1 of 2" in first[2]

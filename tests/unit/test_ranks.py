@@ -75,7 +75,7 @@ def in_processes(work: Callable[[Ranks], Any], size: int = 2) -> list[Any]:
 
 def _one(place: dict[str, str], work: Callable[[Ranks], Any], answer: Any) -> None:
     os.environ.update(place)
-    ranks = Gloo()
+    ranks = Gloo(int(place["RANK"]), int(place["WORLD_SIZE"]))
     try:
         with ranks.together():
             found = work(ranks)
@@ -165,7 +165,8 @@ def test_a_mapping_of_the_first_is_read_by_all_and_written_by_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "named"), [("two", "WORLD_SIZE must be a whole number >= 1, got 'two'"), ("2", "MASTER_ADDR, MASTER_PORT is not set")]
+    ("size", "named"),
+    [("two", "WORLD_SIZE must be a whole number >= 1, got 'two'"), ("2", "RANK, MASTER_ADDR or MASTER_PORT is not set")],
 )
 def test_an_environment_of_several_processes_that_is_not_whole_is_named(
     size: str, named: str, monkeypatch: pytest.MonkeyPatch
@@ -174,5 +175,11 @@ def test_an_environment_of_several_processes_that_is_not_whole_is_named(
     monkeypatch.setenv("RANK", "0")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=named):
-        processes.ranks.__wrapped__()
+    processes._place.cache_clear()
+    try:
+        with pytest.raises(UserError, match=named):
+            processes.ranks.__wrapped__()
+    finally:
+        processes._place.cache_clear()
+        for name in ("WORLD_SIZE", "RANK"):
+            os.environ.pop(name, None)
