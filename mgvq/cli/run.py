@@ -185,8 +185,8 @@ def _check_plugins() -> None:
     which would start jobs of its own in each of them."""
     if several() and any(word.startswith("hydra/launcher=") for word in sys.argv):
         raise UserError(
-            "WORLD_SIZE is set, and in one of several processes of a run hydra/launcher= would start runs of its own. Leave one of "
-            "the two out; mgvq-study has launchers that start runs of several processes (`processes`)."
+            "WORLD_SIZE is set, and in one of several processes of a run hydra/launcher= would start runs of its own. Leave one "
+            "of the two out; mgvq-study has launchers that start runs of several processes (`processes`)."
         )
     for plugin, (kind, extra) in EXTRAS.items():
         if find_spec(f"hydra_plugins.hydra_{plugin}_{kind}") is None and any(
