@@ -1,6 +1,7 @@
 """How far a loop is, how long it will take, and the most memory so far: a bar on a terminal, a line now and then in a log."""
 
 import logging
+import os
 import re
 import resource
 import sys
@@ -30,7 +31,7 @@ def progress(items: Iterable[T], what: str) -> Iterator[T]:
     what is made item by item) says every 20 seconds which item of how many it is at, how many minutes are left at this pace, and
     the peak memory of the process.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and "TQDM_DISABLE" not in os.environ:
         return _shown(items, what)
     return _told(items, what)
 

@@ -17,14 +17,15 @@ MAKERS = {"error", "refusal", "_not_here", "_unclear", "_unfit"}
 # When the checks of a module happen, in the order of a run. The longest name wins; `Class.__post_init__` has a moment of its own.
 MOMENTS = {
     "words and values, before torch is imported": (
-        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.objective",
+        "cli", "runs.build", "runs.declared", "runs.device", "runs.method", "runs.objective", "runs.processes",
         "runs.offers", "runs.overrides",
         "quantization.method", "allocation.budget.check_positive", "codebook.sharing", "compensation.damping",
         "curvature.fusion.check_clip", "sensitivity.channels", "data.texts.TextSettings.check_settings",
     ),
     "the names of runs: what settings point to, before torch is imported": ("runs.identity", "model.source"),
     "study files and launchers, before the first run": ("studies",),
-    "the results folder and the device, before a run starts": ("runs.files", "runs.execute"),
+    "the results folder and the device, before a run starts": ("runs.files", "runs.execute", "runs.quantise"),
+    "the other processes that share a run, whenever they are spoken to": ("ranks",),
     "what `mgvq.quantize` was given, before anything is collected": ("runs.api",),
     "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (

@@ -19,6 +19,7 @@ from mgvq.analysis.tables.bits import bits_by_kind
 from mgvq.cli.utf8 import use_utf8
 from mgvq.cli.words import check_words
 from mgvq.errors import SharedFault, UserError
+from mgvq.ranks.ranks import Ranks
 from mgvq.runs.build import build, check
 from mgvq.runs.compose import with_variants
 from mgvq.runs.device import check_device
@@ -27,6 +28,7 @@ from mgvq.runs.files import disk_faults_told
 from mgvq.runs.identity import run_id
 from mgvq.runs.objective import check_objective, objective
 from mgvq.runs.places import conf_folder, register_resolvers
+from mgvq.runs.processes import is_first, ranks, several
 from mgvq.runs.store import RunFolder
 from mgvq.runs.tracking import track
 
@@ -40,54 +42,69 @@ EXTRAS = {
     "optuna": ("sweeper", "optuna"),
 }
 SHOWING = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i")  # what prints, and runs nothing
+DONE, OBJECTIVE = "whether the run is done", "the objective"  # what the first of several processes tells the others
 SUMMARY = ("text/perplexity", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/model")  # behind the accuracies
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def hydra_main(cfg: DictConfig) -> float | list[float] | None:
     """One job of Hydra: skipped where its run is done. Returns the run's `objective`, for sweepers that search."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    level = logging.INFO if is_first() else logging.CRITICAL
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     try:
-        with_variants(cfg, HydraConfig.get().runtime.choices)
-        if cfg.dry:
-            from mgvq.runs.dry import report  # here, as below
-
-            if report(cfg) and HydraConfig.get().mode is not RunMode.MULTIRUN:
-                sys.exit(2)
-            return None
-        check(cfg)
-        check_objective(cfg, HydraConfig.get().sweeper if HydraConfig.get().mode is RunMode.MULTIRUN else {})
-        check_values(cfg)
-        tracker = build(cfg, "tracker")
-        folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
-        if folder.is_done() and (gone := folder.missing_files()):
-            log.warning("%s was done before, but %s is gone: it runs again", folder.path, _few(gone))
-            folder.reopen()
-        if folder.is_done():
-            folder.discard_partial()
-            print("done before; delete the folder to run it again")
-        else:
-            check_device(cfg.device)
-            folder.check_writable()
-            if len(sys.argv) == 1:
-                print(f"mgvq-run: {_what_runs(cfg)}", file=sys.stderr)
-            from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
-
-            with disk_faults_told(Path(cfg.paths.results)):
-                execute(cfg, folder)
-        metrics = folder.metrics()
-        found = objective(cfg, metrics)
-        if tracker:
-            track(tracker, folder)
+        with ranks().together():
+            return _job(cfg, ranks())
     except SharedFault as error:  # the other jobs would meet it too
-        print(f"mgvq-run: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(2)
     except UserError as error:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             log.error("refused: %s", error)
             raise CompactHydraException(f"mgvq-run: {error}") from None  # Hydra goes on with the other jobs and exits with 1
-        print(f"mgvq-run: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(2)
+
+
+def _job(cfg: DictConfig, ranks: Ranks) -> float | list[float] | None:
+    """The job in one process. Of several the first alone has to do with the run's folder, and prints."""
+    with_variants(cfg, HydraConfig.get().runtime.choices)
+    if cfg.dry:
+        if ranks.is_first:
+            from mgvq.runs.dry import report  # here, as below
+
+            if report(cfg) and HydraConfig.get().mode is not RunMode.MULTIRUN:
+                sys.exit(2)
+        return None
+    check(cfg)
+    check_objective(cfg, HydraConfig.get().sweeper if HydraConfig.get().mode is RunMode.MULTIRUN else {})
+    check_values(cfg)
+    if not ranks.is_first:
+        if not ranks.first(DONE, bool):
+            from mgvq.runs.quantise import assist
+
+            assist(cfg, ranks)
+        return ranks.first(OBJECTIVE, lambda: None)
+    tracker = build(cfg, "tracker")
+    folder = RunFolder(Path(cfg.paths.results) / "runs" / run_id(cfg))
+    if folder.is_done() and (gone := folder.missing_files()):
+        log.warning("%s was done before, but %s is gone: it runs again", folder.path, _few(gone))
+        folder.reopen()
+    if ranks.first(DONE, folder.is_done):
+        folder.discard_partial()
+        print("done before; delete the folder to run it again")
+    else:
+        check_device(cfg.device)
+        folder.check_writable()
+        if len(sys.argv) == 1:
+            _say(_what_runs(cfg))
+        from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
+
+        with disk_faults_told(Path(cfg.paths.results)):
+            execute(cfg, folder, ranks)
+    metrics = folder.metrics()
+    found = ranks.first(OBJECTIVE, lambda: objective(cfg, metrics))
+    if tracker:
+        track(tracker, folder)
     if not (bits := bits_by_kind(folder.path)).empty:
         print(bits.to_string(index=False, float_format="{:.3f}".format))
     told = (*(name for name in metrics if name.endswith("/accuracy")), *SUMMARY)
@@ -96,6 +113,12 @@ def hydra_main(cfg: DictConfig) -> float | list[float] | None:
         print(f"flags: {', '.join(metrics['flags'])}")
     print(folder.path)
     return found
+
+
+def _say(words: object) -> None:
+    """What is told on stderr, once."""
+    if is_first():
+        print(f"mgvq-run: {words}", file=sys.stderr)
 
 
 def _few(names: list[str]) -> str:
@@ -119,7 +142,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point: exits with 0 when the run is done, 2 for bad input, 1 where jobs of -m failed, 130 after Ctrl-C."""
     use_utf8()
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not is_first():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' progress bars, which would fill a log
     if "--version" in sys.argv:
         print(f"mgvq {mgvq.__version__}")
@@ -130,7 +153,7 @@ def main() -> None:
         _check_plugins()
         check_words(sys.argv[1:])
     except UserError as error:
-        print(f"mgvq-run: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(2)
     for ended in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ended) is signal.SIG_DFL:
@@ -158,7 +181,13 @@ def main() -> None:
 
 
 def _check_plugins() -> None:
-    """Raises UserError for a launcher or a sweeper whose plugin is not installed."""
+    """Raises UserError for a launcher or a sweeper whose plugin is not installed, and for a launcher in one of several processes,
+    which would start jobs of its own in each of them."""
+    if several() and any(word.startswith("hydra/launcher=") for word in sys.argv):
+        raise UserError(
+            "WORLD_SIZE is set, and in one of several processes of a run hydra/launcher= would start runs of its own. Leave one "
+            "of the two out; mgvq-study has launchers that start runs of several processes (`processes`)."
+        )
     for plugin, (kind, extra) in EXTRAS.items():
         if find_spec(f"hydra_plugins.hydra_{plugin}_{kind}") is None and any(
             word.startswith(f"hydra/{kind}=") and plugin in word for word in sys.argv

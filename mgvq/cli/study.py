@@ -40,12 +40,13 @@ Started twice, on one results folder, a study does no run twice. Ctrl-C ends the
 
 cluster.yaml holds settings of the launcher, all of them optional:
 
-  local   gpus: [0, 1]                             each run sees one of these devices
-  slurm   partition: gpu                           hours: 4, cpus: 1, memory_gb: 8, gpus: 0 for each run
+  all     processes: 2                             processes that share a run, by torchrun; the same bytes
+  local   gpus: [0, 1]                             each process has one of these devices
+  slurm   partition: gpu                           hours: 4 for each run; cpus: 1, memory_gb: 8, gpus: 0 for each process
           options: {account: a}                    further ones of sbatch
           setup: [module load cuda]                shell before the run
           cluster: local                           no Slurm, but processes of this machine: for trying it out
-  ray     address: auto                            a running cluster; cpus: 1, gpus: 0, memory_gb: 0 for each run
+  ray     address: auto                            a running cluster; cpus: 1, gpus: 0, memory_gb: 0 for each process
 
 Slurm and Ray need the extras mgvq[slurm] and mgvq[ray], and results on a file system that all machines share.
 """

@@ -14,6 +14,7 @@ from mgvq.model.passes import Rows
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import Weights
 from mgvq.progress import progress
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Batch, Needs, Site, StatsBank
 
 
@@ -26,27 +27,29 @@ def collect_by_block(
     seed: int,
     further: Iterable[Batch],
     is_finished: Callable[[Block], bool],
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Block, StatsBank]]:
     """What `statistics.collect` gives of the same arguments, block by block; those that `is_finished` are left out.
 
     What is kept of the batches is what the block before has put out. Grams take one pass through all blocks. Where `needs` asks
     for gradients, every block takes a forward and a backward pass through all blocks behind it, as a refreshed gradient does in
-    the block loop. Raises UserError and RuntimeError as `collect` does, but not for answers that are NaN behind sound layers
-    where Grams are all there is.
+    the block loop. Several processes (`ranks`) are all given all batches, and find the same blocks finished. Raises UserError and
+    RuntimeError as `collect` does, but not for answers that are NaN behind sound layers where Grams are all there is.
     """
-    first = [batch.to(model.device) for batch in batches]
-    held = [*first, *(batch.to(model.device) for batch in further)] if needs.gram else first
+    whole = [list(batches), list(further) if needs.gram else []]
+    first, more = ([batch.to(model.device) for batch in ranks.share(part)] for part in whole)
+    held, probe = [*first, *more], next(part[-1] for part in reversed(whole) if part).to(model.device)
+    walk = BlockWalk(model, sites, held, weights, probe)
     if replace(needs, gram=False, clip=None) == Needs():
-        yield from _grams(model, weights, sites, held, needs, is_finished)
+        yield from _grams(walk, sites, needs, is_finished, ranks)
         return
-    walk = BlockWalk(model, sites, held, weights)
-    behind, more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
+    behind, behind_more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
     reached = set[Site]()
     for block in progress(list(by_block(sites)), "blocks of statistics"):
         if is_finished(block):  # an earlier start has found that samples come there
             reached |= set(block)
         else:
-            bank = collect(model, block, behind, needs, seed, more, whole=False)
+            bank = collect(model, block, behind, needs, seed, behind_more, whole=False, ranks=ranks)
             reached |= {site for site in block if any(bank[site].num_tokens.values())}
             yield block, bank
         walk.settle(block)
@@ -74,15 +77,10 @@ class _Behind(Collection[Batch]):
 
 
 def _grams(
-    model: PreTrainedModel,
-    weights: Weights,
-    sites: Sequence[Site],
-    held: Sequence[Batch],
-    needs: Needs,
-    is_finished: Callable[[Block], bool],
+    walk: BlockWalk, sites: Sequence[Site], needs: Needs, is_finished: Callable[[Block], bool], ranks: Ranks
 ) -> Iterator[tuple[Block, StatsBank]]:
-    rows = [Rows.of(batch) for batch in held]
-    walk, watch, reached = BlockWalk(model, sites, held, weights), Watch(), set[Site]()
+    held = [batch for batch in walk.batches if isinstance(batch, Batch)]  # statistics are taken of batches that are not packed
+    rows, watch, reached = [Rows.of(batch) for batch in held], Watch(), set[Site]()
     for block in progress(list(by_block(sites)), "blocks of statistics"):
         visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)
         # A first token has no position before it that would predict it (`answer_states`).
@@ -99,6 +97,7 @@ def _grams(
                 if first is site:
                     watch(site, x := one.inputs[name].detach().float())
                     sums.add_inputs(rows[one.call.number], site, x)
+        sums.add_up(ranks)
         reached |= {site for site in block if sums.reached(site)}
         if not finished:
             yield block, {site: sums.stats(site, None) for site in block}

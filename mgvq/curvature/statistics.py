@@ -16,6 +16,7 @@ from mgvq.curvature.fusion import balanced
 from mgvq.errors import UserError
 from mgvq.model.passes import Forward, Rows, forward, right_labels, sampled_labels
 from mgvq.progress import chained, progress
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 
 
@@ -28,6 +29,7 @@ def collect(
     further: Iterable[Batch] = (),
     *,
     whole: bool = True,
+    ranks: Ranks = ALONE,
 ) -> StatsBank:
     """Collect what `needs` asks for, in float32 on the CPU. `seed` draws the sampled labels, each sample's from its own stream.
 
@@ -35,6 +37,7 @@ def collect(
     they are not looked at.
 
     `sites` that are not the `whole` of what is quantised may lie where no sample comes: whoever has all of them checks that.
+    Of several processes (`ranks`) each gives its own share of both kinds of batches, and gets the statistics of all.
     Sites that read the same hold the very same Gram tensor. Sites that are never called have no tokens, and zeros.
 
     `sequence` and `token` estimate F, the Fisher of the mean answer loss over N answer tokens (YAQA, Tseng et al. 2025;
@@ -68,10 +71,12 @@ def collect(
             for site, g in run.gradients(right_labels(batch), last=True).items():
                 sums.add_answered(rows, site, run.inputs[site.reads], g)
     if whole:
-        check_reached(sites, {site for site in sites if sums.reached(site)})
+        reached = ranks.gather("reached layers", {site for site in sites if sums.reached(site)})
+        check_reached(sites, set[Site]().union(*reached))
     for _ in _runs(model, sites, further, sums.add_inputs, graph=False):
         pass
-    token = _power_iteration(model, sites, batches, seed, sums) if needs.power_rounds else {}
+    sums.add_up(ranks)
+    token = _power_iteration(model, sites, batches, seed, sums, ranks) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
 
 
@@ -105,6 +110,16 @@ class StatisticsSums:
             self._tensors[key] += value
         else:
             self._tensors[key] = value.double()
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Let these be the sums of all processes."""
+        counts = ranks.gather("counts", (self.num_answers, self._num_tokens, self._num_answered))
+        self.num_answers, self._num_tokens, self._num_answered = 0, Counter(), Counter()
+        for answers, tokens, answered in counts:
+            self.num_answers += answers
+            self._num_tokens.update(tokens)
+            self._num_answered.update(answered)
+        self._tensors = ranks.total("statistics", self._tensors)
 
     def take(self, key: tuple[str, ...], *shape: int) -> Tensor:
         """Hand over the sum in float32 on the CPU. Raises UserError where it is not finite."""
@@ -259,7 +274,7 @@ def _first_bad(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> str:
 
 
 def _power_iteration(
-    model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: StatisticsSums
+    model: torch.nn.Module, sites: Sequence[Site], batches: Iterable[Batch], seed: int, first: StatisticsSums, ranks: Ranks
 ) -> dict[Site, Kronecker]:
     """Run the rounds of YAQA's sketch A, each of two passes, from the sums of the first half-step.
 
@@ -275,6 +290,7 @@ def _power_iteration(
                 wanted, other = (g, x) if outputs else (x, g)
                 weights = ((other @ known[site].to(other)) * other).sum(-1)
                 sums.add(("token", site.name), _weighted_gram(wanted, weights))
+        sums.add_up(ranks)
         found = {}
         for site, factor in known.items():
             size = site.out_features if outputs else site.in_features

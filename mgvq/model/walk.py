@@ -81,13 +81,20 @@ class BlockWalk:
     Where something else reads what a block puts out than the next one of its tower (the features of a layer before the last in
     LLaVA-1.5, those of several layers in Qwen3-VL), every settled block plays its own output; else the last one's is enough.
 
-    `weights`: where the weights of `sites` are; None: in the model.
+    `weights`: where the weights of `sites` are; None: in the model. `probe`: the batch that shows how the model is made, the last
+    of `batches` if it is not given; that of all where these are the share of one of several processes.
     """
 
     def __init__(
-        self, model: nn.Module, sites: Sequence[Site], batches: Sequence[AnyBatch], weights: Weights | None = None
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        batches: Sequence[AnyBatch],
+        weights: Weights | None = None,
+        probe: AnyBatch | None = None,
     ) -> None:
         self.model, self.batches, self.weights = model, batches, weights or InModel(model)
+        self._probe = batches[-1] if probe is None and batches else probe  # most images: the first may have none
         self._static = self._static_modules(sites)
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
@@ -99,23 +106,23 @@ class BlockWalk:
                 self._playing |= {name: [name] for name in row}
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
-        if not self.batches:
+        if self._probe is None:
             return []
         with torch.no_grad(), modules_before(self.model, sites) as static:
-            answer_states(self.model, self.batches[-1])  # the batch with the most images: the first may have none
+            answer_states(self.model, self._probe)
         return static
 
     @torch.no_grad()
     def _is_chain(self, row: Sequence[str]) -> bool:
         """Whether nothing but the next block reads what a block of the row puts out: the last one's output is all that counts."""
-        if len(row) < 2 or not self.batches:
+        if len(row) < 2 or self._probe is None:
             return True
         kept, self._kept = self._kept, {"quantized": _Kept(list(row))}
         answers = []
         try:
             for _ in range(2):  # the first pass computes, the second one plays
-                with self.passing(len(self.batches) - 1) as batch:
-                    answers.append(answer_states(self.model, batch))
+                with self._behind_settled(-1, "quantized"):
+                    answers.append(answer_states(self.model, self._probe))
         finally:
             self._kept = kept
         return torch.equal(*answers)
@@ -135,13 +142,19 @@ class BlockWalk:
     @contextmanager
     def passing(self, number: int, prefix: PrefixName = "quantized") -> Iterator[AnyBatch]:
         """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
+        with self._behind_settled(number, prefix):
+            yield self.batches[number]
+
+    @contextmanager
+    def _behind_settled(self, number: int, prefix: PrefixName) -> Iterator[None]:
+        """The same for what is called by that number."""
         kept = self._kept[prefix]
         modules = {name: self.model.get_submodule(name) for name in kept.settled}
         own = {name: vars(module).get("forward") for name, module in modules.items()}
         for name, module in modules.items():
             module.forward = _Player(kept, self._playing[name], number, name, module.forward)
         try:
-            yield self.batches[number]
+            yield
         finally:
             for name, module in modules.items():
                 if (forward := own[name]) is None:

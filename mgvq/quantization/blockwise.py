@@ -19,6 +19,7 @@ from mgvq.protocols import TargetShift
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
 from mgvq.quantization.teacher import Teacher
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Rate, Site, StatsBank
 
 
@@ -42,6 +43,7 @@ def blockwise_rounding(
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
     weights: Weights | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Rounded, pd.DataFrame]:
     """At every block: take the gradient with the blocks before it quantised, try the steps, keep the best on held-out samples.
 
@@ -64,9 +66,10 @@ def blockwise_rounding(
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
     computed again, so that a loop which was stopped goes on from there, to the same bits. `weights` says where those of the
     layers are; None: in the model. Where they are streamed, the targets of a sweep are read back from `finished` in the next one.
+    Several processes (`ranks`) run their own shares of the samples; the losses by which steps are chosen are those of all.
     """
     blocks, finished, weights = list(by_block(sites)), {} if finished is None else finished, weights or InModel(model)
-    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights)
+    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks)
     with weights.unchanged(sites):
         loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
         visits = [(sweep, number) for sweep in range(shift.sweeps) for number in range(len(blocks))]

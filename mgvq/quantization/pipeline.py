@@ -30,6 +30,7 @@ from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.tuning import BlockTuner, tuned
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import LayerProblem, Site, StatsBank
 
 
@@ -43,6 +44,7 @@ def quantize(
     finished: MutableMapping[str, Any] | None = None,
     stored_dtype: torch.dtype = torch.float32,
     streamed: StreamedWeights | None = None,
+    ranks: Ranks = ALONE,
 ) -> QuantReport:
     """Quantise, and tune, the weights of `sites` at `bits_per_weight` stored bits; `model` itself stays as it is.
 
@@ -50,8 +52,10 @@ def quantize(
     an earlier start has rounded, and is given the others one by one, where layers are rounded block by block, no table is shared
     between blocks, and no block is tuned: the norms that a tuning moves are no part of an entry. What a tuning moves beside the
     layers' own tensors is stored in `stored_dtype`. `streamed` is there where the model's blocks are not in memory: the problems
-    of one block are then made at a time, and rounded layers are kept packed; the result has the same bits. Raises UserError for
-    weights or scores that are not finite, where the budget cannot be met, and for a streamed model whose blocks share tables.
+    of one block are then made at a time, and rounded layers are kept packed; the result has the same bits. Several processes
+    (`ranks`) are given the same, share the work, and have the same result; a tuning is done by each of them alike. Raises
+    UserError for weights or scores that are not finite, where the budget cannot be met, and for a streamed model whose blocks
+    share tables.
     """
     start = time.perf_counter()
     weights = streamed.originals(sites) if streamed else site_weights(model, sites)
@@ -77,7 +81,8 @@ def quantize(
     rates = [table.rates[r] for r in chosen]
 
     limits = Limits(bits_by_layer(held, table_groups, table, chosen))
-    rounder = LayerRounder(method.compensation, method.refit, ids, limits)
+    # What blocks that are rounded one by one have in common would be an object of its own in each process.
+    rounder = LayerRounder(method.compensation, method.refit, ids, limits, ALONE if method.is_blockwise and between else ranks)
     blocks = pd.DataFrame()
     tuner = None
     if not method.is_blockwise:
@@ -91,14 +96,14 @@ def quantize(
             finished = None  # a table is one object in all layers that share it, which files of single blocks cannot tell
         if method.shift is not None:
             rounded, blocks = blockwise_rounding(
-                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished, streamed
+                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished, streamed, ranks
             )
         else:
             if method.tuning is not None and method.tunes_blocks:
                 finished = None
                 tuner = BlockTuner(model, sites, method.tuning, table_groups, stored_dtype)
             rounded = sequential_rounding(
-                model, sites, method.prefix, samples, cache, rates, rounder, flags, finished, tuner, streamed
+                model, sites, method.prefix, samples, cache, rates, rounder, flags, finished, tuner, streamed, ranks
             )
     report = QuantReport(
         weights={site: rounded.stored[site] for site in sites},

@@ -14,6 +14,7 @@ from mgvq.protocols import CodedSlice, Compensation, FitsTargets, FittedSlice, Q
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.limits import Limit, Limits
 from mgvq.quantization.table_groups import TableGroup
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
@@ -56,6 +57,16 @@ class _Coded:
 
 
 @dataclass(frozen=True)
+class _Slices:
+    """A rounded layer before it is put together."""
+
+    weights: tuple[QuantizedWeight, ...]  # of its channel groups
+    decoded: Float[Tensor, "_ _"]  # in the model's own basis
+    limit: Limit | None
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
 class LayerRounder:
     """Rounds layers to their fitted codebooks."""
 
@@ -63,6 +74,7 @@ class LayerRounder:
     refit: Refit | None
     ids: Mapping[str, UInt8[Tensor, "_"]]  # by `Site.reads`: the packed group ids of layers with several channel groups
     limits: Limits | None = None  # None: nobody asks for them
+    ranks: Ranks = ALONE  # the processes that layers are dealt to, those with a common table to one
 
     def round(
         self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
@@ -73,18 +85,36 @@ class LayerRounder:
         noted after `nearest` (no compensation), after `step` (the compensation's codes) and after `refit`; a layer without a
         metric has none, and a codebook that codes rows together no `nearest`, which would take as long as all the rest.
         """
+        parts = list(_sharing(cache.table_groups, sites))
+        whose = self.ranks.deal([sum(_cost(site) for site in together) for together in parts])
+        own = [number for number, rank in enumerate(whose) if rank == self.ranks.rank]
+        made = {number: self._slices(cache, rates, parts[number], step) for number in progress(own, "layers")}
+        found = {number: part for of_one in self.ranks.gather("rounded layers", made) for number, part in of_one.items()}
         rounded = Rounded()
-        for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
-            coded, errors = self._round(cache, rates, together, flags, step)
-            for site, own in coded.items():
-                problem = cache.problems[site]
-                values = own.decode(problem.target)
-                if self.limits is not None:
-                    rounded.limits[site] = self.limits(problem, values)
-                rounded.decoded[site] = problem.in_own_basis(values)
-                rounded.stored[site] = self._store(problem, own)
-            rounded.proxy.update(errors)
+        for number in range(len(parts)):
+            layers, taken = found[number]
+            flags += taken
+            for site, layer in layers.items():
+                rounded.stored[site] = self._store(cache.problems[site], layer.weights)
+                rounded.decoded[site], rounded.proxy[site] = layer.decoded, layer.errors
+                if layer.limit is not None:
+                    rounded.limits[site] = layer.limit
         return rounded
+
+    def _slices(
+        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], step: str
+    ) -> tuple[dict[Site, _Slices], list[str]]:
+        """Layers that are rounded together, and the flags of that."""
+        flags: list[str] = []
+        coded, errors = self._round(cache, rates, sites, flags, step)
+        layers = {}
+        for site, own in coded.items():
+            problem = cache.problems[site]
+            values = own.decode(problem.target)
+            limit = None if self.limits is None else self.limits(problem, values)
+            weights = tuple(f.codebook.weight(c) for f, c in zip(own.slices, own.codes, strict=True))
+            layers[site] = _Slices(weights, problem.in_own_basis(values), limit, errors[site])
+        return layers, flags
 
     def _round(
         self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str
@@ -143,12 +173,18 @@ class LayerRounder:
                 values[site][:, columns] = codebook.weight(part.codes).decode()
         return moved
 
-    def _store(self, problem: LayerProblem, coded: _Coded) -> QuantizedWeight:
-        site, slices = problem.site, tuple(f.codebook.weight(c) for f, c in zip(coded.slices, coded.codes, strict=True))
+    def _store(self, problem: LayerProblem, slices: tuple[QuantizedWeight, ...]) -> QuantizedWeight:
+        """The layer as it is stored; what several layers have in common (group ids, signs) is one object in all of them."""
+        site = problem.site
         stored = slices[0] if site.reads not in self.ids else GroupedWeight(slices, self.ids[site.reads], site.in_features)  # type: ignore[arg-type]
         if problem.transform:
             stored = problem.transform.wrap(stored)
         return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
+
+
+def _cost(site: Site) -> int:
+    """What rounding a layer takes, in thirds of a multiplication: its feedback, and the factor of its Gram."""
+    return site.in_features**2 * (3 * site.out_features + site.in_features)
 
 
 def _metric(problem: LayerProblem) -> Metric:

@@ -20,6 +20,7 @@ from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
 from mgvq.quantization.tuning import BlockTuner
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import LayerProblem, Metric, Rate, Site
 
 
@@ -35,6 +36,7 @@ def sequential_rounding(
     finished: MutableMapping[str, Any] | None = None,
     tuner: BlockTuner | None = None,
     weights: Weights | None = None,
+    ranks: Ranks = ALONE,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
@@ -42,11 +44,16 @@ def sequential_rounding(
     output factor stays. `prefix` says how its target is moved before it is rounded; without one layers are rounded as they are.
     A `tuner` has the block once it is rounded. `finished` is as in `blockwise_rounding`, and not for tuned blocks, since an entry
     lacks what a tuner moves beside the layers. `weights` says where those of the layers are; None: in the model, which has its
-    own parameters again in the end.
+    own parameters again in the end. Several processes (`ranks`) are all given all samples, and run their own shares; but for a
+    tuner, which has all of them in each.
     """
     finished, weights = {} if finished is None else finished, weights or InModel(model)
-    parts = ([on_device(b, model) for b in part] for part in (samples.batches, samples.heldout))
-    walks = [BlockWalk(model, sites, part, weights) for part in parts]
+    if tuner is not None:
+        ranks = ALONE
+    walks = []
+    for part in (samples.batches, samples.heldout):
+        share = [on_device(batch, model) for batch in ranks.share(part)]
+        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None))
     rounded = Rounded()
     with weights.unchanged(sites) as originals, tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
@@ -56,8 +63,8 @@ def sequential_rounding(
                 own |= rounder.round(cache, rates, block, taken)
                 weights.install(own.decoded, own.stored)
             else:
-                streams = [first := _Streams(walks[0], block, originals)]
-                streams += [_Streams(walk, block, originals, first.places) for walk in walks[1:]]  # of samples that are held out
+                streams = [first := _Streams(walks[0], block, originals, ranks)]
+                streams += [_Streams(walk, block, originals, ranks, first.places) for walk in walks[1:]]  # of held-out samples
                 visits = [stream.visit for stream in streams]
                 if (earlier := finished.get(name)) is not None:
                     own, taken = earlier
@@ -139,7 +146,7 @@ class _Streams:
 
     `places`: as another walk over the same model has found them; None: they are looked for. Activations are kept as the model has
     them, in its dtype, until the moments of the layers that they are for are taken; the stream behind a block is the very tensor
-    that the walk goes on with.
+    that the walk goes on with. Of several processes (`ranks`) each has its own share of the batches in its walk.
     """
 
     def __init__(
@@ -147,12 +154,16 @@ class _Streams:
         walk: BlockWalk,
         block: Block,
         originals: Mapping[Site, Tensor],
+        ranks: Ranks = ALONE,
         places: Mapping[Site, tuple[str, str]] | None = None,
     ) -> None:
-        self._walk, self._originals = walk, originals
+        self._walk, self._originals, self._ranks = walk, originals, ranks
         self.visit = walk.visit(block, {site: originals[site] for site in block})
         self._names = {site: site.name.removeprefix(self.visit.name).removeprefix(".") for site in block}
-        self.places = _stream_places(self.visit, self._names) if places is None else places
+        if places is None:  # all take those of the first process that has a call of the block
+            found = ranks.gather("places of the stream", _stream_places(self.visit, self._names))
+            places = next((own for own in found if own is not None), {})
+        self.places = places
         firsts = [together[0] for together in _by_input(block) if set(together) - set(self.places)]
         self._inputs: dict[str, list[Tensor]] = {site.reads: [] for site in firsts}  # by what they are inputs of
         self._behind: dict[Site, list[Tensor]] = {site: [] for site in self.places}
@@ -171,35 +182,36 @@ class _Streams:
         """
         first, num_tokens = together[0], 0
         into_stream = [site for site in together if site in self.places]
-        gram = _Sum(first.in_features, first.in_features)
-        drift = _Sum(first.in_features, first.in_features) if first.reads in self._inputs else None
-        streams = {site: _Sum(site.out_features, site.in_features) for site in into_stream}
+        sums: dict[str | Site, _Sum] = {"gram": _Sum(first.in_features, first.in_features)}
+        if first.reads in self._inputs:
+            sums["drift"] = _Sum(first.in_features, first.in_features)
+        sums |= {site: _Sum(site.out_features, site.in_features) for site in into_stream}
         befores = {self.places[site][0] for site in into_stream}
         inputs, behind = self._inputs.pop(first.reads, []), {site: self._behind.pop(site) for site in into_stream}
         for number, one in enumerate(self.visit.run("quantized", sorted({self._names[first]} | befores - _ENDS), whole=False)):
             x = self._tokens(first, one, _at(one, self._names[first]))
             num_tokens += len(x)
-            gram.add(x.T @ x)
-            if drift is not None:
-                drift.add((self._tokens(first, one, inputs[number]) - x).T @ x)
+            sums["gram"].add(x.T @ x)
+            if "drift" in sums:
+                sums["drift"].add((self._tokens(first, one, inputs[number]) - x).T @ x)
             for site in into_stream:
                 lack = self._tokens(site, one, behind[site][number]) - self._tokens(site, one, _at(one, self.places[site][0]))
                 if (bias := self._walk.weights.bias(site)) is not None:
                     lack = lack - bias.float()
-                streams[site].add(lack.T @ x)
-        count, lacking = max(1, num_tokens), dict[Site, Tensor]()
+                sums[site].add(lack.T @ x)
+        num_tokens = sum(self._ranks.gather("tokens", num_tokens))
+        totals = self._ranks.total("moments", {key: own.total for key, own in sums.items()})
+        sums.clear()
+        count, gram, lacking = max(1, num_tokens), totals["gram"], dict[Site, Tensor]()
         for site in together:
             weight = self._originals[site].double().cpu()
-            if site in streams:
-                lacking[site] = (streams[site].total - weight @ gram.total).div_(count)
-            else:
-                assert drift is not None
-                lacking[site] = (weight @ drift.total).div_(count)
-        mean = gram.total.div_(count).float()
+            lacks = totals[site].sub_(weight @ gram) if site in totals else weight @ totals["drift"]
+            lacking[site] = lacks.div_(count)
+        mean = gram.div_(count).float()
         if self._walk.weights.streamed:
             give_back()
         return {
-            site: _Moments(num_tokens, mean, "stream" if site in streams else "output", lacks) for site, lacks in lacking.items()
+            site: _Moments(num_tokens, mean, "stream" if site in totals else "output", lacks) for site, lacks in lacking.items()
         }
 
     def _tokens(self, site: Site, one: BlockPass, values: Float[Tensor, "*b c"]) -> Float[Tensor, "tokens c"]:
@@ -228,16 +240,17 @@ _ENTRY, _EXIT = "<entry>", "<exit>"  # the hidden states that go into a block, a
 _ENDS = {_ENTRY, _EXIT}
 
 
-def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]]:
+def _stream_places(visit: Visit, names: Mapping[Site, str]) -> dict[Site, tuple[str, str]] | None:
     """For each layer whose output is added to the residual stream: where the stream is before that, and where behind.
 
     Found in one pass, not guessed from names: the places are the ends of the block and the inputs of its modules, and the sum of
-    one of them and the layer's output is another. A layer behind which a norm or a scale stands has none.
+    one of them and the layer's output is another. A layer behind which a norm or a scale stands has none. None where no sample
+    comes to the block.
     """
     calls = visit.calls["full_precision"][:1]
     hidden = calls[0].hidden if calls else None
     if hidden is None:
-        return {}
+        return None
     modules = [name for name, module in visit.module.named_modules() if name and not list(module.children())]
     one = next(visit.first("full_precision", [name for name in modules if name not in names.values()]), None)
     assert one is not None

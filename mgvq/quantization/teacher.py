@@ -15,6 +15,7 @@ from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import forward, right_labels
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.model.weights import Weights
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Site
 
 _MOST_KEPT = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
@@ -42,8 +43,8 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. Raises UserError where
-    there is no held-out sample.
+    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. Several processes (`ranks`)
+    are all given all batches, and run their own shares. Raises UserError where there is no held-out sample.
     """
 
     def __init__(
@@ -54,22 +55,27 @@ class Teacher:
         heldout: Iterable[AnyBatch],
         source: str,
         weights: Weights | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.source = model, source
-        self.batches, self.heldout = ([on_device(b, model) for b in part] for part in (batches, heldout))
-        if not self.heldout:
+        self.model, self.source, self._ranks = model, source, ranks
+        batches, heldout = list(batches), list(heldout)
+        if not heldout:
             raise UserError(
                 "the step of the gradient is chosen on held-out samples, and there are none: raise calibration.heldout_images."
             )
-        if both := {i for b in self.batches for i in b.sample_ids} & {i for b in self.heldout for i in b.sample_ids}:
+        if both := {i for b in batches for i in b.sample_ids} & {i for b in heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
+        self.batches, self.heldout = ([on_device(b, model) for b in ranks.share(part)] for part in (batches, heldout))
         with torch.inference_mode():
             self._taught, self._taught_heldout = (
                 [_Taught(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
             )
             if source != "sft":
                 self._keep_logs()
-        self._walk, self._heldout_walk = (BlockWalk(model, sites, part, weights) for part in (self.batches, self.heldout))
+        self._walk, self._heldout_walk = (
+            BlockWalk(model, sites, own, weights, on_device(part[-1], model) if part else None)
+            for own, part in ((self.batches, batches), (self.heldout, heldout))
+        )
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)
@@ -117,7 +123,8 @@ class Teacher:
             num_answers += len(run.logs)
             for site, g in run.backward(loss, last=True).items():
                 sums[site] += (g.flatten(0, -2).T @ run.inputs[site.reads].flatten(0, -2)).double().cpu()
-        return {site: (total / max(1, num_answers)).float() for site, total in sums.items()}
+        num_answers = sum(self._ranks.gather("answers", num_answers))
+        return {site: (total / max(1, num_answers)).float() for site, total in self._ranks.total("gradient", sums).items()}
 
     @torch.inference_mode()
     def heldout_loss(self) -> float:
@@ -127,7 +134,8 @@ class Teacher:
             with self._heldout_walk.passing(number) as batch:
                 logs = answer_logits(self.model, batch).log_softmax(-1)
             losses.append(self._loss(logs, batch, taught))
-        return float(torch.cat(losses).double().mean())
+        every = [loss for own in self._ranks.gather("held-out losses", losses) for loss in own]
+        return float(torch.cat(every).double().mean())
 
     def _loss(self, logs: Tensor, batch: AnyBatch, taught: _Taught) -> Float[Tensor, "answers"]:
         if self.source == "sft":

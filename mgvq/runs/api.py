@@ -42,10 +42,10 @@ from mgvq.quantization.pipeline import quantize as quantize_layers
 from mgvq.quantization.report import QuantReport
 from mgvq.runs.build import check, chosen
 from mgvq.runs.compose import composer
-from mgvq.runs.execute import samples_as_batches
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.overrides import override
+from mgvq.runs.quantise import samples_as_batches
 
 Samples = CalibrationSet | Sequence[Mapping[str, Any]] | Sequence[str]
 _HELDOUT = 5  # one of so many rows is held out

@@ -22,6 +22,7 @@ from mgvq.errors import SharedFault
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.lazy import Lazy
 from mgvq.model.reference import Reference
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.runs.files import broken_seal, disk_faults_told, open_lock, seal, share, try_lock
 from mgvq.types import Kronecker, Site, SiteStats, StatsBank
 
@@ -29,23 +30,23 @@ log = logging.getLogger(__name__)
 _MOST_STATES = 2**30  # bytes of states that are kept: those of a long evaluation of a wide model would fill disks
 
 
-def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], StatsBank], sites: Sequence[Site]) -> StatsBank:
+def statistics(
+    folder: Path, key: Mapping[str, Any], collect: Callable[[], StatsBank], sites: Sequence[Site], ranks: Ranks = ALONE
+) -> StatsBank:
     """The statistics of `sites` under `key`: read from `folder`, or collected and written there; the same bits either way.
 
     `key` is JSON and names everything that can move a number. Of several processes that want the same file one collects while the
     others wait; the kernel drops the lock of one that dies. A file that is not what was written, by the digest beside it, is set
     aside as `.bad` and collected again. Nothing of the cache ends a run: where it cannot be written, a warning says so.
+
+    Of the processes of one run (`ranks`) the first locks, reads and writes, and tells the others what it has read.
     """
     text, path = _place(folder, key)
-    try:
-        lock = open_lock(folder / ".locks" / path.stem)
-    except SharedFault as fault:
-        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
-        lock = None
+    lock = _opened(folder / ".locks" / path.stem) if ranks.is_first else None
     with closing(lock) if lock else nullcontext():
         if lock:
             _wait_for(lock)
-        bank = _read(path, sites)
+        bank = ranks.first("cached statistics", lambda: _read(path, sites))
         if bank is None:
             bank = collect()
             if lock:
@@ -53,11 +54,20 @@ def statistics(folder: Path, key: Mapping[str, Any], collect: Callable[[], Stats
         return bank
 
 
+def _opened(lock: Path) -> IO[bytes] | None:
+    try:
+        return open_lock(lock)
+    except SharedFault as fault:
+        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
+        return None
+
+
 def statistics_by_block(
     folder: Path,
     key: Mapping[str, Any],
     collect: Callable[[Callable[[Block], bool]], Iterator[tuple[Block, StatsBank]]],
     sites: Sequence[Site],
+    ranks: Ranks = ALONE,
 ) -> StatsBank:
     """The same for statistics that are not in memory together: a file a block in a folder of `folder`, whose tensors are read
     when a stage asks for those of a layer.
@@ -65,20 +75,30 @@ def statistics_by_block(
     `collect` is asked for the blocks that are not finished, and what it gives is written at once, so that a run which is stopped
     goes on behind the last one. What a run with all statistics in memory has left is read instead where it is there. Raises
     SharedFault where the files cannot be written: there is no other place for them.
+
+    Of the processes of one run (`ranks`) the first locks and writes, and all read the files, whose folder they share.
     """
     text, path = _place(folder, key)
-    blocks = {block_name(block): path.with_suffix("") / f"block-{n:04}.safetensors" for n, block in enumerate(by_block(sites))}
-    with closing(open_lock(folder / ".locks" / path.stem)) as lock:
-        _wait_for(lock)
-        if path.is_file() and (bank := _mapped(path, sites)) is not None:
+    files = {block_name(block): path.with_suffix("") / f"block-{n:04}.safetensors" for n, block in enumerate(by_block(sites))}
+    with closing(open_lock(folder / ".locks" / path.stem)) if ranks.is_first else nullcontext() as lock:
+        if lock:
+            _wait_for(lock)
+        bank = _mapped(path, sites) if lock and path.is_file() else None
+        if ranks.first("whether there is one file", lambda: bank is not None):
+            bank = _mapped(path, sites) if bank is None else bank
+            assert bank is not None, f"{path} is not what the first process has read: the processes need the same folder"
             return bank
-        found = {block_name(block): _mapped(blocks[block_name(block)], block) for block in by_block(sites)}
-        if any(bank is None for bank in found.values()):
+        found = {block_name(block): _mapped(files[block_name(block)], block) if lock else None for block in by_block(sites)}
+        finished = ranks.first("finished blocks", lambda: {name for name, bank in found.items() if bank is not None})
+        if lock and len(finished) < len(files):
             path.with_suffix("").mkdir(exist_ok=True)
-            for block, bank in collect(lambda block: found[block_name(block)] is not None):
-                file = blocks[block_name(block)]
-                _write(file, *_packed(text, bank, leave_out_zeros=True))
-                found[block_name(block)] = _mapped(file, block)
+        for block, bank in collect(lambda block: block_name(block) in finished) if len(finished) < len(files) else ():
+            if lock:
+                _write(files[block_name(block)], *_packed(text, bank, leave_out_zeros=True))
+        ranks.first("written blocks", lambda: None)
+    for block in by_block(sites):
+        if found[block_name(block)] is None:
+            found[block_name(block)] = _mapped(files[block_name(block)], block)
     whole = {site: bank for bank in found.values() if bank is not None for site in bank}
     return Lazy(sites, lambda site: whole[site][site])
 

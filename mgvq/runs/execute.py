@@ -4,9 +4,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import transformers
 from omegaconf import DictConfig, OmegaConf
 
 import mgvq
-from mgvq.calibration.examples import further_batches, further_examples
+from mgvq.calibration.examples import further_examples
 from mgvq.checkpoint.card import write_card
 from mgvq.checkpoint.check import check_same_model
 from mgvq.checkpoint.digests import write_digests
@@ -25,60 +23,51 @@ from mgvq.checkpoint.load import load as load_checkpoint
 from mgvq.checkpoint.load import load_processor
 from mgvq.checkpoint.packed import packed_layers
 from mgvq.checkpoint.save import save
-from mgvq.compiled import set_num_threads
-from mgvq.curvature.block_statistics import collect_by_block
-from mgvq.curvature.statistics import collect
 from mgvq.digest import file_digest
-from mgvq.errors import SharedFault, UserError
+from mgvq.errors import UserError
 from mgvq.memory import give_back
-from mgvq.model.blocks import Block
-from mgvq.model.device import find_device
 from mgvq.model.fit import check_samples
-from mgvq.model.load import Loaded, describe, load
-from mgvq.model.pack import can_pack, packed_batches
+from mgvq.model.load import describe, load
 from mgvq.model.shape import empty_model
 from mgvq.model.sites import left_out_flags, list_sites
 from mgvq.model.streamed import share_equal
 from mgvq.progress import peak_gb
-from mgvq.protocols import CalibrationSet, DrawsSamples, ReadsData
-from mgvq.quantization.blockwise import Samples
+from mgvq.protocols import DrawsSamples, ReadsData
 from mgvq.quantization.embeddings import round_embeddings
-from mgvq.quantization.method import Method
-from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import predicted_bits
 from mgvq.quantization.report import QuantReport
 from mgvq.quantization.tuning import tuning_bytes
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.runs.build import build
-from mgvq.runs.cache import reference, statistics, statistics_by_block
-from mgvq.runs.device import device_name
+from mgvq.runs.cache import reference
 from mgvq.runs.identity import scientific_settings
 from mgvq.runs.journal import Journal
 from mgvq.runs.method import build_method, check_images
 from mgvq.runs.provenance import provenance
+from mgvq.runs.quantise import WHETHER, quantised, set_up, statistics_of
 from mgvq.runs.reuse import QUANTIZATION, find_quantised, take_over
 from mgvq.runs.score import scores
 from mgvq.runs.store import SCHEMA_VERSION, RunFolder
-from mgvq.types import Site, SiteStats
 
-IMAGES = 32  # in a packed batch; fixed: gradients would move in the last digit with it
 log = logging.getLogger(__name__)
 
 
-def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
-    """Fills the folder and returns its metrics. Bad settings and bad data raise UserError before the model is loaded."""
+def execute(cfg: DictConfig, folder: RunFolder, ranks: Ranks = ALONE) -> dict[str, Any]:
+    """Fills the folder and returns its metrics. Bad settings and bad data raise UserError before the model is loaded.
+
+    Of several processes (`ranks`) this is the first, which alone writes and evaluates, while `quantise.assist` is the others.
+    """
     method = build_method(cfg)
     task, source, calibration = (build(cfg, group) for group in ("evaluation", "model", "calibration"))
     if isinstance(task, ReadsData):
         task.check()
     drawn = calibration.draw() if calibration else None
-    torch.set_num_threads(cfg.threads)
-    set_num_threads(cfg.threads)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    device = _device(cfg)
+    device = set_up(cfg, ranks)
     with folder:
         if folder.is_done():  # by another process, while this one was starting
+            ranks.first(WHETHER, lambda: False)
             folder.discard_partial()
             return folder.metrics()
         folder.write_yaml("config.yaml", OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
@@ -86,7 +75,8 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         folder.write_json("identity.json", identity)
         other = find_quantised(folder, identity) if method else None
         taken = {"checkpoint_of": other.path.name} if other else {}
-        origin = {**provenance(), **taken, "model": source.provenance(), "texts": _texts(calibration, task)}
+        told = {"processes": ranks.size, "model": source.provenance(), "texts": _texts(calibration, task)}
+        origin = {**provenance(), **taken, **told}
         folder.write_json("provenance.json", origin)
         log.info("loading %s", source.path)
         described = describe(source)
@@ -95,6 +85,7 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
         check_samples(described, task.draw() if isinstance(task, DrawsSamples) else [])
         if method is not None and (empty := empty_model(source)) is not None:
             predicted_bits(method, list_sites(empty, cfg.scope), cfg.budget.bits_per_weight)  # refuses one that is out of reach
+        ranks.first(WHETHER, lambda: method is not None and other is None)
         loaded = load(source, device, described, streamed=cfg.memory == "streamed")
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
@@ -107,15 +98,12 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
             if method.tuning is not None and not method.tunes_blocks:
                 size = tuning_bytes(sites) / 1e9
                 log.info("tuning=%s will hold all layers decoded, with gradients: %.2f GB", cfg.variants.tuning, size)
-            bank = _statistics(cfg, method, loaded, sites, drawn) if drawn else {}
+            bank = statistics_of(cfg, method, loaded, sites, drawn, ranks)
             clock.lap("calibrate")
             log.info("quantising %d layers, %.2f M weights", len(sites), sum(s.num_weights for s in sites) / 1e6)
-            for_grams = method.prefix is not None
-            samples = samples_as_batches(loaded, drawn, for_grams=for_grams) if drawn and method.runs_on_samples else None
             code = {name: origin[name] for name in ("version", "commit", "dirty", "packages")}
             journal = Journal(folder.partial, code) if method.is_blockwise else None
-            bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
-            report = quantize(loaded.model, sites, bank, method, bits, samples, journal, dtype, loaded.streamed)
+            report = quantised(cfg, method, loaded, sites, bank, drawn, journal, ranks)
             clock.lap("quantize")
             clock.seconds["quantize"] -= report.tune_seconds
             tables = {
@@ -196,21 +184,6 @@ def execute(cfg: DictConfig, folder: RunFolder) -> dict[str, Any]:
     return metrics
 
 
-def samples_as_batches(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
-    """The samples as batches, packed where the model allows it, which leaves a third of the tokens.
-
-    The further samples that Grams see are among them where they are `for_grams`, as behind a quantised prefix.
-    """
-    processor = loaded.processor
-    if drawn.packable and can_pack(loaded.model):
-        examples = [*drawn.examples, *(further_examples(drawn) if for_grams else ())]
-        parts = (packed_batches(processor, e, IMAGES) for e in (examples, drawn.heldout_examples))
-    else:
-        batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
-        parts = (batches, drawn.heldout(processor))
-    return Samples(*map(list, parts))
-
-
 def _made_of(identity: Mapping[str, Any], calibration: Any) -> dict[str, Any]:
     """How the checkpoint was made, for config.json and the model card: what would give the same bytes again.
 
@@ -254,43 +227,9 @@ class Clock:
         self.seconds[name], self._last = now - self._last, now
 
 
-def _statistics(
-    cfg: DictConfig, method: Method, loaded: Loaded, sites: Sequence[Site], drawn: CalibrationSet
-) -> Mapping[Site, SiteStats]:
-    """Takes the statistics from the cache that all runs of the results folder share, or collects them from the samples."""
-    settings = scientific_settings(cfg)
-    kept = ("model", "calibration", "scope", "threads", "device", "tf32", "numerics")
-    key = {**{name: settings[name] for name in kept}, "needs": asdict(method.needs), "label_seed": drawn.label_seed}
-
-    folder = Path(cfg.paths.results) / "cache" / "statistics"
-
-    def compute() -> Mapping[Site, SiteStats]:
-        batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
-        return collect(loaded.model, sites, batches, method.needs, drawn.label_seed, further)
-
-    def by_block(is_finished: Callable[[Block], bool]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
-        batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
-        data = (sites, batches, method.needs, drawn.label_seed, further)
-        return collect_by_block(loaded.model, loaded.weights, *data, is_finished)
-
-    if loaded.streamed is None:
-        return statistics(folder, key, compute, sites)
-    return statistics_by_block(folder, key, by_block, sites) if method.needs else {}
-
-
 def _rate(report: QuantReport | None) -> str:
     """The name of the rate of all layers, `mixed` where there are several."""
     if report is None:
         return "full_precision"
     rates = set(report.allocation.rate)
     return rates.pop() if len(rates) == 1 else "mixed"
-
-
-def _device(cfg: DictConfig) -> torch.device:
-    """The device that the run is named by, its arithmetic set. Raises SharedFault where PyTorch has no such device."""
-    try:
-        device = find_device(device_name(cfg.device))
-    except UserError as error:
-        raise SharedFault(str(error)) from error
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.tf32
-    return device

@@ -1,5 +1,6 @@
 """Runs what is missing, one process a run, a few side by side, here or on a cluster."""
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from mgvq.studies.launchers.ray import Ray
 from mgvq.studies.launchers.slurm import Slurm
 from mgvq.studies.plan import PlannedRun, distinct
 
+_TORCHRUN = re.compile(r"^[WE]\d{4} [^\n]*torch/distributed/elastic/.*", re.MULTILINE | re.DOTALL)
 _LOOK_S, _TELL_S = 2.0, 60.0  # how often a terminal, and a pipe, is told how far the runs are
 LAUNCHERS: dict[str, type[Local] | type[Slurm] | type[Ray]] = {"local": Local, "slurm": Slurm, "ray": Ray}
 
@@ -90,7 +92,7 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
                         report.ended(run, "done by another study")
                         continue
                     slot, log = slots.pop(0), logs / f"{run.folder.path.name}.log"
-                    job = start(command(run, log), slot)
+                    job = start(command(run, log, launcher.processes), slot)
                     running.append(_Started(run, job, slot, log, reserved, time.monotonic()))
                 report.going_on(running)
                 for started in running.copy():
@@ -114,7 +116,9 @@ def launch(runs: Sequence[PlannedRun], launcher: Launcher) -> list[Failure]:
 
 
 def _tail(log: Path) -> str:
-    return log.read_text(errors="replace", encoding="utf-8")[-2000:] if log.is_file() else ""
+    """The last that a run has said itself; torchrun's own account of a process that has failed does not say why."""
+    said = log.read_text(errors="replace", encoding="utf-8")[-8000:] if log.is_file() else ""
+    return _TORCHRUN.sub("", said)[-2000:]
 
 
 def _words(run: PlannedRun) -> str:

@@ -23,7 +23,7 @@ STAGES = (
 # Each may import itself and what stands below it.
 LAYERS = [["__main__"], ["cli"], ["analysis"], ["studies"], ["runs"], ["quantization"], ["refit", "export"],
           list(STAGES), ["model"], ["protocols"], ["types", "tracker"],
-          ["data", "formats", "linalg", "rng", "progress"], ["checks", "digest"],
+          ["data", "formats", "linalg", "rng", "progress", "ranks"], ["checks", "digest"],
           ["kernels"],
           ["trellis", "lattice", "rotation", "rate_distortion", "distortion"], ["compiled", "errors", "memory"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -16,8 +16,8 @@ from mgvq.quantization.pipeline import quantize
 from mgvq.runs.build import build
 from mgvq.runs.compose import composer
 from mgvq.runs.dry import report
-from mgvq.runs.execute import samples_as_batches
 from mgvq.runs.method import build_method
+from mgvq.runs.quantise import samples_as_batches
 
 QUICK = ("calibration.num_images=4", "calibration.questions_per_image=2", "calibration.heldout_images=2")
 RUN = ("model=tiny_internvl", "method=rtn", "scope=language", "calibration=tiny_vqa", *QUICK)

@@ -24,7 +24,7 @@ from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import _Streams, sequential_rounding
 from mgvq.quantization.table_groups import cut_table_groups
-from mgvq.runs import execute
+from mgvq.runs import quantise
 from mgvq.types import Batch, Metric
 
 
@@ -84,7 +84,7 @@ def test_the_moments_behind_the_prefix_are_of_the_further_samples_too(loaded) ->
         )
         assert [len(part) for part in (own, heldout, further)] == [2, 2, 4]
         for for_grams, expected in ((True, own | further), (False, own)):
-            made = execute.samples_as_batches(loaded, drawn, for_grams=for_grams)
+            made = quantise.samples_as_batches(loaded, drawn, for_grams=for_grams)
             found = [[i for batch in part for i in batch.sample_ids] for part in (made.batches, made.heldout)]
             assert [len(part) for part in found] == [len(expected), 2]
             assert (set(found[0]), set(found[1])) == (expected, heldout)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from mgvq.errors import UserError
 from mgvq.runs.store import RunFolder
 from mgvq.studies.launch import choose, launch
+from mgvq.studies.launchers import job
 from mgvq.studies.launchers.job import Command, Launcher
 from mgvq.studies.plan import PlannedRun
 
@@ -34,7 +35,7 @@ time.sleep(0.2)
 def _cheap_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run's only override is the code of it."""
 
-    def command(run: PlannedRun, log: Path) -> Command:
+    def command(run: PlannedRun, log: Path, processes: int) -> Command:
         folder = run.folder.path
         return Command([sys.executable, "-c", run.overrides[0], str(folder)], {"MARK": "seen"}, str(folder.parent), log)
 
@@ -130,6 +131,30 @@ def test_each_slot_has_its_device(tmp_path: Path) -> None:
     assert sorted(f.output.strip() for f in failures) == ["3", "5"]
 
 
+def test_each_process_of_a_run_has_a_device_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text("{gpus: [3, 5, 7], processes: 2}")
+    code = "import os, sys, time; print(os.environ['CUDA_VISIBLE_DEVICES']); time.sleep(0.4); sys.exit(1)"
+    failures = launch(planned(tmp_path / "runs", code, code), choose("local", 2, tmp_path / "settings.yaml"))
+    assert sorted(f.output.strip() for f in failures) == ["3,5", "7,3"]
+
+
+def test_several_processes_are_started_by_torchrun(tmp_path: Path) -> None:
+    (run,) = planned(tmp_path / "runs", "seed=3")
+    run.cell.device = "cpu"
+    alone, both = job.command(run, tmp_path / "log"), job.command(run, tmp_path / "log", 2)
+    assert alone.words == [sys.executable, "-m", "mgvq.cli.run", "seed=3"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    assert both.words == [sys.executable, *torchrun, "-m", "mgvq.cli.run", "seed=3"]
+
+
+def test_what_torchrun_adds_is_not_told(tmp_path: Path) -> None:
+    """It is longer than what is told of a run that has failed."""
+    torchrun = "E1129 16:47:40 104 torch/distributed/elastic/multiprocessing/api.py:1002] failed\n" + "Traceback\n" * 500
+    code = f"import sys; print('mgvq-run: the reason'); print({torchrun!r}); sys.exit(1)"
+    (failure,) = launch(planned(tmp_path / "runs", code), choose("local", 1, None))
+    assert failure.output.strip() == "mgvq-run: the reason"
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "named"),
     [
@@ -142,6 +167,10 @@ def test_each_slot_has_its_device(tmp_path: Path) -> None:
         ("local", "jobs: -1", "launcher local: jobs must be a whole number >= 1, got -1"),
         ("local", "jobs: 0", "jobs must be a whole number >= 1, got 0"),
         ("local", "jobs: true", "jobs must be a whole number >= 1, got True"),
+        ("local", "processes: 0", "launcher local: processes must be a whole number >= 1, got 0"),
+        ("local", "processes: two", "processes must be a whole number >= 1, got 'two'"),
+        ("slurm", "processes: 1.5", "launcher slurm: processes must be a whole number >= 1, got 1.5"),
+        ("ray", "processes: -2", "launcher ray: processes must be a whole number >= 1, got -2"),
         ("slurm", "jobs: 0", "launcher slurm: jobs must be a whole number >= 1, got 0"),
         ("ray", "jobs: -1", "launcher ray: jobs must be a whole number >= 1, got -1"),
         ("local", "jobs: 2  # f\xfcr zwei", "settings.yaml is no file of settings"),

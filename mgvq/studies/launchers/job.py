@@ -39,15 +39,17 @@ class Command:
             output.write(f"{text}\n")
 
 
-def command(run: PlannedRun, log: Path) -> Command:
+def command(run: PlannedRun, log: Path, processes: int = 1) -> Command:
     """The same for every launcher. `log` has to be on a file system that the run sees.
 
-    What `device=auto` stands for is decided where the study is planned, since runs are named by it.
+    What `device=auto` stands for is decided where the study is planned, since runs are named by it. Several `processes` of one
+    machine are started by torchrun, and share the run.
     """
     paths = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
     device = [f"device={device_type('auto')}"] if run.cell.device == "auto" else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     return Command(
-        [sys.executable, "-m", "mgvq.cli.run", *run.overrides, *device],
+        [sys.executable, *torchrun, "-m", "mgvq.cli.run", *run.overrides, *device],
         {"MGVQ_RESULTS": str(run.folder.path.parents[1]), **paths},
         os.getcwd(),  # noqa: PTH109 (as a word, for a machine on which it may be missing)
         log,
@@ -96,11 +98,14 @@ Start = Callable[[Command, int], Job]
 class Launcher(Protocol):
     """Starts runs; opened once a study.
 
-    `jobs`: how many are given to it at a time, None: all of them, and it queues them. What `open` gives starts one, and is told
+    `jobs`: how many are given to it at a time, None: all of them, and it queues them. `processes`: how many share a run, on one
+    machine, to the same bytes. What `open` gives starts one, and is told
     the number of the slot, 0 .. `jobs` - 1, which no other run has meanwhile. `scratch` is a folder for the launcher's own files,
     on the file system of the results.
     """
 
     @property
     def jobs(self) -> int | None: ...
+    @property
+    def processes(self) -> int: ...
     def open(self, scratch: Path) -> AbstractContextManager[Start]: ...

@@ -19,11 +19,13 @@ class Ray:
     """One task a run. Ray starts as many at a time as its machines have room for, or `jobs`, whichever is less.
 
     `address` is that of a running cluster (`auto`: the one of this machine), whose machines share the file system of the results;
-    null starts one on this machine for as long as the study takes, with `jobs` x `cpus` processors, or all that there are.
-    `cpus`, `gpus` and `memory_gb` (0: not asked) are what Ray sets aside for a run.
+    null starts one on this machine for as long as the study takes, with `jobs` x `processes` x `cpus` processors, or all that
+    there are.
+    `cpus`, `gpus` and `memory_gb` (0: not asked) are what Ray sets aside for each of the `processes` of a run.
     """
 
     jobs: int | None = None
+    processes: int = 1
     address: str | None = None
     cpus: int = 1
     gpus: float = 0.0
@@ -34,6 +36,7 @@ class Ray:
             raise UserError("the launcher ray needs Ray: pip install 'mgvq[ray]'")
         if self.jobs is not None:
             whole_number("launcher ray: jobs", self.jobs, least=1)
+        whole_number("launcher ray: processes", self.processes, least=1)
         for name, least in (("cpus", 1), ("gpus", 0), ("memory_gb", 0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or value < least:
@@ -45,15 +48,16 @@ class Ray:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # without gpus a run still sees the machine's devices
         import ray  # here: an extra
 
-        cluster = {"num_cpus": self.jobs * self.cpus if self.jobs else None, "include_dashboard": False}
+        cpus = self.processes * self.cpus
+        cluster = {"num_cpus": self.jobs * cpus if self.jobs else None, "include_dashboard": False}
         try:
             ray.init(self.address, log_to_driver=False, logging_level=logging.ERROR, **({} if self.address else cluster))
         except ConnectionError as error:
             raise UserError(f"launcher ray: no cluster at address {self.address!r}: {error}") from error
         # A process of its own for every task: what one leaves behind, no other finds. No retries: a failure is reported.
-        demands = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_retries": 0, "max_calls": 1}
+        demands = {"num_cpus": cpus, "num_gpus": self.processes * self.gpus, "max_retries": 0, "max_calls": 1}
         if self.memory_gb:
-            demands["memory"] = round(1e9 * self.memory_gb)
+            demands["memory"] = round(1e9 * self.processes * self.memory_gb)
         task = ray.remote(**demands)(run_to_end)
         try:
             yield lambda command, slot: RayJob(task.remote(command), command)

@@ -17,12 +17,14 @@ from mgvq.studies.launchers.job import Command, Start, run_to_end
 class Slurm:
     """One job a run, all with the same demands; start it on a machine that has `sbatch`, with results on a shared file system.
 
-    `hours` is the limit of a run, after which it counts as failed. `options` are further ones of sbatch by their long names
+    `hours` is the limit of a run, after which it counts as failed. A run has so many `processes`, on one machine, each with
+    `cpus`, `gpus` and `memory_gb` of its own. `options` are further ones of sbatch by their long names
     without dashes (`{account: a, constraint: a100}`); `setup` are lines of shell before the run. `cluster=local` is submitit's
     stand-in for a cluster: the jobs are processes of this machine, for trying things out.
     """
 
     jobs: int | None = None
+    processes: int = 1
     cluster: str = "slurm"
     partition: str | None = None
     hours: float = 4.0
@@ -39,6 +41,7 @@ class Slurm:
             raise UserError(f"launcher slurm: cluster must be slurm or local, got {self.cluster!r}.")
         if self.jobs is not None:
             whole_number("launcher slurm: jobs", self.jobs, least=1)
+        whole_number("launcher slurm: processes", self.processes, least=1)
         for name, least in (("hours", 1 / 60), ("cpus", 1), ("memory_gb", 0.1), ("gpus", 0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or value < least:
@@ -54,9 +57,9 @@ class Slurm:
             executor.update_parameters(
                 name="mgvq",
                 timeout_min=max(1, round(60 * self.hours)),
-                cpus_per_task=self.cpus,
-                gpus_per_node=self.gpus,
-                slurm_mem=f"{round(1024 * self.memory_gb)}MB",
+                cpus_per_task=self.processes * self.cpus,
+                gpus_per_node=self.processes * self.gpus,
+                slurm_mem=f"{round(1024 * self.processes * self.memory_gb)}MB",
                 slurm_partition=self.partition,
                 slurm_additional_parameters=self.options,
                 slurm_setup=self.setup or None,
