@@ -1,6 +1,6 @@
 """From chosen rates to stored weights: tables fitted, codes chosen, tables refitted; and the proxy error after each of these."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, UInt8
@@ -56,6 +56,28 @@ class _Coded:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """Layers that share tables, rounded. Their errors are found when they are asked for: those of most trials nobody reads."""
+
+    rounded: Rounded  # without proxy errors and limits
+    problems: Mapping[Site, LayerProblem]
+    steps: Mapping[str, Callable[[], Mapping[Site, _Coded]]]  # of the rounding, in order, and what they leave
+    limits: Limits | None
+
+    def judged(self) -> Rounded:
+        """The layers with their errors."""
+        errors: dict[Site, dict[str, float]] = {site: {} for site in self.problems}
+        limits: dict[Site, Limit] = {}
+        coded: Mapping[Site, _Coded] = {}
+        for step, found in self.steps.items():
+            coded = found()
+            _note(errors, step, self.problems, coded)
+        if self.limits is not None:
+            limits = {site: self.limits(p, coded[site].decode(p.target)) for site, p in self.problems.items()}
+        return replace(self.rounded, proxy=errors, limits=limits)
+
+
+@dataclass(frozen=True)
 class LayerRounder:
     """Rounds layers to their fitted codebooks."""
 
@@ -74,33 +96,42 @@ class LayerRounder:
         metric has none, and a codebook that codes rows together no `nearest`, which would take as long as all the rest.
         """
         rounded = Rounded()
-        for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
-            coded, errors = self._round(cache, rates, together, flags, step)
-            for site, own in coded.items():
-                problem = cache.problems[site]
-                values = own.decode(problem.target)
-                if self.limits is not None:
-                    rounded.limits[site] = self.limits(problem, values)
-                rounded.decoded[site] = problem.in_own_basis(values)
-                rounded.stored[site] = self._store(problem, own)
-            rounded.proxy.update(errors)
+        for draft in self.drafts(cache, rates, sites, flags, step):
+            rounded |= draft.judged()
         return rounded
 
-    def _round(
-        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str
-    ) -> tuple[dict[Site, _Coded], dict[Site, dict[str, float]]]:
-        problems = {site: cache.problems[site] for site in sites}
+    def drafts(
+        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
+    ) -> Iterator[Draft]:
+        """What `round` puts together, as far as layers share tables."""
+        for together in progress(list(_sharing(cache.table_groups, sites)), "layers"):
+            problems, rounded = {site: cache.problems[site] for site in together}, Rounded()
+            steps = self._steps(cache, problems, rates, flags, step)
+            for site, own in list(steps.values())[-1]().items():
+                rounded.decoded[site] = problems[site].in_own_basis(own.decode(problems[site].target))
+                rounded.stored[site] = self._store(problems[site], own)
+            yield Draft(rounded, problems, steps, self.limits)
+
+    def _steps(
+        self,
+        cache: CodebookCache,
+        problems: Mapping[Site, LayerProblem],
+        rates: Sequence[Rate],
+        flags: list[str],
+        step: str,
+    ) -> dict[str, Callable[[], Mapping[Site, _Coded]]]:
+        """What each step leaves, in order: all but the first one, which no other needs, are done when this returns."""
+        sites = list(problems)
         fitted = _fitted(cache, rates, sites, flags)
         if isinstance(self.compensation, FitsTargets) and self.compensation.fits_targets:
             met = {site: self.compensation.met(p.target, _metric(p), fitted[site], p.score) for site, p in problems.items()}
             fitted = _fitted(cache.with_targets(met), rates, sites, flags)
-        errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
+        steps: dict[str, Callable[[], Mapping[Site, _Coded]]] = {}
         if not cache.codebook.spans_rows:
             plain = replace(self, compensation=NoCompensation())
-            nearest = {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
-            _note(errors, "nearest", problems, nearest)
-        coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
-        _note(errors, step, problems, coded)
+            steps["nearest"] = lambda: {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
+        first = coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
+        steps[step] = lambda: first
         if self.refit is not None:
             coded = self._refitted(cache, coded)
             for _ in range(self.refit.rounds - 1):
@@ -109,8 +140,9 @@ class LayerRounder:
                 if not _loss(problems, again) < _loss(problems, coded):
                     break
                 coded = again
-            _note(errors, "refit", problems, coded)
-        return coded, errors
+            last = coded
+            steps["refit"] = lambda: last
+        return steps
 
     def _compensated(self, problem: LayerProblem, slices: list[FittedSlice], flags: list[str]) -> _Coded:
         return _Coded(slices, list(self.compensation.round(problem.target, problem.metric, slices, problem.score, flags)))

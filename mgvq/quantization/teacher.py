@@ -69,7 +69,8 @@ class Teacher:
             )
             if source != "sft":
                 self._keep_logs()
-        self._walk, self._heldout_walk = (BlockWalk(model, sites, part, weights) for part in (self.batches, self.heldout))
+        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights)
+        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk)
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)
