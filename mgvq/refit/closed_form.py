@@ -11,7 +11,7 @@ from mgvq.codebook.exponent import FittedExponent
 from mgvq.codebook.tables import FittedTables
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.linalg import DAMPING_OF, damped, row_runs
+from mgvq.linalg import DAMPING_OF, DiagonalPlusLowRank, damped, row_runs
 from mgvq.protocols import CodedSlice, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
@@ -110,11 +110,15 @@ class _Term:
         )  # the place of every vector's centroids in the tables laid end to end
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
-        self.h_out = None if h_out is None else damped(h_out.to(device), damping, of)
+        low_rank = isinstance(h_out, DiagonalPlusLowRank)
+        self.h_out = (
+            h_out.to(device).damped(damping, of) if low_rank else None if h_out is None else damped(h_out.to(device), damping, of)
+        )
         self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
         few = num_centroids * _FEWER <= len(self.target) and num_centroids <= _MOST * length
-        self.summed = self._summed(codes, num_centroids) if few and len(self.h_in) == 1 and self.h_out is not None else None
+        few = few and len(self.h_in) == 1 and isinstance(self.h_out, Tensor)
+        self.summed = self._summed(codes, num_centroids) if few else None
 
     def gradient(self, tables: Tables) -> Tables:
         error = -self.target
@@ -159,7 +163,7 @@ class _Term:
 
     def _summed(self, codes: Int[Tensor, "out v stages"], num_centroids: int) -> Float[Tensor, "v stages_k out"]:
         """The rows of `h_out` summed by the centroid that they name, for every vector and stage."""
-        assert self.h_out is not None
+        assert isinstance(self.h_out, Tensor)
         num_out, num_vectors, stages = codes.shape
         named = codes.new_zeros(num_vectors, stages, num_centroids, num_out, dtype=torch.float64)
         named.scatter_(2, codes.permute(1, 2, 0).unsqueeze(2), 1.0)
