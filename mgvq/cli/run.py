@@ -1,9 +1,12 @@
 """`mgvq-run`: one run, or with -m every combination of the given values."""
 
+import gc
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -71,7 +74,8 @@ def hydra_main(cfg: DictConfig) -> float | list[float] | None:
             folder.check_writable()
             if len(sys.argv) == 1:
                 print(f"mgvq-run: {_what_runs(cfg)}", file=sys.stderr)
-            from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
+            with _uncollected():
+                from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
 
             with disk_faults_told(Path(cfg.paths.results)):
                 execute(cfg, folder)
@@ -96,6 +100,17 @@ def hydra_main(cfg: DictConfig) -> float | list[float] | None:
         print(f"flags: {', '.join(metrics['flags'])}")
     print(folder.path)
     return found
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What is imported inside stays as long as the process: the garbage collector need not look through it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _few(names: list[str]) -> str:
