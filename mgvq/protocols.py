@@ -337,8 +337,12 @@ class TargetShift(Protocol):
         """How often all blocks are gone through."""
         ...
 
+    def direction(self, metric: Metric, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """What targets move against, in float64; zeros for a gradient of 0. It is the same for all steps, and computed once."""
+        ...
+
     def target(
-        self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
+        self, weight: Float[Tensor, "out in"], direction: Float[Tensor, "out in"], step: float
     ) -> Float[Tensor, "out in"]: ...
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mgvq.formats.outliers import Outliers
-from mgvq.linalg import row_runs
+from mgvq.linalg import DiagonalPlusLowRank, row_runs
 
 Tower = Literal["vision", "projector", "language"]
 Modality = Literal["image", "text"]
@@ -166,8 +166,12 @@ class Metric:
 
     h_in: tuple[Float[Tensor, "in in"], ...]
     """One input factor for each run of rows, usually one for all rows."""
-    h_out: Float[Tensor, "out out"] | None = None
+    h_out: Float[Tensor, "out out"] | DiagonalPlusLowRank | None = None
     """The output factor, with which the value is in nats of the mean answer loss; None stands for the identity."""
+
+    def dense_h_out(self) -> Float[Tensor, "out out"] | None:
+        """The output factor as a matrix, for those who factor it."""
+        return self.h_out.dense() if isinstance(self.h_out, DiagonalPlusLowRank) else self.h_out
 
     def to(self, device: torch.device) -> "Metric":
         """The same metric with its factors on `device`."""

@@ -1,9 +1,12 @@
 """`mgvq-run`: one run, or with -m every combination of the given values."""
 
+import gc
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -97,7 +100,8 @@ def _job(cfg: DictConfig, ranks: Ranks) -> float | list[float] | None:
         folder.check_writable()
         if len(sys.argv) == 1:
             _say(_what_runs(cfg))
-        from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
+        with _uncollected():
+            from mgvq.runs.execute import execute  # here: torch takes seconds to import, and a finished run needs none of it
 
         with disk_faults_told(Path(cfg.paths.results)):
             execute(cfg, folder, ranks)
@@ -119,6 +123,17 @@ def _say(words: object) -> None:
     """What is told on stderr, once."""
     if is_first():
         print(f"mgvq-run: {words}", file=sys.stderr)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """What is imported inside stays as long as the process: the garbage collector need not look through it, now or later."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def _few(names: list[str]) -> str:

@@ -18,7 +18,7 @@ def natural_gradient(
     """
     wide = gradient.double()
     natural = torch.cat([damped_solve(h_in, wide[rows].T, damping, of).T for rows, h_in in metric.row_runs(len(wide))])
-    return natural if metric.h_out is None else damped_solve(metric.h_out, natural, damping, of)
+    return natural if (h_out := metric.dense_h_out()) is None else damped_solve(h_out, natural, damping, of)
 
 
 def without_own_error(

@@ -105,13 +105,14 @@ class GradientHessian:
     ) -> Sequence[Tensor]:
         return self._rounding.round(weight, metric, slices, score, flags)
 
-    def target(
-        self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
-    ) -> Float[Tensor, "out in"]:
+    def direction(self, metric: Metric, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return N in float64."""
+        return natural_gradient(gradient, metric.to(gradient.device), self.shift_damping, self.damping_of)
+
+    def target(self, weight: Float[Tensor, "out in"], direction: Float[Tensor, "out in"], step: float) -> Float[Tensor, "out in"]:
         """Return `W~` in float32; W itself for a step of 0 or a gradient of 0."""
-        if step == 0 or not gradient.any():
+        if step == 0 or not direction.any():
             return weight.float()
         wide = weight.double()
-        natural = natural_gradient(gradient, metric.to(weight.device), self.shift_damping, self.damping_of)
-        share = step * wide.norm() / natural.norm()
-        return (wide - min(1.0, float(share)) * natural).float()
+        share = step * wide.norm() / direction.norm()
+        return (wide - min(1.0, float(share)) * direction).float()

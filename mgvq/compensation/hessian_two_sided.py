@@ -78,8 +78,9 @@ class HessianTwoSided(Hessian):
 
     def choice(self, metric: Metric, site: Site, flags: list[str]) -> Choose:
         self._check(metric)
-        assert metric.h_out is not None
-        mix, damping = _row_feedback(metric.h_out, self.output_damping, self.damping_of)
+        h_out = metric.dense_h_out()
+        assert h_out is not None
+        mix, damping = _row_feedback(h_out, self.output_damping, self.damping_of)
         if damping > self.output_damping:
             flags.append(f"output_damping:{site.name}:{damping:g}")
         return lambda encode, target, weight: _settle(encode, target, mix)

@@ -1,5 +1,9 @@
 """Damped block-LDL factors of a Hessian whose columns are dealt into blocks of equal length (QuIP#)."""
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +27,38 @@ class BlockLDL:
     """The damping that was needed, as a share."""
 
 
+_kept: ContextVar[dict[tuple[object, ...], BlockLDL] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def factors_kept() -> Iterator[None]:
+    """Inside, the factors of a matrix whose columns are dealt out in the same way are computed once, and kept until the end.
+
+    The trials of a block round its layers to several targets in one metric; the factors take as much memory as that.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float, of: str = "mean") -> BlockLDL:
     """Factor the damped `hessian` with its channels in the order of `slots`, where -1 marks padding.
 
     `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times `linalg.damping_unit`
     is added to the diagonal, ten times more after every failure. Raises ValueError where even the unit itself does not help: H is
-    not finite.
+    not finite. Inside `factors_kept` nothing is computed twice.
     """
+    if (kept := _kept.get()) is None:
+        return _block_ldl(hessian, slots, damping, of)
+    key = (*(hashlib.sha256(t.detach().cpu().contiguous().numpy()).digest() for t in (hessian, slots)), slots.shape, damping, of)
+    if key not in kept:
+        kept[key] = _block_ldl(hessian, slots, damping, of)
+    return kept[key]
+
+
+def _block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], damping: float, of: str) -> BlockLDL:
     blocks, length = slots.shape
     order = slots.flatten()
     real = order >= 0

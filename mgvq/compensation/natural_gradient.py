@@ -50,14 +50,15 @@ class NaturalGradient(NoCompensation):
     def steps(self) -> list[float]:
         return [self.step]
 
-    def target(
-        self, weight: Float[Tensor, "out in"], metric: Metric, gradient: Float[Tensor, "out in"], step: float
-    ) -> Float[Tensor, "out in"]:
-        """Return `W - step |W| N / |N|` in float32; W itself for a gradient of 0."""
+    def direction(self, metric: Metric, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Return N in float64."""
         assert metric.h_out is not None, "the pipeline checks needs_output_metric"
         if len(metric.h_in) > 1:
             raise UserError("compensation=natural_gradient needs one input factor a layer: choose curvature=kronecker")
-        if not gradient.any():
+        return natural_gradient(gradient, metric.to(gradient.device), self.damping)
+
+    def target(self, weight: Float[Tensor, "out in"], direction: Float[Tensor, "out in"], step: float) -> Float[Tensor, "out in"]:
+        """Return `W - step |W| N / |N|` in float32; W itself for a gradient of 0."""
+        if not direction.any():
             return weight.float()
-        natural = natural_gradient(gradient, metric.to(weight.device), self.damping)
-        return (weight.double() - step * weight.double().norm() / natural.norm() * natural).float()
+        return (weight.double() - step * weight.double().norm() / direction.norm() * direction).float()

@@ -33,7 +33,8 @@ def tile_by_tile(
     Rows keep their order, the last run first; rows that fill up the last run are zero. `metric` is on the weight's device and has
     one input and one output factor.
     """
-    assert metric.h_out is not None
+    h_out = metric.dense_h_out()
+    assert h_out is not None
     order = rounding_order(slices, score)
     length = max(fitted.codebook.vector_length for fitted in slices)
     slots = torch.stack([slots_of(slices[p], v, length) for p, v in order]).to(weight.device)
@@ -41,7 +42,7 @@ def tile_by_tile(
     name = slices[0].channel_slice.site.name
     inner, outer = (
         block_ldl(metric.h_in[0], slots, damping, damping_of),
-        block_ldl(metric.h_out, rows, output_damping, damping_of),
+        block_ldl(h_out, rows, output_damping, damping_of),
     )
     first_flags(name, metric, inner.damping, damping, flags)
     if outer.damping > output_damping:

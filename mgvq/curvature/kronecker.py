@@ -8,7 +8,7 @@ import torch
 
 from mgvq.curvature.fusion import Weights, balanced, check_clip, equal_weights, mbq_weights, pooled
 from mgvq.errors import UserError
-from mgvq.linalg import nearest_kronecker
+from mgvq.linalg import DiagonalPlusLowRank, nearest_kronecker
 from mgvq.model.lazy import Lazy
 from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
 
@@ -40,6 +40,9 @@ class KroneckerFisher:
     """A token x counts `min(1, clip * m / |x|^2)` times in the Gram, m the median of |x|^2 over the tokens of its modality in its
     batch (docs/method.md, eq. (clip)); None: every token counts once. Sensitivities, groupings and outliers of the run read the
     same Gram. Refused where no Gram is read: with sequences, and with `fusion=token`."""
+    output_rank: int | None = None
+    """The output factor is kept as its diagonal and this many directions, for layers with more than twice as many outputs
+    (`linalg.DiagonalPlusLowRank`; docs/method.md, eq. (output-rank)), which saves memory and most of a refit; None: whole."""
     has_output_factor: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -58,6 +61,10 @@ class KroneckerFisher:
             raise UserError(
                 f"curvature.clip={self.clip} has no effect with curvature.{idle}, which weighs tokens by their gradients and has "
                 "no Gram: set it to null."
+            )
+        if self.output_rank is not None and not (type(self.output_rank) is int and self.output_rank >= 1):
+            raise UserError(
+                f"curvature.output_rank must be a whole number >= 1, or null for the whole factor; got {self.output_rank!r}"
             )
         if self.rounds is None:
             return
@@ -86,7 +93,9 @@ class KroneckerFisher:
 
         def metric(site: Site) -> Metric:
             pair = self._factors(bank[site], weights[site])
-            return Metric((pair.h_in,), pair.h_out)
+            if self.output_rank is None or 2 * self.output_rank >= len(pair.h_out):
+                return Metric((pair.h_in,), pair.h_out)
+            return Metric((pair.h_in,), DiagonalPlusLowRank.of(pair.h_out, self.output_rank))
 
         return Lazy(bank, metric)
 

@@ -81,8 +81,9 @@ class BlockWalk:
     Where something else reads what a block puts out than the next one of its tower (the features of a layer before the last in
     LLaVA-1.5, those of several layers in Qwen3-VL), every settled block plays its own output; else the last one's is enough.
 
-    `weights`: where the weights of `sites` are; None: in the model. `probe`: the batch that shows how the model is made, the last
-    of `batches` if it is not given; that of all where these are the share of one of several processes.
+    `weights`: where the weights of `sites` are; None: in the model. `probe`: the batch that shows how the model hangs together;
+    None: the last of `batches`; that of all where these are the share of one of several processes. `like`: a walk over other
+    batches, which has found that out; None: two passes and one for every tower find it.
     """
 
     def __init__(
@@ -92,18 +93,21 @@ class BlockWalk:
         batches: Sequence[AnyBatch],
         weights: Weights | None = None,
         probe: AnyBatch | None = None,
+        like: "BlockWalk | None" = None,
     ) -> None:
         self.model, self.batches, self.weights = model, batches, weights or InModel(model)
         self._probe = batches[-1] if probe is None and batches else probe  # most images: the first may have none
-        self._static = self._static_modules(sites)
+        self._static = self._static_modules(sites) if like is None else like._static
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
         self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
+        self._playing = dict(self._row)  # the row in which a block's output may stand for those of the blocks before it
+        if like is not None:
+            self._playing = like._playing
+        else:
+            for row in self._not_chains(rows_of_blocks(sites)):
+                self._playing |= {name: [name] for name in row}
         self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
         self._visited: list[str] = []
-        self._playing = dict(self._row)  # the row in which a block's output may stand for those of the blocks before it
-        for row in rows_of_blocks(sites):
-            if not self._is_chain(row):
-                self._playing |= {name: [name] for name in row}
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if self._probe is None:
@@ -113,19 +117,22 @@ class BlockWalk:
         return static
 
     @torch.no_grad()
-    def _is_chain(self, row: Sequence[str]) -> bool:
-        """Whether nothing but the next block reads what a block of the row puts out: the last one's output is all that counts."""
-        if len(row) < 2 or self._probe is None:
-            return True
-        kept, self._kept = self._kept, {"quantized": _Kept(list(row))}
-        answers = []
-        try:
-            for _ in range(2):  # the first pass computes, the second one plays
-                with self._behind_settled(-1, "quantized"):
-                    answers.append(answer_states(self.model, self._probe))
-        finally:
-            self._kept = kept
-        return torch.equal(*answers)
+    def _not_chains(self, rows: Sequence[list[str]]) -> list[list[str]]:
+        """The rows in which something else than the next block reads what a block puts out: the last one's output is not all that
+        counts."""
+        rows = [row for row in rows if len(row) > 1]
+        if not rows or self._probe is None:
+            return []
+
+        def answer(kept: _Kept) -> Tensor:
+            self._kept = {"quantized": kept}
+            with self._behind_settled(-1, "quantized"):
+                return answer_states(self.model, self._probe)
+
+        computed = _Kept([name for row in rows for name in row])
+        expected = answer(computed)
+        # Towers are played one by one: the played output of a later one would hide what is wrong with an earlier one's.
+        return [row for row in rows if not torch.equal(expected, answer(_Kept(row, dict(computed.outputs))))]
 
     def settle(self, block: Block) -> None:
         """The weights of the block, and of all blocks before it, stay as they are until `unsettle`."""

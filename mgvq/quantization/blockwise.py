@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.compensation.direction import without_own_error
+from mgvq.compensation.ldl import factors_kept
 from mgvq.errors import SharedFault, UserError
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import AnyBatch
@@ -17,10 +19,10 @@ from mgvq.model.weights import InModel, Weights
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
 from mgvq.quantization.codebooks import CodebookCache
-from mgvq.quantization.rounding import LayerRounder, Rounded
+from mgvq.quantization.rounding import Draft, LayerRounder, Rounded
 from mgvq.quantization.teacher import Teacher
 from mgvq.ranks.ranks import ALONE, Ranks
-from mgvq.types import Rate, Site, StatsBank
+from mgvq.types import Metric, Rate, Site, StatsBank
 
 
 @dataclass(frozen=True)
@@ -171,9 +173,9 @@ class _Loop:
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
         before = self.loss if sweep else math.nan
-        with self.weights.unchanged(block) as weights:
-            trials = list(self._trials(block, gradient, dict(weights), steps, before))
-        best = min(trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
+        with self.weights.unchanged(block) as weights, factors_kept():
+            tried = list(self._trials(block, gradient, dict(weights), steps, before))
+            best, draft = min(tried, key=lambda one: one[0].loss if math.isfinite(one[0].loss) else math.inf)
         improves = math.isfinite(best.loss) and not best.loss >= before  # before is NaN in the first sweep: anything will do
         if not improves and not math.isfinite(before):
             raise UserError(
@@ -184,9 +186,11 @@ class _Loop:
             {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
             | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
             | {"chosen": improves and trial is best}
-            for trial in trials
+            for trial, _ in tried
         ]
-        return _Visit(best if improves else None, rows, dict(self.gradients))
+        if not improves:
+            return _Visit(None, rows, dict(self.gradients))
+        return _Visit(replace(best, rounded=draft.judged()), rows, dict(self.gradients))
 
     def take_over(self, name: str, visit: _Visit, block: Block) -> None:
         """Go on behind the visit of that name: what it has chosen for the block is what the model has from here on."""
@@ -218,24 +222,25 @@ class _Loop:
         present: Mapping[Site, Tensor],
         steps: Sequence[float],
         before: float,
-    ) -> Iterator[_Trial]:
-        """Step after step, as far as the quadratic model leads (`_leads_on`)."""
+    ) -> Iterator[tuple[_Trial, Draft]]:
+        """Step after step, as far as the quadratic model leads (`_leads_on`), with what the errors can be found from."""
         last = _Point(0.0, before, 0.0)
         earlier = self._earlier_targets(block)
         aims = {site: self._aim(site, gradient.get(site), present[site], earlier.get(site)) for site in block}
         for step, larger in zip(steps, [*steps[1:], None], strict=True):
-            targets = {site: self._target(site, aim, step) for site, aim in aims.items()}
+            targets = {site: aim.moved(step) for site, aim in aims.items()}
             flags: list[str] = []
             cache, name = self.cache, "feedback"
             if step:  # a refit moves the tables anyway, to where the codes of the moved target want them
                 cache, name = cache.with_targets(targets, fit=self.rounder.refit is None), "shifted"
-            rounded = self.rounder.round(cache, self.rates, block, flags, name)
+            draft = self.rounder.draft(cache, self.rates, block, flags, name)
+            rounded = draft.rounded
             self.weights.install(rounded.decoded, rounded.stored)
             change = {site: (rounded.decoded[site] - weight.float()).cpu() for site, weight in present.items()}
             first_order = sum((float((g * change[site]).sum()) for site, g in gradient.items()), 0.0)
             promised = sum((aim.promised(targets[site]) for site, aim in aims.items()), 0.0)
             here = _Point(step, self.teacher.heldout_loss(), promised)
-            yield _Trial(step, targets, rounded, flags, here.loss, first_order)
+            yield _Trial(step, targets, rounded, flags, here.loss, first_order), draft
             if larger is None or not _leads_on(last, here, larger):
                 return
             if math.isfinite(here.loss):
@@ -261,7 +266,7 @@ class _Loop:
         assert problem.metric is not None, "the method's checks ask for a metric"
         target = problem.target
         if gradient is None:
-            return _Aim(target, None)
+            return _Aim(self.shift, problem.metric, target, None)
         gradient = gradient.to(target.device)
         if problem.transform:
             gradient = problem.transform.weight(gradient)
@@ -269,20 +274,27 @@ class _Loop:
         if earlier is not None:  # an earlier sweep has rounded it, with an error that the gradient knows
             target = earlier.to(target.device)  # one that was read back is on the CPU
             gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
-        return _Aim(target, gradient)
-
-    def _target(self, site: Site, aim: "_Aim", step: float) -> Tensor:
-        metric = self.cache.problems[site].metric
-        assert metric is not None, "the method's checks ask for a metric"
-        return aim.target.float() if aim.gradient is None else self.shift.target(aim.target, metric, aim.gradient, step)
+        return _Aim(self.shift, problem.metric, target, gradient)
 
 
 @dataclass(frozen=True)
 class _Aim:
     """What a layer's target is moved from, and by which gradient there, in the basis of its problem."""
 
+    shift: TargetShift
+    metric: Metric
     target: Tensor
     gradient: Tensor | None  # None: it is not moved
+
+    @cached_property
+    def _direction(self) -> Tensor:
+        assert self.gradient is not None
+        return self.shift.direction(self.metric, self.gradient)
+
+    def moved(self, step: float) -> Tensor:
+        """The target that a step leads to, float32."""
+        still = self.gradient is None or step == 0
+        return self.target.float() if still else self.shift.target(self.target, self._direction, step)
 
     def promised(self, moved: Tensor) -> float:
         """The change of the loss that the gradient promises for the moved target, to first order."""

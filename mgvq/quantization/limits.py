@@ -53,12 +53,12 @@ class Limits:
             return shape.numel() * level
         runs = metric.row_runs(shape[0])
         inputs = [self._of(factor) for _, factor in runs]
-        if metric.h_out is None:
+        if (h_out := metric.dense_h_out()) is None:
             sizes = [rows.stop - rows.start for rows, _ in runs]
             together = math.gcd(*sizes)  # rows with one list of eigenvalues, which has those of each run as often as that takes
             repeated = torch.cat([values.repeat(size // together) for values, size in zip(inputs, sizes, strict=True)])
             return least_damage(repeated, torch.ones(together), bits)
-        outputs = [self._of(metric.h_out[rows, rows]) for rows, _ in runs]
+        outputs = [self._of(h_out[rows, rows]) for rows, _ in runs]
         if len(runs) == 1:
             return least_damage(inputs[0], outputs[0], bits)
         products = [torch.outer(rows, columns).flatten() for rows, columns in zip(outputs, inputs, strict=True)]
@@ -72,7 +72,9 @@ class Limits:
 
 
 def _damped(metric: Metric) -> Metric:
-    return Metric(tuple(map(_with_damping, metric.h_in)), None if metric.h_out is None else _with_damping(metric.h_out))
+    return Metric(
+        tuple(map(_with_damping, metric.h_in)), None if (h_out := metric.dense_h_out()) is None else _with_damping(h_out)
+    )
 
 
 def _with_damping(factor: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -1,6 +1,6 @@
 """From chosen rates to stored weights: tables fitted, codes chosen, tables refitted; and the proxy error after each of these."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from jaxtyping import Float, UInt8
@@ -49,6 +49,9 @@ class _Coded:
     slices: list[FittedSlice]
     codes: list[Tensor]
 
+    def weights(self) -> tuple[QuantizedWeight, ...]:
+        return tuple(fitted.codebook.weight(codes) for fitted, codes in zip(self.slices, self.codes, strict=True))
+
     def decode(self, like: Tensor) -> Float[Tensor, "out in"]:
         values = like.new_empty(like.shape).float()
         for fitted, codes in zip(self.slices, self.codes, strict=True):
@@ -57,13 +60,53 @@ class _Coded:
 
 
 @dataclass(frozen=True)
-class _Slices:
-    """A rounded layer before it is put together."""
+class _Errors:
+    """How far layers are from their weights."""
 
-    weights: tuple[QuantizedWeight, ...]  # of its channel groups
-    decoded: Float[Tensor, "_ _"]  # in the model's own basis
-    limit: Limit | None
-    errors: dict[str, float]
+    proxy: dict[Site, dict[str, float]] = field(default_factory=dict)
+    limits: dict[Site, Limit] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Layers that share tables, rounded."""
+
+    problems: Mapping[Site, LayerProblem]
+    steps: Mapping[str, Callable[[], Mapping[Site, _Coded]]]  # of the rounding, in order, and what they leave
+    flags: Sequence[str]
+
+    def layers(self) -> dict[Site, tuple[tuple[QuantizedWeight, ...], Tensor]]:
+        """The stored weights of each layer's channel groups, and what they stand for in the model's own basis."""
+        coded = list(self.steps.values())[-1]()
+        return {
+            site: (coded[site].weights(), problem.in_own_basis(coded[site].decode(problem.target)))
+            for site, problem in self.problems.items()
+        }
+
+    def errors(self, limits: Limits | None) -> _Errors:
+        """Proxy errors after every step, and limits where they are asked for."""
+        found, coded = _Errors({site: {} for site in self.problems}), dict[Site, _Coded]()
+        for step, made in self.steps.items():
+            coded = dict(made())
+            _note(found.proxy, step, self.problems, coded)
+        if limits is not None:
+            found.limits.update({site: limits(p, coded[site].decode(p.target)) for site, p in self.problems.items()})
+        return found
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Rounded layers whose errors are found when they are asked for: those of most trials nobody reads."""
+
+    rounded: Rounded  # without errors
+    limits: Limits | None
+    ranks: Ranks
+    parts: list[_Part] = field(default_factory=list)  # those that this process has rounded
+
+    def judged(self) -> Rounded:
+        """The layers with their errors. Several processes ask for them together."""
+        every = self.ranks.gather("errors of layers", [part.errors(self.limits) for part in self.parts])
+        return _with_errors(self.rounded, [one for of_rank in every for one in of_rank])
 
 
 @dataclass(frozen=True)
@@ -85,52 +128,58 @@ class LayerRounder:
         noted after `nearest` (no compensation), after `step` (the compensation's codes) and after `refit`; a layer without a
         metric has none, and a codebook that codes rows together no `nearest`, which would take as long as all the rest.
         """
-        parts = list(_sharing(cache.table_groups, sites))
-        whose = self.ranks.deal([sum(_cost(site) for site in together) for together in parts])
-        own = [number for number, rank in enumerate(whose) if rank == self.ranks.rank]
-        made = {number: self._slices(cache, rates, parts[number], step) for number in progress(own, "layers")}
-        found = {number: part for of_one in self.ranks.gather("rounded layers", made) for number, part in of_one.items()}
-        rounded = Rounded()
-        for number in range(len(parts)):
-            layers, taken = found[number]
-            flags += taken
-            for site, layer in layers.items():
-                rounded.stored[site] = self._store(cache.problems[site], layer.weights)
-                rounded.decoded[site], rounded.proxy[site] = layer.decoded, layer.errors
-                if layer.limit is not None:
-                    rounded.limits[site] = layer.limit
-        return rounded
+        return self._round(cache, rates, sites, flags, step, lambda part: part.errors(self.limits))
 
-    def _slices(
-        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], step: str
-    ) -> tuple[dict[Site, _Slices], list[str]]:
-        """Layers that are rounded together, and the flags of that."""
-        flags: list[str] = []
-        coded, errors = self._round(cache, rates, sites, flags, step)
-        layers = {}
-        for site, own in coded.items():
-            problem = cache.problems[site]
-            values = own.decode(problem.target)
-            limit = None if self.limits is None else self.limits(problem, values)
-            weights = tuple(f.codebook.weight(c) for f, c in zip(own.slices, own.codes, strict=True))
-            layers[site] = _Slices(weights, problem.in_own_basis(values), limit, errors[site])
-        return layers, flags
+    def draft(
+        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
+    ) -> Draft:
+        """The same without errors, which can be asked for afterwards; what they are found from is kept until then."""
+        parts: list[_Part] = []
+
+        def keep(part: _Part) -> _Errors:
+            parts.append(part)
+            return _Errors()
+
+        return Draft(self._round(cache, rates, sites, flags, step, keep), self.limits, self.ranks, parts)
 
     def _round(
-        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str
-    ) -> tuple[dict[Site, _Coded], dict[Site, dict[str, float]]]:
-        problems = {site: cache.problems[site] for site in sites}
+        self,
+        cache: CodebookCache,
+        rates: Sequence[Rate],
+        sites: Sequence[Site],
+        flags: list[str],
+        step: str,
+        judge: Callable[[_Part], _Errors],
+    ) -> Rounded:
+        """Layers that share tables are dealt together, rounded and judged; then every process has all of them."""
+        together = list(_sharing(cache.table_groups, sites))
+        whose = self.ranks.deal([sum(map(_cost, part)) for part in together])
+        made = {}
+        for number in progress([n for n, rank in enumerate(whose) if rank == self.ranks.rank], "layers"):
+            part = self._part(cache, together[number], rates, step)
+            made[number] = part.layers(), part.flags, judge(part)
+        found = {number: part for of_rank in self.ranks.gather("rounded layers", made) for number, part in of_rank.items()}
+        rounded = Rounded()
+        for number in range(len(together)):
+            layers, taken, _ = found[number]
+            flags += taken
+            for site, (slices, decoded) in layers.items():
+                rounded.stored[site], rounded.decoded[site] = self._store(cache.problems[site], slices), decoded
+        return _with_errors(rounded, [errors for _, _, errors in found.values()])
+
+    def _part(self, cache: CodebookCache, sites: Sequence[Site], rates: Sequence[Rate], step: str) -> _Part:
+        """Layers that share tables, rounded: all steps but `nearest`, which no other needs, are done when this returns."""
+        problems, flags = {site: cache.problems[site] for site in sites}, list[str]()
         fitted = _fitted(cache, rates, sites, flags)
         if isinstance(self.compensation, FitsTargets) and self.compensation.fits_targets:
             met = {site: self.compensation.met(p.target, _metric(p), fitted[site], p.score) for site, p in problems.items()}
             fitted = _fitted(cache.with_targets(met), rates, sites, flags)
-        errors: dict[Site, dict[str, float]] = {site: {} for site in sites}
+        steps: dict[str, Callable[[], Mapping[Site, _Coded]]] = {}
         if not cache.codebook.spans_rows:
             plain = replace(self, compensation=NoCompensation())
-            nearest = {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
-            _note(errors, "nearest", problems, nearest)
-        coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
-        _note(errors, step, problems, coded)
+            steps["nearest"] = lambda: {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
+        first = coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
+        steps[step] = lambda: first
         if self.refit is not None:
             coded = self._refitted(cache, coded)
             for _ in range(self.refit.rounds - 1):
@@ -139,8 +188,9 @@ class LayerRounder:
                 if not _loss(problems, again) < _loss(problems, coded):
                     break
                 coded = again
-            _note(errors, "refit", problems, coded)
-        return coded, errors
+            last = coded
+            steps["refit"] = lambda: last
+        return _Part(problems, steps, flags)
 
     def _compensated(self, problem: LayerProblem, slices: list[FittedSlice], flags: list[str]) -> _Coded:
         return _Coded(slices, list(self.compensation.round(problem.target, problem.metric, slices, problem.score, flags)))
@@ -180,6 +230,13 @@ class LayerRounder:
         if problem.transform:
             stored = problem.transform.wrap(stored)
         return stored if problem.outliers is None else OutlierWeight(stored, problem.outliers)
+
+
+def _with_errors(rounded: Rounded, errors: Iterable[_Errors]) -> Rounded:
+    found = list(errors)
+    proxy = {site: own for part in found for site, own in part.proxy.items()}
+    limits = {site: own for part in found for site, own in part.limits.items()}
+    return replace(rounded, proxy=proxy, limits=limits)
 
 
 def _cost(site: Site) -> int:

@@ -72,10 +72,8 @@ class Teacher:
             )
             if source != "sft":
                 self._keep_logs()
-        self._walk, self._heldout_walk = (
-            BlockWalk(model, sites, own, weights, on_device(part[-1], model) if part else None)
-            for own, part in ((self.batches, batches), (self.heldout, heldout))
-        )
+        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model))
+        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk)
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)

@@ -11,15 +11,17 @@ from mgvq.codebook.exponent import FittedExponent
 from mgvq.codebook.tables import FittedTables
 from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
-from mgvq.linalg import DAMPING_OF, damped, row_runs
+from mgvq.linalg import DAMPING_OF, DiagonalPlusLowRank, damped, row_runs
 from mgvq.protocols import CodedSlice, FittedCodebook
 
 Tables = Float[Tensor, "t k d"]
 
 _STEPS = 50  # steps of the conjugate gradients, at most: enough for 256 centroids of length 4
 _PRECISION = 1e-5  # the size of the gradient, relative to the first one, at which they end: finer than what tables are stored in
-# Times fewer centroids than rows, from where on rows are summed by centroid: less than that saves no time for the memory.
+# Rows are summed by centroid where these are so many times fewer than rows, since less saves no time for the memory, ...
 _FEWER = 4
+# ... and no more than this to a coordinate: the sum takes as long as so many steps without it would.
+_MOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class _Term:
 
     def __init__(self, channel_slice: CodedSlice, damping: float, of: str) -> None:
         fitted, self.scale = _tables(channel_slice)
-        num_tables, num_centroids, _ = fitted.table.shape
+        num_tables, num_centroids, length = fitted.table.shape
         stages, device = fitted.stages, channel_slice.codes.device
         codes = channel_slice.codes.long()
         subspace = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
@@ -108,10 +110,14 @@ class _Term:
         )  # the place of every vector's centroids in the tables laid end to end
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
-        self.h_out = None if h_out is None else damped(h_out.to(device), damping, of)
+        low_rank = isinstance(h_out, DiagonalPlusLowRank)
+        self.h_out = (
+            h_out.to(device).damped(damping, of) if low_rank else None if h_out is None else damped(h_out.to(device), damping, of)
+        )
         self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
-        few = num_centroids * _FEWER <= len(self.target) and len(self.h_in) == 1 and self.h_out is not None
+        few = num_centroids * _FEWER <= len(self.target) and num_centroids <= _MOST * length
+        few = few and len(self.h_in) == 1 and isinstance(self.h_out, Tensor)
         self.summed = self._summed(codes, num_centroids) if few else None
 
     def gradient(self, tables: Tables) -> Tables:
@@ -131,7 +137,9 @@ class _Term:
         return self._collect(self.scale * columns * rows, like)
 
     def _decode(self, tables: Tables) -> Float[Tensor, "out c"]:
-        vectors = tables.flatten(0, 1)[self.entries].sum(1)
+        vectors = tables.flatten(0, 1).index_select(0, self.entries.flatten())
+        if (stages := self.entries.shape[1]) > 1:
+            vectors = vectors.unflatten(0, (-1, stages)).sum(1)
         return self.scale * vectors.view(len(self.target), -1)[:, : len(self.columns)]
 
     def _weighed(self, error: Float[Tensor, "out a"], h_in: Sequence[Float[Tensor, "a c"]], like: Tables) -> Tables:
@@ -155,7 +163,7 @@ class _Term:
 
     def _summed(self, codes: Int[Tensor, "out v stages"], num_centroids: int) -> Float[Tensor, "v stages_k out"]:
         """The rows of `h_out` summed by the centroid that they name, for every vector and stage."""
-        assert self.h_out is not None
+        assert isinstance(self.h_out, Tensor)
         num_out, num_vectors, stages = codes.shape
         named = codes.new_zeros(num_vectors, stages, num_centroids, num_out, dtype=torch.float64)
         named.scatter_(2, codes.permute(1, 2, 0).unsqueeze(2), 1.0)

@@ -108,7 +108,7 @@ def test_it_uses_what_it_says_it_uses(variant):
     def codes_of(metric, score):
         aim = weight
         if compensation.shift and compensation.needs_output_metric:
-            aim = compensation.shift.target(weight, metric, normal(*weight.shape, seed=7), 1.0)
+            aim = compensation.shift.target(weight, compensation.shift.direction(metric, normal(*weight.shape, seed=7)), 1.0)
         return torch.cat(compensation.round(aim, metric, slices, score, []), 1)
 
     codes = codes_of(metric, score)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from mgvq.compensation import ldl
 from mgvq.compensation.foem import Foem
 from mgvq.compensation.hessian import Hessian
 from mgvq.compensation.hessian_two_sided import HessianTwoSided
@@ -537,3 +538,15 @@ def test_a_word_that_there_is_not_is_named(variant, setting, words) -> None:
     rest = {HessianTwoSided: dict(output_damping=0.1), Foem: dict(beta=0.1)}.get(variant, {})
     with pytest.raises(UserError, match=rf"compensation\.{setting} must be .*{words}.* got 'row'"):
         variant(damping=0.1, **rest, **{setting: "row"})
+
+
+def test_factors_are_computed_once_inside_a_block(monkeypatch) -> None:
+    computed, factor = [], ldl._block_ldl
+    monkeypatch.setattr(ldl, "_block_ldl", lambda *arguments: computed.append(arguments) or factor(*arguments))
+    hessian, slots = hessian_of(4), torch.arange(4).view(2, 2)
+    calls = [(hessian, slots, 0.1), (hessian.clone(), slots, 0.1), (hessian, slots.flip(0), 0.1), (hessian, slots, 0.2)]
+    with ldl.factors_kept():
+        found = [ldl.block_ldl(*call) for call in calls]
+    assert found[0] is found[1]
+    assert len(computed) == 3
+    assert ldl.block_ldl(*calls[0]) is not found[0]  # what was kept is gone

@@ -114,7 +114,7 @@ def quantized(method, *layers, bits=2.0, rate=None):
     rate = next(r for r in method.codebook.rates() if r.name == rate or (rate is None and r.index_bits == bits))
     if shift := method.shift:
         cache = cache.with_targets(
-            {s: shift.target(p.weight, p.metric, bank[s].gradient, shift.steps[-1]) for s, p in problems.items()}
+            {s: shift.target(p.weight, shift.direction(p.metric, bank[s].gradient), shift.steps[-1]) for s, p in problems.items()}
         )
     # Without a refit: that of GPTVQ and others has its own oracle (test_refit.py).
     rounder = LayerRounder(method.compensation, None, storage.group_ids(problems))

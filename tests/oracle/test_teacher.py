@@ -20,6 +20,10 @@ def compensation(**settings):
     return GradientHessian(**(defaults | settings))
 
 
+def moved_by(compensation, weight, metric, gradient, step):
+    return compensation.target(weight, compensation.direction(metric, gradient), step)
+
+
 def draw():
     return TinyVQA(num_images=3, questions_per_image=4, heldout_images=2, shown="both", seed=0, label_seed=0).draw()
 
@@ -127,7 +131,7 @@ def test_a_small_step_against_the_gradient_lowers_the_loss(loaded, drift) -> Non
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in block}
     for site in block:
         metric = Metric((torch.eye(site.in_features),), torch.eye(site.out_features))
-        shifted = compensation().target(kept[site], metric, gradient[site], 2e-4)
+        shifted = moved_by(compensation(), kept[site], metric, gradient[site], 2e-4)
         linear(loaded.model, site).weight.data.copy_(shifted)
     after = drift.heldout_loss()
     for site in block:
@@ -151,7 +155,7 @@ def test_the_target_completes_the_square() -> None:
     """f(D) = <G, D> + 1/2 tr(H_O D H_I D^T) is, up to a constant, the quadratic about W - N (docs/method.md, eq. (shift))."""
     weight, gradient = noise((4, 6), 1.0), noise((4, 6), 0.5, 1)
     h_in, h_out = (m @ m.T + torch.eye(len(m)) for m in (noise((6, 6), 1.0, 2), noise((4, 4), 1.0, 3)))
-    target = compensation(shift_damping=1e-9).target(weight, Metric((h_in,), h_out), gradient, 1.0).double()
+    target = moved_by(compensation(shift_damping=1e-9), weight, Metric((h_in,), h_out), gradient, 1.0).double()
     weight, gradient, h_in, h_out = (t.double() for t in (weight, gradient, h_in, h_out))
 
     def loss(other):
@@ -167,18 +171,18 @@ def test_the_target_completes_the_square() -> None:
 def test_the_step_is_capped_and_zero_moves_nothing() -> None:
     weight, gradient = noise((4, 6), 1.0), noise((4, 6), 100.0, 1)
     metric = Metric((torch.eye(6),), torch.eye(4))
-    moved = compensation().target(weight, metric, gradient, 0.1)
+    moved = moved_by(compensation(), weight, metric, gradient, 0.1)
     assert float((moved - weight).norm() / weight.norm()) == pytest.approx(0.1, rel=1e-5)
-    assert torch.equal(compensation().target(weight, metric, gradient, 0.0), weight)
-    assert torch.equal(compensation().target(weight, metric, torch.zeros_like(weight), 0.4), weight)
+    assert torch.equal(moved_by(compensation(), weight, metric, gradient, 0.0), weight)
+    assert torch.equal(moved_by(compensation(), weight, metric, torch.zeros_like(weight), 0.4), weight)
 
 
 def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
     weight, gradient = noise((5, 3), 1.0), noise((5, 3), 1e-3, 1)
     first, second = torch.diag(torch.tensor([1.0, 2, 3])), torch.diag(torch.tensor([3.0, 2, 1]))
-    moved = compensation().target(weight, Metric((first, second)), gradient, 1.0)
+    moved = moved_by(compensation(), weight, Metric((first, second)), gradient, 1.0)
     for rows, h in ((slice(0, 3), first), (slice(3, 5), second)):
-        alone = compensation().target(weight[rows], Metric((h,)), gradient[rows], 1.0)
+        alone = moved_by(compensation(), weight[rows], Metric((h,)), gradient[rows], 1.0)
         torch.testing.assert_close(moved[rows], alone)
 
 
