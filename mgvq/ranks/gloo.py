@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from mgvq.checks import short_words
 from mgvq.errors import SharedFault, UserError
@@ -45,7 +46,8 @@ class Gloo(Ranks):
         self.rank, self.size = rank, size
         try:
             store = next(dist.rendezvous("env://", rank, size, timeout=_START))[0]
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore("mgvq", store), rank, size, _LONGEST)
+            own = PrefixStore("mgvq", store)
+            self._group: Any = dist.ProcessGroupGloo(own, rank, size, _LONGEST)  # torch's stubs do not know what it can do
         except (RuntimeError, ValueError) as error:
             raise SharedFault(
                 f"the {size} processes of this run do not find each other ({short_words(error)}): start them by torchrun."

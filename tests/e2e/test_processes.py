@@ -49,7 +49,12 @@ def in_two(results: Path, *words: str, second: tuple[str, ...] = ()) -> list[tup
         for rank in range(2)
     ]
     said = [process.communicate() for process in started]
-    return [(process.returncode, *streams) for process, streams in zip(started, said, strict=True)]
+    return [(process.returncode, out, _own(errors)) for process, (out, errors) in zip(started, said, strict=True)]
+
+
+def _own(errors: str) -> str:
+    """Without the bar of transformers, which reads that it is not wanted when it is imported: before a fork is told so."""
+    return "\n".join(line for line in errors.splitlines() if line and not line.startswith("Loading weights"))
 
 
 def checkpoint(results: Path) -> dict[str, str]:
