@@ -60,26 +60,26 @@ def _report(arguments: argparse.Namespace, results: Path) -> None:
     if arguments.paper:
         written = _paper(results)
     else:
-        recorded = _recorded(results) if arguments.recorded else None
-        written = [path for study in read_studies(arguments.study) for path in _study(study, arguments, results, recorded)]
+        written = [path for study in read_studies(arguments.study) for path in _study(study, arguments, results)]
     print(*written, sep="\n")
     root = checkout()
     if root and results == root / "results" and not arguments.partial:  # not where MGVQ_RESULTS points
         _refresh(root, results)
 
 
-def _recorded(results: Path) -> "Recorded":
-    from mgvq.analysis.records.recorded import Recorded
-
-    return Recorded(results)
-
-
-def _study(study: Study, arguments: argparse.Namespace, results: Path, recorded: "Recorded | None") -> list[Path]:
+def _study(study: Study, arguments: argparse.Namespace, results: Path) -> list[Path]:
+    recorded = _recorded(study, results) if arguments.recorded else None
     if arguments.partial:
         return _partial(study, results, recorded, html=arguments.html)
     if not (arguments.from_records or study.frozen):
         _write_records(study, results, recorded)
     return _write_report(study, results, html=arguments.html)
+
+
+def _recorded(study: Study, results: Path) -> "Recorded":
+    from mgvq.analysis.records.recorded import Recorded
+
+    return Recorded(results, study.name)
 
 
 def _write_records(study: Study, results: Path, recorded: "Recorded | None") -> None:

@@ -90,8 +90,7 @@ def main() -> None:
         studies = read_studies(arguments.study)
         if arguments.overrides:
             studies = studies[:1]  # settings of a quick pass are about this study
-        recorded = Recorded(results_folder()) if arguments.recorded else None
-        plans = [_plan(study, arguments, recorded) for study in studies]
+        plans = [_plan(study, arguments) for study in studies]
     if arguments.dry:
         with reader_may_leave():
             print("\n\n".join(_told(plan, launcher, arguments.launcher, list_runs=True) for plan in plans))
@@ -133,7 +132,7 @@ class _Plan:
         return [run for run in self.runs if self.recorded is None or run.folder.path.name not in self.recorded]
 
 
-def _plan(study: Study, arguments: argparse.Namespace, recorded: Recorded | None) -> _Plan:
+def _plan(study: Study, arguments: argparse.Namespace) -> _Plan:
     """The study's runs, of a frozen study that is only looked at none. Raises UserError for what cannot be planned."""
     if study.frozen and arguments.overrides:
         raise UserError(
@@ -147,7 +146,7 @@ def _plan(study: Study, arguments: argparse.Namespace, recorded: Recorded | None
         quick = told_quick(study, arguments.overrides)
         study, last = quick_pass(study, arguments.overrides)
     runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []), last=last)
-    return _Plan(study, runs, recorded, quick)
+    return _Plan(study, runs, Recorded(results_folder(), study.name) if arguments.recorded else None, quick)
 
 
 def _told(plan: _Plan, launcher: Launcher, name: str, *, list_runs: bool = False) -> str:

@@ -122,7 +122,7 @@ def test_runs_without_a_folder_are_taken_from_any_record(results: Path) -> None:
     runs = plan_without_writing(results)
     with pytest.raises(UserError, match=f"{sum(r.arm != 'better' for r in runs)} of 18 runs are missing"):
         collect(STUDY, runs)
-    recorded = Recorded(results)
+    recorded = Recorded(results, STUDY.name)
     again = collect(STUDY, runs, recorded=recorded)
     assert markdown(arms_table(again)) == markdown(arms_table(whole))
     assert recorded.layers(runs)[["arm", "value"]].to_numpy().tolist() == [["base", 1.0]], "an arm with folders is read from them"
@@ -131,11 +131,16 @@ def test_runs_without_a_folder_are_taken_from_any_record(results: Path) -> None:
 def test_a_run_that_no_record_has_is_missing(results: Path) -> None:
     runs = plan(results)
     write_record(collect(STUDY, runs), results / "records" / "made_up.parquet")
+    rewrite_metrics(results / "runs" / RUN, {"kl/full_precision": 7.0})
+    write_record(collect(STUDY, runs), results / "records" / "a.parquet")
+    assert [Recorded(results, study).run(RUN).metrics["kl/full_precision"] == 7.0 for study in ("made_up", "b")] == [False, True]
     edit(results / "runs" / RUN / "metrics.json")
-    assert RUN in {run.run for run in collect(STUDY, runs, recorded=Recorded(results)).runs}, "a damaged folder is none"
+    assert RUN in {run.run for run in collect(STUDY, runs, recorded=Recorded(results, STUDY.name)).runs}, (
+        "a damaged folder is none"
+    )
     other = tuple(replace(run, folder=RunFolder(results / "runs" / f"{run.folder.path.name}0")) for run in runs)
     with pytest.raises(UserError, match="18 of 18 runs are missing"):
-        collect(STUDY, other, recorded=Recorded(results))
+        collect(STUDY, other, recorded=Recorded(results, STUDY.name))
 
 
 # What else a run may be, and what is said of it.

@@ -15,13 +15,15 @@ class Recorded:
     """All runs in the records of a results folder, by their names.
 
     The name of a run is a hash of all that can change its numbers (`mgvq.runs.identity`), so that any study's record has the run
-    that another study plans; what it cannot tell is the machine. A run that several records have is taken from the first by
-    name. Raises UserError, naming the file, for a record that is damaged.
+    that another study plans; what it cannot tell is the machine. A run that several records have is taken from that of `study`,
+    whose other runs are from there too, else from the first by name. Raises UserError, naming the file, for a record that is
+    damaged.
     """
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: Path, study: str) -> None:
         self._results = results
-        self._records = {path.stem: read_record(path) for path in sorted((results / "records").glob("*.parquet"))}
+        paths = sorted((results / "records").glob("*.parquet"), key=lambda path: (path.stem != study, path.stem))
+        self._records = {path.stem: read_record(path) for path in paths}
         self._runs: dict[str, tuple[RunRecord, StudyRecord]] = {}
         for record in self._records.values():
             for run in record.runs:
