@@ -120,14 +120,14 @@ class BlockWalk:
     def _not_chains(self, rows: Sequence[list[str]]) -> list[list[str]]:
         """The rows in which something else than the next block reads what a block puts out: the last one's output is not all that
         counts."""
-        rows = [row for row in rows if len(row) > 1]
-        if not rows or self._probe is None:
+        rows, probe = [row for row in rows if len(row) > 1], self._probe
+        if not rows or probe is None:
             return []
 
         def answer(kept: _Kept) -> Tensor:
             self._kept = {"quantized": kept}
             with self._behind_settled(-1, "quantized"):
-                return answer_states(self.model, self._probe)
+                return answer_states(self.model, probe)
 
         computed = _Kept([name for row in rows for name in row])
         expected = answer(computed)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from mgvq.checks import short_words
 from mgvq.errors import SharedFault, UserError
@@ -45,7 +46,7 @@ class Gloo(Ranks):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         try:
-            store = next(dist.rendezvous("env://", rank, size, timeout=_START))[0]
+            store = next(rendezvous("env://", rank, size, timeout=_START))[0]
             own = PrefixStore("mgvq", store)
             self._group: Any = dist.ProcessGroupGloo(own, rank, size, _LONGEST)  # torch's stubs do not know what it can do
         except (RuntimeError, ValueError) as error:
