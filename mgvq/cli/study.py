@@ -203,7 +203,7 @@ def _naming(study: Study) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"{study.name}, {error}") from error
+        raise UserError(f"study {study.name}, {error}") from error
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ class Gloo(Ranks):
         if _ERROR in places:
             rank, (kind, text) = next((r, told) for r, told in enumerate(self._told(None)) if told is not None)
             self._in_step = self._over = True
-            raise kind(f"{text} (This is said by process {rank} of {self.size}, counted from 0.)")
+            error = kind(f"{text} (This is said by process {rank} of {self.size}, counted from 0.)")
+            raise error
         if len(set(places)) > 1:
             self._in_step = self._over = True
             raise RuntimeError(f"process {self.rank} of {self.size} has come to {what!r}, and others elsewhere")
