@@ -190,7 +190,7 @@ def test_nothing_of_torch_is_imported_for_a_refusal() -> None:
     assert shell(f'{sys.executable} -c "{code}"').returncode == 0
 
 
-@pytest.mark.parametrize(("name", "begins"), [("report", "_study"), ("sensitivity", "_compare"), ("runs", "_list")])
+@pytest.mark.parametrize(("name", "begins"), [("report", "_report"), ("sensitivity", "_compare"), ("runs", "_list")])
 def test_an_interrupted_command_says_so(
     name: str, begins: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

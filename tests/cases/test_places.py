@@ -277,7 +277,7 @@ def test_a_checkpoint_that_was_deleted_is_missed(results: Path) -> None:
 def test_a_fault_that_all_runs_share_ends_a_study(
     last_words: UserError, started: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def command(run: PlannedRun, log: Path) -> Command:
+    def command(run: PlannedRun, log: Path, processes: int) -> Command:
         return Command([sys.executable, "-c", f"import sys; sys.exit({str(last_words)!r})"], {}, str(tmp_path), log)
 
     monkeypatch.setattr("mgvq.studies.launch.command", command)

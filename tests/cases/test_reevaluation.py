@@ -35,7 +35,7 @@ def test_a_checkpoint_that_exists_is_evaluated_and_not_made_again(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     afresh = run(tmp_path / "runs" / "afresh", 40)
-    monkeypatch.setattr(executing, "quantize", lambda *_: pytest.fail("it was quantised again"))
+    monkeypatch.setattr(executing, "quantised", lambda *_: pytest.fail("it was quantised again"))
     again = run(first.parent / "again", 40)
     assert again == afresh
     folder = RunFolder(first.parent / "again")

@@ -18,6 +18,7 @@ from mgvq.errors import UserError
 
 MODULES = sorted((ROOT / "mgvq").rglob("*.py"))
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+EXCHANGED = {"ranks/gloo.py": {"pickle"}}  # what processes of one run, which were started together, tell each other
 NETWORK = {"socket", "urllib", "http", "ftplib", "smtplib", "requests", "httpx", "aiohttp"}
 ASKED = {"tracker/wandb.py": {"requests"}}  # tracker=wandb sends where somebody is logged in
 CODE = {"eval", "exec", "compile", "__import__"}
@@ -37,7 +38,7 @@ def test_no_module_pickles_reaches_out_or_runs_texts(file: Path) -> None:
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = {ast.unparse(call.func) for call in calls}
     words = {f"{keyword.arg}={ast.unparse(keyword.value)}" for call in calls for keyword in call.keywords}
-    assert not imported(tree) & PICKLES
+    assert imported(tree) & PICKLES <= EXCHANGED.get(name, set())
     assert imported(tree) & NETWORK <= ASKED.get(name, set())
     assert called & CODE <= OWN.get(name, set())
     assert not called & UNSAFE

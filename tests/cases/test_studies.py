@@ -23,7 +23,7 @@ from mgvq.runs.compose import _composed, composer, with_variants
 from mgvq.runs.identity import run_id
 from mgvq.runs.overrides import parsed
 from mgvq.studies.plan import expand
-from mgvq.studies.spec import Study, read_study
+from mgvq.studies.spec import Study, read_studies, read_study
 
 GOOD = """\
 name: quick
