@@ -52,7 +52,12 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     """
     if (kept := _kept.get()) is None:
         return _block_ldl(hessian, slots, damping, of)
-    key = (*(hashlib.sha256(t.detach().cpu().contiguous().numpy()).digest() for t in (hessian, slots)), slots.shape, damping, of)
+    key = (
+        *(hashlib.sha256(t.detach().cpu().contiguous().numpy().data).digest() for t in (hessian, slots)),
+        slots.shape,
+        damping,
+        of,
+    )
     if key not in kept:
         kept[key] = _block_ldl(hessian, slots, damping, of)
     return kept[key]
