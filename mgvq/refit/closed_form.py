@@ -105,15 +105,15 @@ class _Term:
         codes = channel_slice.codes.long()
         subspace = torch.arange(codes.shape[1], device=device) % (num_tables // stages)
         table = subspace[:, None] * stages + torch.arange(stages, device=device)
-        self.entries = (table * num_centroids + codes).flatten(
-            0, 1
-        )  # the place of every vector's centroids in the tables laid end to end
+        # The place of every vector's centroids in the tables laid end to end.
+        self.entries = (table * num_centroids + codes).flatten(0, 1)
         self.columns, self.target = channel_slice.fitted.channel_slice.columns.to(device).long(), channel_slice.target.double()
         h_out = channel_slice.metric.h_out
-        low_rank = isinstance(h_out, DiagonalPlusLowRank)
-        self.h_out = (
-            h_out.to(device).damped(damping, of) if low_rank else None if h_out is None else damped(h_out.to(device), damping, of)
-        )
+        self.h_out = None
+        if isinstance(h_out, DiagonalPlusLowRank):
+            self.h_out = h_out.to(device).damped(damping, of)
+        elif h_out is not None:
+            self.h_out = damped(h_out.to(device), damping, of)
         self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
         few = num_centroids * _FEWER <= len(self.target) and num_centroids <= _MOST * length
