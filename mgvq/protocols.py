@@ -323,6 +323,12 @@ class TargetShift(Protocol):
         ...
 
     @property
+    def start(self) -> str:
+        """What the first gradients are taken at: `rounded`, the model with all blocks rounded without one; `full_precision`, the
+        model with the blocks before quantised and those behind not."""
+        ...
+
+    @property
     def refresh(self) -> bool | int:
         """The gradient is taken again at every block (true), at every so many blocks, or never (false)."""
         ...
@@ -334,7 +340,7 @@ class TargetShift(Protocol):
 
     @property
     def sweeps(self) -> int:
-        """How often all blocks are gone through."""
+        """How often all blocks are gone through with gradients."""
         ...
 
     def direction(self, metric: Metric, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:

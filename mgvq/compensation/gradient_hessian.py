@@ -16,6 +16,7 @@ from mgvq.protocols import FittedSlice, TargetShift
 from mgvq.types import Metric
 
 SOURCES = ("kl", "block", "sft")
+STARTS = ("rounded", "full_precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +33,18 @@ class GradientHessian:
     output_damping: float | None
     """The same of `h_out`: rounding is that of `hessian_two_sided`. With None errors are not corrected from row to row."""
     source: str
-    """What the gradient is of. `kl`: the divergence from the full-precision model while the blocks before this one are quantised,
-    so that the first block has none. `block`: the squared drift of the block's output, every token weighted by the squared norm
-    of its gradient, without a pass through the blocks behind. `sft`: the loss of the right answers."""
+    """What the gradient is of. `kl`: the divergence from the full-precision model. `block`: the squared drift of the block's output,
+    every token weighted by the squared norm of its gradient, without a pass through the blocks behind. `sft`: the loss of the
+    right answers."""
+    start: str
+    """What the first gradients are taken at. `rounded`: the model with all layers rounded by `hessian`, so that a gradient holds
+    what all others have cost, from the first block on. `full_precision`: the model with the blocks before this one quantised and
+    those behind it not, so that the first block has none."""
     refresh: bool | int
     """True: the gradient is taken again at every block. A number n: for n blocks together (not with `block`, where each block has
     a loss of its own). False: once, at full precision (`sft` alone)."""
     sweeps: int
-    """How often the blocks are gone through; from the second time on all of them are quantised."""
+    """How often the blocks are gone through with gradients, after a `rounded` start or from full precision on."""
     steps: list[float]
     """The shares of a layer's norm that are tried, ascending from 0; each block takes the one with the least held-out loss."""
     shift_damping: float
@@ -55,6 +60,13 @@ class GradientHessian:
         assert self._rounding  # checks the dampings
         if self.source not in SOURCES:
             raise UserError(f"compensation.source must be one of {', '.join(SOURCES)}; got {self.source!r}")
+        if self.start not in STARTS:
+            raise UserError(f"compensation.start must be one of {', '.join(STARTS)}; got {self.start!r}")
+        if self.start == "rounded" and not self.refresh:
+            raise UserError(
+                "compensation.start=rounded with refresh=false: that gradient is taken at full precision. Set "
+                "compensation.start=full_precision, or compensation.refresh=true."
+            )
         if self.source != "sft" and not self.refresh:
             raise UserError(
                 f"compensation.source={self.source} with refresh=false has no effect: at full precision that gradient is zero. "

@@ -257,7 +257,7 @@ class Watch:
         self.last = "the inputs of the model"
 
     def __call__(self, site: Site, x: Tensor) -> None:
-        if not torch.isfinite(x).all():
+        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():  # a sum is fifty times as fast, and may overflow
             raise UserError(
                 f"what {site.name} reads is not finite (NaN or infinity) for a calibration sample: a weight or bias between "
                 f"{self.last} and {site.name} is damaged, or activations leave the range of the model's dtype there; "

@@ -47,22 +47,25 @@ def blockwise_rounding(
     weights: Weights | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Rounded, pd.DataFrame]:
-    """At every block: take the gradient with the blocks before it quantised, try the steps, keep the best on held-out samples.
+    """At every block: take the gradient of the model as it is, try the steps, keep the best on held-out samples.
+
+    With `start=rounded` all blocks are rounded first, sweep 0, without gradient and without a loss. With `full_precision` sweep 0
+    tries steps already, from gradients with the blocks before it quantised and those behind it not.
 
     With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that the later ones do not
     see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n:
     its gradient would be rounding noise, so that none is taken and nothing is moved.
 
     Steps are tried from the smallest up, as far as a quadratic model of the loss looks for its minimum (`_leads_on`), which takes
-    two evaluations for most blocks, and never beyond one that is worse than the one before it. From the second sweep on all
-    blocks are quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which
+    two evaluations for most blocks, and never beyond one that is worse than the one before it. From sweep 1 on all blocks
+    are quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which
     rounding makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is
     there.
 
     Codebooks are fitted to the moved targets, or left to the refit where there is one. `model` has its own weights again in the
     end. The table has a row for every sweep, block and step that was tried: the gradient's norm, the change of the loss that it
-    predicts to first order, the loss on the held-out samples before the block was rounded (NaN in the first sweep) and after.
-    Flag `no_step`: all steps that were chosen are 0. Raises UserError for a gradient that is zero, and for a block that no step
+    predicts to first order, the loss on the held-out samples before the block was rounded (NaN in sweep 0) and after (NaN in a
+    sweep 0 without gradient, where nobody asks). Flag `no_step`: all steps that were chosen are 0. Raises UserError for a gradient that is zero, and for a block that no step
     leaves with a finite loss.
 
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
@@ -74,13 +77,15 @@ def blockwise_rounding(
     teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks)
     with weights.unchanged(sites):
         loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
-        visits = [(sweep, number) for sweep in range(shift.sweeps) for number in range(len(blocks))]
-        for sweep, number in progress(visits, "blocks" if shift.sweeps == 1 else f"blocks in {shift.sweeps} sweeps"):
+        sweeps = shift.sweeps + loop.starts_rounded
+        visits = [(sweep, number) for sweep in range(sweeps) for number in range(len(blocks))]
+        for sweep, number in progress(visits, "blocks" if sweeps == 1 else f"blocks in {sweeps} sweeps"):
             if number == 0:
                 teacher.unsettle()
             name = f"sweep-{sweep}-block-{number:04}"
             if (visit := finished.get(name)) is None:
-                visit = finished[name] = loop.visit(sweep, blocks[number:])
+                plain = loop.starts_rounded and sweep == 0
+                visit = finished[name] = loop.plain(blocks[number]) if plain else loop.visit(sweep, blocks[number:])
             loop.take_over(name, visit, blocks[number])
             teacher.settle(blocks[number])
     rounded = Rounded()
@@ -112,6 +117,13 @@ class _Visit:
     chosen: _Trial | None  # None: what was there is better
     rows: Sequence[dict[str, Any]]
     gradients: Mapping[Site, Tensor]  # of blocks that are still to be visited
+
+
+def _row(sweep: int, block: Block, trial: _Trial, norm: float, before: float, *, chosen: bool) -> dict[str, Any]:
+    """What the table says of a trial."""
+    where = {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": block[0].name}
+    losses = {"heldout_before": before, "heldout_loss": trial.loss}
+    return where | {"step": trial.step, "gradient_norm": norm, "first_order": trial.first_order} | losses | {"chosen": chosen}
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,19 @@ class _Loop:
     gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
     chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
-    loss: float = math.nan  # of the model as it is, on the held-out samples; NaN before anything is rounded
+    loss: float = math.nan  # of the model as it is, on the held-out samples; NaN: it was not found yet
+
+    @property
+    def starts_rounded(self) -> bool:
+        return self.shift.start == "rounded"
+
+    def plain(self, block: Block) -> _Visit:
+        """The block rounded to its own weights, without a gradient; the model as it was."""
+        flags: list[str] = []
+        draft = self.rounder.draft(self.cache, self.rates, block, flags)
+        targets = {site: self.cache.problems[site].target.float() for site in block}
+        trial = _Trial(0.0, targets, draft.judged(), flags, loss=math.nan, first_order=0.0)
+        return _Visit(trial, [_row(0, block, trial, norm=0.0, before=math.nan, chosen=True)], {})
 
     def visit(self, sweep: int, blocks: Sequence[Block]) -> _Visit:
         """Choose a step for the first of the blocks that are still to be visited, and leave the model as it is."""
@@ -172,6 +196,8 @@ class _Loop:
                 "compensation=hessian does without."
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
+        if sweep and math.isnan(self.loss):
+            self.loss = self.teacher.heldout_loss()
         before = self.loss if sweep else math.nan
         with self.weights.unchanged(block) as weights, factors_kept():
             tried = list(self._trials(block, gradient, dict(weights), steps, before))
@@ -182,12 +208,7 @@ class _Loop:
                 f"{name} and its block: the loss on the held-out samples is not finite, whatever step is taken. The model's "
                 "answers leave the range of its dtype: set model.dtype=float32; or compensation=hessian, which asks for no loss."
             )
-        rows = [
-            {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": name, "step": trial.step}
-            | {"gradient_norm": norm, "first_order": trial.first_order, "heldout_before": before, "heldout_loss": trial.loss}
-            | {"chosen": improves and trial is best}
-            for trial, _ in tried
-        ]
+        rows = [_row(sweep, block, trial, norm, before, chosen=improves and trial is best) for trial, _ in tried]
         if not improves:
             return _Visit(None, rows, dict(self.gradients))
         return _Visit(replace(best, rounded=draft.judged()), rows, dict(self.gradients))
@@ -197,6 +218,7 @@ class _Loop:
         self.rows += visit.rows
         self.gradients = dict(visit.gradients)
         if (chosen := visit.chosen) is None:
+            self.loss = visit.rows[0]["heldout_before"]
             return
         self.loss = chosen.loss
         self.weights.install(chosen.rounded.decoded, chosen.rounded.stored)

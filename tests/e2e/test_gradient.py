@@ -19,7 +19,16 @@ from mgvq.quantization.teacher import Teacher
 from mgvq.runs.journal import Journal
 from mgvq.types import Metric, SiteStats
 
-GRADIENT = dict(damping=0.1, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
+GRADIENT = dict(
+    damping=0.1,
+    output_damping=None,
+    source="kl",
+    start="full_precision",
+    refresh=True,
+    sweeps=1,
+    steps=[0.0, 0.1],
+    shift_damping=0.05,
+)
 
 
 def draw():
@@ -104,6 +113,31 @@ def test_later_sweeps_never_raise_the_heldout_loss(loop) -> None:
     assert blocks[blocks.sweep == 1].gradient_norm.gt(0).all(), "from the second sweep on the first block has a gradient too"
 
 
+def test_from_a_rounded_start_every_block_has_a_gradient_and_none_may_lose(loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweep 0 is what plain compensation gives, and asks for no loss; what follows has to beat it."""
+    asked, whole = [], Teacher.heldout_loss
+
+    def counted(self):
+        asked.append(whole(self))
+        return asked[-1]
+
+    monkeypatch.setattr(Teacher, "heldout_loss", counted)
+    plain, _, _ = loop(steps=[0.0])
+    reached = asked[-1]
+    asked.clear()
+    rounded, blocks, _ = loop(start="rounded", steps=[0.0, 0.05, 0.2])
+    first, later = blocks[blocks.sweep == 0], blocks[blocks.sweep == 1]
+    assert (first.step == 0).all()
+    assert first.chosen.all()
+    assert first.heldout_loss.isna().all()
+    assert asked == [reached, *later.heldout_loss], "once for the model that is rounded, once for every trial"
+    assert later.gradient_norm.gt(0).all()
+    assert later.heldout_before.iloc[0] == reached
+    assert (later.heldout_loss[later.chosen] < later.heldout_before[later.chosen]).all()
+    still = set(first.site) - set(later.site[later.chosen])
+    assert all(torch.equal(rounded.decoded[s], plain.decoded[s]) for s in loop.sites if s.name in still)
+
+
 def test_the_prediction_and_the_change_of_a_small_step_agree_in_sign(loop) -> None:
     """First order against measured, where the gradient was taken: the samples of the gradient stand in for those held out."""
     _, blocks, _ = loop(steps=[0.0, 0.1])
@@ -140,10 +174,12 @@ class Stopping(dict):
         super().__setitem__(name, value)
 
 
+@pytest.mark.parametrize("start", [dict(sweeps=2), dict(start="rounded"), dict(start="rounded", steps=[0.0, 1.0])])
 @pytest.mark.parametrize("room", [1, 2, 3])
-def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(loop, room, tmp_path) -> None:
-    """Stopped at every place in two sweeps, with gradients of several blocks taken together, and read back from files."""
-    settings = dict(sweeps=2, refresh=2, steps=[0.0, 0.1])
+def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(loop, room, start, tmp_path) -> None:
+    """Stopped at every place in two sweeps, with gradients of several blocks taken together, and read back from files; behind a
+    block that no step has made better too."""
+    settings = dict(refresh=2, steps=[0.0, 0.1]) | start
     whole, table, _ = loop(**settings)
     stopped = Stopping()
     stopped.room = room

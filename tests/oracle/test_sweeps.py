@@ -81,12 +81,11 @@ def without_outliers(problem, number):
     return replace(problem, weight=rest, target=rest, outliers=outliers)
 
 
-def swept(teacher, monkeypatch, sweeps=2, steps=STEPS, outliers=0):
+def swept(teacher, monkeypatch, sweeps=2, steps=STEPS, outliers=0, start="full_precision"):
     """The trials of the block loop."""
     monkeypatch.setattr(blockwise, "Teacher", lambda *_: teacher)
-    shift = GradientHessian(
-        damping=0.1, output_damping=None, source="kl", refresh=True, sweeps=sweeps, steps=steps, shift_damping=0.05
-    )
+    gradient = {"source": "kl", "start": start, "refresh": True, "sweeps": sweeps, "steps": steps, "shift_damping": 0.05}
+    shift = GradientHessian(damping=0.1, output_damping=None, **gradient)
     codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=5, sample=None, seed=0)
     scores = {s: teacher.metrics[s].h_in[0].diagonal().clone() for s in teacher.sites}
     problems = layer_problems(teacher.sites, weights=teacher.weights, metrics=teacher.metrics, scores=scores)
@@ -116,9 +115,17 @@ def test_a_gradient_of_a_layers_own_error_moves_nothing(unit, outliers, monkeypa
 
 def test_a_second_sweep_follows_what_others_add_to_the_gradient(monkeypatch) -> None:
     """The first block had no gradient in the first sweep: the second finds its optimum, W less its Newton step."""
+    _second_sweep_finds_the_optimum(monkeypatch, sweeps=2)
+
+
+def test_from_a_rounded_start_the_first_gradients_are_those(monkeypatch) -> None:
+    _second_sweep_finds_the_optimum(monkeypatch, sweeps=1, start="rounded")
+
+
+def _second_sweep_finds_the_optimum(monkeypatch, **settings) -> None:
     for seed in (0, 100):
         teacher = Quadratic(slope=0.3, seed=seed)
-        _, trials = swept(teacher, monkeypatch)
+        _, trials = swept(teacher, monkeypatch, **settings)
         first = trials[(trials.sweep == 1) & (trials.block == 0)]
         assert (first.heldout_loss < first.heldout_before).all()
         assert first.heldout_loss.is_monotonic_decreasing

@@ -16,7 +16,8 @@ from mgvq.types import Metric
 
 
 def compensation(**settings):
-    defaults = dict(damping=0.01, output_damping=None, source="kl", refresh=True, sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
+    rounding, gradient = dict(damping=0.01, output_damping=None), dict(source="kl", start="full_precision", refresh=True)
+    defaults = rounding | gradient | dict(sweeps=1, steps=[0.0, 0.1], shift_damping=0.05)
     return GradientHessian(**(defaults | settings))
 
 
@@ -220,6 +221,8 @@ def test_one_pass_takes_the_gradients_of_several_blocks(loaded, drift) -> None:
     ("settings", "named"),
     [
         ({"source": "foem"}, "compensation.source"),
+        ({"start": "nearest"}, "compensation.start"),
+        ({"start": "rounded", "source": "sft", "refresh": False}, "start=full_precision"),
         ({"refresh": False}, "refresh=true"),
         ({"source": "block", "refresh": False}, "refresh=true"),
         ({"source": "sft", "refresh": False, "sweeps": 2}, "refresh=true"),
