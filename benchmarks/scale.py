@@ -3,8 +3,9 @@
 The model has the shape of the language model of LLaVA-OneVision-0.5B (24 blocks of Qwen2, hidden 896, intermediate 4864, 151,936
 tokens, tied) and random weights: what is measured does not depend on their values. Each run is a process of its own, whose
 anonymous memory (`RssAnon`: what it has allocated, without the pages of mapped files, which the system takes back when others
-need the room) is read from /proc twenty times a second. Written to results/tables/scale.md, which says how many blocks and
-passages it is of; with one `--memory` alone it is printed and not written.
+need the room) is read from /proc twenty times a second. A run takes an hour or more at full depth, so that every one is kept, in
+results/records/scale.json, as soon as it is done; results/tables/scale.md has all that are kept. Both memories must leave the
+same bytes.
 """
 
 import argparse
@@ -15,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,21 +28,32 @@ from mgvq.model.source import SHIPPED
 from mgvq.runs.places import results_folder
 
 BLOCKS, PASSAGES = 24, 32
-SETTINGS = ["model=local", "method=mgvq2", "scope=language", "calibration=text", "evaluation=perplexity", "device=cpu"]
+MEMORIES = ("streamed", "resident")
+METHODS = {"mgvq2": ["method=mgvq2"], "mgvq": ["method=mgvq", "compensation.refresh=8", "compensation.sweeps=1"]}
+SETTINGS = ["model=local", "scope=language", "calibration=text", "evaluation=perplexity", "device=cpu"]
 
 
 @dataclass(frozen=True)
 class Measured:
     """One run."""
 
+    settings: str  # of the method, and those that were asked for besides
+    blocks: int
+    passages: int  # for calibration, and as many for evaluation
+    memory: str
     seconds: float
     peak: int  # bytes of anonymous memory
-    digest: str  # SHA-256 of the checkpoint's first shard
     shares: dict[str, float]  # seconds by step, as metrics.json has them
+    digest: str  # SHA-256 of the checkpoint's first shard
+
+    @property
+    def model(self) -> tuple[str, int, int]:
+        """What has to come out the same whatever the memory."""
+        return self.settings, self.blocks, self.passages
 
 
-def write_model(folder: Path, blocks: int) -> int:
-    """Write the model with a small tokenizer into an empty folder; the bytes of its weights."""
+def write_model(folder: Path, blocks: int) -> None:
+    """Write the model with a small tokenizer into a folder."""
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": blocks, "num_attention_heads": 14}
     config = Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, dtype="bfloat16")
     torch.manual_seed(0)
@@ -49,11 +62,12 @@ def write_model(folder: Path, blocks: int) -> int:
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
     load_processor(str(SHIPPED / "tiny_internvl")).tokenizer.save_pretrained(folder)
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def measure(model: Path, memory: str, settings: list[str], results: Path) -> Measured:
-    """Run once, in a process of its own. Raises RuntimeError, with the output, where it fails."""
+def measure(model: Path, memory: str, settings: Sequence[str], results: Path) -> tuple[float, int, dict[str, float], str]:
+    """Run once, in a process of its own: seconds, peak, seconds by step, digest. A run that was stopped there goes on, and its
+    time and peak are those of the last start. Raises RuntimeError, with the output, where it fails."""
+    results.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     with (results / "output").open("w+", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -74,7 +88,7 @@ def measure(model: Path, memory: str, settings: list[str], results: Path) -> Mea
     metrics = json.loads((done.parent / "metrics.json").read_text(encoding="utf-8"))
     shares = {name: metrics[f"time/{name}_s"] for name in ("calibrate", "quantize", "evaluate")}
     shard = done.parent / "checkpoint" / "mgvq.safetensors"
-    return Measured(seconds, peak, hashlib.sha256(shard.read_bytes()).hexdigest(), shares)
+    return seconds, peak, shares, hashlib.sha256(shard.read_bytes()).hexdigest()
 
 
 def anonymous(pid: int) -> int:
@@ -86,41 +100,64 @@ def anonymous(pid: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
+def table(runs: Sequence[Measured]) -> str:
+    """All runs as a table, with what they are of."""
+    lines = [
+        "A language model of the shape of LLaVA-OneVision-0.5B's (hidden 896, intermediate 4864, 151,936 tokens, tied; 494 M weights "
+        "at 24 blocks), with random weights in bfloat16; `scope=language calibration=text`, computed in float32 on one core. "
+        "Peak: anonymous memory of the process, in 10^9 bytes. Streamed and resident runs of the same settings have written the "
+        "same bytes.\n",
+        "| settings | blocks | passages | memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        steps = " | ".join(f"{run.shares[name]:.0f}" for name in ("calibrate", "quantize", "evaluate"))
+        where = f"`{run.settings}` | {run.blocks} | {run.passages} | {run.memory}"
+        lines.append(f"| {where} | {run.peak / 1e9:.2f} | {run.seconds / 60:.1f} | {steps} |")
+    return "\n".join(lines) + "\n"
+
+
+def keep(run: Measured, results: Path) -> None:
+    """Add the run to the record, in place of one of the same settings, and write the table anew. Raises SystemExit, and keeps
+    nothing, where the run of the other memory has left other bytes."""
+    record = results / "records" / "scale.json"
+    runs = [Measured(**one) for one in json.loads(record.read_text(encoding="utf-8"))] if record.is_file() else []
+    runs = [one for one in runs if (one.model, one.memory) != (run.model, run.memory)]
+    if any(one.model == run.model and one.digest != run.digest for one in runs):
+        raise SystemExit(f"memory={run.memory} and the other one have not left the same bytes: {run}")
+    runs = sorted([*runs, run], key=lambda one: (-one.blocks, one.settings, one.memory != MEMORIES[0]))
+    for path, text in (
+        (record, json.dumps([asdict(one) for one in runs], indent=1) + "\n"),
+        (results / "tables" / "scale.md", table(runs)),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, keep."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     parser.add_argument("--passages", type=int, default=PASSAGES, help="for calibration; a quarter as many are held out")
-    parser.add_argument("--memory", choices=("streamed", "resident"), action="append", help="one of the two alone")
+    parser.add_argument("--memory", choices=MEMORIES, action="append", help="one of the two alone")
+    parser.add_argument("--method", choices=METHODS, action="append", help="one of the two alone")
+    parser.add_argument("--scratch", type=Path, help="a folder for model and runs that stays, so that a stopped run goes on")
     parser.add_argument("settings", nargs="*", help="further settings of the runs, such as codebook.state_bits=8")
     asked = parser.parse_args()
     samples = [f"calibration.num_samples={asked.passages}", f"calibration.heldout_samples={max(1, asked.passages // 4)}"]
     samples += [f"evaluation.num_passages={asked.passages}"]
-    lines = ["| memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |", "|---|---|---|---|---|---|"]
-    digests = set()
-    with tempfile.TemporaryDirectory(prefix="mgvq-scale-") as scratch:
-        size = write_model(Path(scratch) / "model", asked.blocks)
-        for memory in asked.memory or ("streamed", "resident"):
-            results = Path(scratch) / memory
-            results.mkdir()
-            found = measure(Path(scratch) / "model", memory, [*samples, *asked.settings], results)
-            digests.add(found.digest)
-            seconds = " | ".join(f"{found.shares[name]:.0f}" for name in ("calibrate", "quantize", "evaluate"))
-            lines.append(f"| {memory} | {found.peak / 1e9:.2f} | {found.seconds / 60:.1f} | {seconds} |")
-            print(lines[-1], flush=True)
-    if len(digests) > 1:
-        raise SystemExit("the two checkpoints are not the same bytes")
-    said = " ".join(["`method=mgvq2 scope=language calibration=text`", *(f"`{setting}`" for setting in asked.settings)])
-    text = (
-        f"A language model of {asked.blocks} blocks, hidden 896, intermediate 4864, 151,936 tokens, tied, with random weights of "
-        f"{size / 1e9:.2f} GB in bfloat16; {said}, {asked.passages} passages, computed in float32 on one core. Peak: anonymous "
-        "memory of the process, in 10^9 bytes. Both checkpoints have the same bytes.\n\n"
-    )
-    if asked.memory is None:
-        path = results_folder() / "tables" / "scale.md"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
-        print(path)
+    with tempfile.TemporaryDirectory(prefix="mgvq-scale-") as temporary:
+        scratch = asked.scratch or Path(temporary)
+        model = scratch / f"model-{asked.blocks}"
+        if not (model / "tokenizer.json").is_file():
+            write_model(model, asked.blocks)
+        for method in asked.method or METHODS:
+            settings = [*METHODS[method], *asked.settings]
+            for memory in asked.memory or MEMORIES:
+                found = measure(model, memory, [*samples, *settings], scratch / f"{method}-{asked.blocks}-{memory}")
+                run = Measured(" ".join(settings), asked.blocks, asked.passages, memory, *found)
+                print(run, flush=True)
+                keep(run, results_folder())
 
 
 if __name__ == "__main__":

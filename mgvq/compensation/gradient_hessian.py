@@ -33,9 +33,9 @@ class GradientHessian:
     output_damping: float | None
     """The same of `h_out`: rounding is that of `hessian_two_sided`. With None errors are not corrected from row to row."""
     source: str
-    """What the gradient is of. `kl`: the divergence from the full-precision model. `block`: the squared drift of the block's output,
-    every token weighted by the squared norm of its gradient, without a pass through the blocks behind. `sft`: the loss of the
-    right answers."""
+    """What the gradient is of. `kl`: the divergence from the full-precision model. `block`: the squared drift of the block's
+    output, every token weighted by the squared norm of its gradient, without a pass through the blocks behind. `sft`: the loss of
+    the right answers."""
     start: str
     """What the first gradients are taken at. `rounded`: the model with all layers rounded by `hessian`, so that a gradient holds
     what all others have cost, from the first block on. `full_precision`: the model with the blocks before this one quantised and

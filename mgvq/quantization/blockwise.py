@@ -65,8 +65,8 @@ def blockwise_rounding(
     Codebooks are fitted to the moved targets, or left to the refit where there is one. `model` has its own weights again in the
     end. The table has a row for every sweep, block and step that was tried: the gradient's norm, the change of the loss that it
     predicts to first order, the loss on the held-out samples before the block was rounded (NaN in sweep 0) and after (NaN in a
-    sweep 0 without gradient, where nobody asks). Flag `no_step`: all steps that were chosen are 0. Raises UserError for a gradient that is zero, and for a block that no step
-    leaves with a finite loss.
+    sweep 0 without gradient, where nobody asks). Flag `no_step`: all steps that were chosen are 0. Raises UserError for a
+    gradient that is zero, and for a block that no step leaves with a finite loss.
 
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
     computed again, so that a loop which was stopped goes on from there, to the same bits. `weights` says where those of the
