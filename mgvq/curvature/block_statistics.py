@@ -5,9 +5,11 @@ The sums are those of `statistics.collect`, taken over the same batches in the s
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from mgvq.curvature.relay import Boundaries, relay, relays
 from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.passes import Rows
@@ -27,14 +29,17 @@ def collect_by_block(
     seed: int,
     further: Iterable[Batch],
     is_finished: Callable[[Block], bool],
+    scratch: Path,
     ranks: Ranks = ALONE,
 ) -> Iterator[tuple[Block, StatsBank]]:
     """What `statistics.collect` gives of the same arguments, block by block; those that `is_finished` are left out.
 
-    What is kept of the batches is what the block before has put out. Grams take one pass through all blocks. Where `needs` asks
-    for gradients, every block takes a forward and a backward pass through all blocks behind it, as a refreshed gradient does in
-    the block loop. Several processes (`ranks`) are all given all batches, and find the same blocks finished. Raises UserError and
-    RuntimeError as `collect` does, but not for answers that are NaN behind sound layers where Grams are all there is.
+    Grams take one pass through all blocks, which keeps of the batches what the block before has put out. Where `needs` asks for
+    gradients, the blocks of a tower are gone through forward and then backward (`relay`), with what each puts out in files of
+    `scratch`, a folder that is gone afterwards. Where that cannot be (`relays`), a block takes a forward and a backward pass
+    through all blocks behind it, as a refreshed gradient does in the block loop. Several processes (`ranks`) are all given all
+    batches, and find the same blocks finished. Raises UserError and RuntimeError as `collect` does, but not for answers that are
+    NaN behind sound layers where Grams are all there is.
     """
     whole = [list(batches), list(further) if needs.gram else []]
     first, more = ([batch.to(model.device) for batch in ranks.share(part)] for part in whole)
@@ -44,16 +49,40 @@ def collect_by_block(
         yield from _grams(walk, sites, needs, is_finished, ranks)
         return
     behind, behind_more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
-    reached = set[Site]()
-    for block in progress(list(by_block(sites)), "blocks of statistics"):
-        if is_finished(block):  # an earlier start has found that samples come there
-            reached |= set(block)
+    reached = {site for block in by_block(sites) if is_finished(block) for site in block}  # an earlier start has found that
+
+    def found(row: Sequence[Block]) -> Iterator[tuple[Block, StatsBank]]:
+        if all(map(is_finished, row)):
+            pass
+        elif relays(walk, row, needs):
+            with Boundaries(scratch / f"activations-{ranks.rank}") as boundaries:
+                for block, sums in relay(walk, row, len(first), needs, seed, is_finished, boundaries):
+                    sums.add_up(ranks)
+                    yield block, {site: sums.stats(site, None) for site in block}
+            return
         else:
-            bank = collect(model, block, behind, needs, seed, behind_more, whole=False, ranks=ranks)
+            (block,) = row
+            yield block, collect(model, block, behind, needs, seed, behind_more, whole=False, ranks=ranks)
+        for block in row:
+            walk.settle(block)
+
+    for row in progress(_rows(walk, sites, needs), "rows of statistics"):
+        for block, bank in found(row):
             reached |= {site for site in block if any(bank[site].num_tokens.values())}
             yield block, bank
-        walk.settle(block)
     check_reached(sites, reached)
+
+
+def _rows(walk: BlockWalk, sites: Sequence[Site], needs: Needs) -> list[list[Block]]:
+    """The blocks in their order, those together through which gradients are relayed."""
+    rows: list[list[Block]] = []
+    for block in by_block(sites):
+        joins = rows and block[0].block is not None and rows[-1][0][0].tower == block[0].tower
+        if joins and relays(walk, [*rows[-1], block], needs):
+            rows[-1].append(block)
+        else:
+            rows.append([block])
+    return rows
 
 
 @dataclass(frozen=True)

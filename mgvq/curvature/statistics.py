@@ -56,8 +56,7 @@ def collect(
     if needs.power_rounds and isinstance(batches, Iterator):
         batches = list(batches)
     sums = StatisticsSums(needs)
-    sampled = needs.fisher or needs.sequences or needs.power_rounds > 0
-    answered = needs.saliency or needs.gradient or needs.channel_groups > 0
+    sampled, answered = asks_sampled(needs), asks_answered(needs)
     further = further if needs.gram else ()
     if not (sampled or answered):  # the Gram is all there is: its batches are all alike
         batches, further = chained(batches, further), ()
@@ -78,6 +77,16 @@ def collect(
     sums.add_up(ranks)
     token = _power_iteration(model, sites, batches, seed, sums, ranks) if needs.power_rounds else {}
     return {site: sums.stats(site, token.get(site)) for site in sites}
+
+
+def asks_sampled(needs: Needs) -> bool:
+    """Whether it takes gradients under sampled labels."""
+    return needs.fisher or needs.sequences or needs.power_rounds > 0
+
+
+def asks_answered(needs: Needs) -> bool:
+    """Whether it takes gradients under the right answers."""
+    return needs.saliency or needs.gradient or needs.channel_groups > 0
 
 
 def check_reached(sites: Sequence[Site], reached: Set[Site]) -> None:
@@ -232,19 +241,30 @@ def _runs(
     for batch in progress(batches, "batches of statistics"):
         batch = batch.to(device)
         rows = Rows.of(batch)
-        run = forward(model, sites, batch, partial(_looked_at, Watch(), partial(see, rows)), graph=graph)
-        if run.logs.isnan().any():
-            raise UserError(
-                f"the answers of the calibration sample {_first_bad(run.logs, batch)} have no probabilities (NaN), "
-                "though the inputs of all layers in scope are: the weights behind them (the head, the last norm) are damaged, or "
-                "their values leave the range of the model's dtype; model.dtype=float32 has the widest."
-            )
+        run = forward(model, sites, batch, watched(partial(see, rows)), graph=graph)
+        check_answers(run.logs, batch)
         yield batch, rows, run
 
 
-def _looked_at(watch: "Watch", see: Callable[[Site, Tensor], None], site: Site, x: Tensor) -> None:
-    watch(site, x)
-    see(site, x)
+def check_answers(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> None:
+    """Raises UserError, with the sample, for log-probabilities that are NaN."""
+    if logs.isnan().any():
+        raise UserError(
+            f"the answers of the calibration sample {_first_bad(logs, batch)} have no probabilities (NaN), "
+            "though the inputs of all layers in scope are: the weights behind them (the head, the last norm) are damaged, or "
+            "their values leave the range of the model's dtype; model.dtype=float32 has the widest."
+        )
+
+
+def watched(see: Callable[[Site, Tensor], None]) -> Callable[[Site, Tensor], None]:
+    """The same behind a watch (`Watch`), which begins with the model's inputs."""
+    watch = Watch()
+
+    def looked_at(site: Site, x: Tensor) -> None:
+        watch(site, x)
+        see(site, x)
+
+    return looked_at
 
 
 class Watch:

@@ -1,8 +1,9 @@
 """A forward pass that sees what goes through the sites, and the backward passes from its answers."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +16,14 @@ from mgvq.model.hooks import after_forward
 from mgvq.model.pack import PackedBatch
 from mgvq.rng import generator
 from mgvq.types import Batch, Modality, Site
+
+
+@dataclass
+class Seen:
+    """What a pass has left at the sites: inputs by `Site.reads`, and outputs by site (of the sites that were called)."""
+
+    inputs: dict[str, Float[Tensor, "... in"]] = field(default_factory=dict)
+    outputs: dict[Site, Float[Tensor, "... out"]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,21 @@ def forward(
     *,
     graph: bool,
 ) -> Forward:
-    """Run the batch. `see` gets every site's input in float32, once for the sites that read the same.
+    """Run the batch, its sites `seen`."""
+    with seen(model, sites, see, graph=graph) as at_sites:
+        logs = answer_logits(model, batch).log_softmax(-1)
+    return Forward(at_sites.inputs, at_sites.outputs, logs)
+
+
+@contextmanager
+def seen(model: torch.nn.Module, sites: Sequence[Site], see: Callable[[Site, Tensor], object], *, graph: bool) -> Iterator[Seen]:
+    """Stands around a forward pass. `see` gets every site's input in float32, once for the sites that read the same.
 
     Without `graph` nothing else is kept. With it the graph starts at the first sites' outputs: a weight's gradient is a sum of
     products of inputs and output gradients, so no parameter has to require one. Raises RuntimeError where sites of one `reads`
     get different tensors.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[Site, Tensor] = {}
+    kept = Seen()
     readers: dict[str, tuple[Site, weakref.ref[Tensor]]] = {}  # weak: the activations themselves need not stay
 
     def hook(site: Site) -> Callable[..., None]:
@@ -71,15 +87,14 @@ def forward(
                 x = args[0].detach().float()
                 see(site, x)
                 if graph:
-                    inputs[site.reads] = x
+                    kept.inputs[site.reads] = x
             if graph:
-                outputs[site] = output if output.requires_grad else output.requires_grad_()
+                kept.outputs[site] = output if output.requires_grad else output.requires_grad_()
 
         return record
 
     with after_forward(model, {s.name: hook(s) for s in sites}), torch.enable_grad() if graph else torch.inference_mode():
-        logs = answer_logits(model, batch).log_softmax(-1)
-    return Forward(inputs, outputs, logs)
+        yield kept
 
 
 def right_labels(batch: Batch | PackedBatch) -> Int[Tensor, "answers"]:

@@ -77,6 +77,7 @@ class StreamedWeights:
         self._files: dict[str, Any] = {}  # open ones, by path
         self._rounded: dict[str, QuantizedWeight] = {}  # by the name of the parameter
         self._held: OrderedDict[str, _Held] = OrderedDict()  # the blocks in memory, by name, the latest last
+        self._whole: set[str] = set()  # blocks that keep their own graph
         self.blocks = tuple(blocks)
         for block in blocks:
             module = model.get_submodule(block)
@@ -141,6 +142,18 @@ class StreamedWeights:
         finally:
             held.users -= 1
 
+    @contextmanager
+    def whole_graph(self, block: str) -> Iterator[None]:
+        self._whole.add(block)
+        try:
+            yield
+        finally:
+            self._whole.remove(block)
+
+    def keeps_graph(self, block: str) -> bool:
+        """Whether `whole_graph` stands around."""
+        return block in self._whole
+
     def _original(self, site: Site) -> Tensor:
         if not self.block_of(site.name):
             return linear(self._model, site).weight.detach()
@@ -199,14 +212,15 @@ class _Reading:
 
     A pass whose graph goes on in front of the block keeps what went in and nothing of the block, whose weights would be in memory
     for as long as the graph is; the backward pass runs the block again. Where the graph begins in the block (`passes.forward`),
-    its layers' outputs are wanted as they are, and it is kept.
+    its layers' outputs are wanted as they are, and it is kept; and where somebody says so (`Weights.whole_graph`).
     """
 
     def __init__(self, weights: StreamedWeights, name: str, module: nn.Module) -> None:
         self._weights, self._name, self._module = weights, name, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in (*args, *kwargs.values())):
+        in_front = any(isinstance(v, Tensor) and v.requires_grad for v in (*args, *kwargs.values()))
+        if in_front and torch.is_grad_enabled() and not self._weights.keeps_graph(self._name):
             return checkpoint(self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
         return self._run(*args, **kwargs)
 

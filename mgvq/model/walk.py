@@ -45,6 +45,12 @@ class Call:
         """The hidden states that go in."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]
 
+    def with_hidden(self, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other hidden states."""
+        if self.args:
+            return (hidden, *self.args[1:]), dict(self.kwargs)
+        return (), {**self.kwargs, "hidden_states": hidden}
+
 
 @dataclass(frozen=True)
 class BlockPass:
@@ -146,6 +152,39 @@ class BlockWalk:
             kept.settled = list(self._static)
             kept.outputs = {key: outputs for key, outputs in kept.outputs.items() if key[1] in self._static}
 
+    def is_chain(self, names: Sequence[str]) -> bool:
+        """Whether what each of these blocks of a row puts out is read by the next one alone."""
+        return all(self._playing[name] is self._row[name] and len(self._row[name]) > 1 for name in names)
+
+    @torch.no_grad()
+    def run_until(self, number: int, name: str) -> None:
+        """Run the batch of that number from behind what is settled to where the block `name` begins."""
+        with self.passing(number) as batch, before_forward(self.model, {name: _stop}), suppress(_Stop):
+            answer_states(self.model, batch)
+
+    def outputs(self, number: int, name: str) -> list[Any]:
+        """What the last settled block of a row has put out in a pass over the batch, call by call; nothing where none came."""
+        return self._kept["quantized"].outputs.get((number, name), [])
+
+    def rewind(self, row: str, settled: Sequence[str], outputs: Mapping[tuple[int, str], list[Any]]) -> None:
+        """Of the row of a block these are settled and no others; their outputs, by batch and name, are those."""
+        kept, names = self._kept["quantized"], self._row[row]
+        kept.settled = [*(name for name in kept.settled if name not in names), *settled]
+        kept.outputs = {key: own for key, own in kept.outputs.items() if key[1] not in names} | dict(outputs)
+
+    @torch.no_grad()
+    def call(self, number: int, name: str) -> Call | None:
+        """The first call of the block in a pass over the batch, which ends there."""
+        calls: list[Call] = []
+
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.append(Call(number, args, kwargs))
+            raise _Stop
+
+        with self.passing(number) as batch, before_forward(self.model, {name: record}), suppress(_Stop):
+            answer_states(self.model, batch)
+        return calls[0] if calls else None
+
     @contextmanager
     def passing(self, number: int, prefix: PrefixName = "quantized") -> Iterator[AnyBatch]:
         """Stands around a forward pass of the batch of that number, which begins behind what is settled."""
@@ -189,12 +228,9 @@ class BlockWalk:
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(Call(number, args, kwargs))
 
-        def stop(*_: Any) -> None:
-            raise _Stop
-
         name = block_name(block)
         behind = self._row[name][self._row[name].index(name) + 1 :][:1]
-        hooks = {name: record, **dict.fromkeys(behind, stop)}
+        hooks = {name: record, **dict.fromkeys(behind, _stop)}
         for number in range(len(self.batches)):
             with self.passing(number, prefix) as batch, before_forward(self.model, hooks), suppress(_Stop):
                 answer_states(self.model, batch)
@@ -296,6 +332,10 @@ class Visit:
 
 class _Stop(Exception):
     """Ends a forward pass that has seen what it was for."""
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
 
 
 class _Player:

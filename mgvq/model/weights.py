@@ -1,7 +1,7 @@
 """Where the weights of the layers live while a model is quantised, and the one way to write them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class Weights(Protocol):
         """The layer's bias."""
         ...
 
+    def whole_graph(self, block: str) -> AbstractContextManager[None]:
+        """Inside, a pass of the block keeps its own graph, whatever goes in."""
+        ...
+
 
 class InModel:
     """All weights are the parameters of a model that is in memory."""
@@ -65,3 +69,6 @@ class InModel:
 
     def bias(self, site: Site) -> Tensor | None:
         return linear(self._model, site).bias
+
+    def whole_graph(self, block: str) -> AbstractContextManager[None]:
+        return nullcontext()  # it always does

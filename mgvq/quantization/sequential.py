@@ -10,7 +10,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.memory import give_back
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
 from mgvq.model.weights import InModel, Weights
@@ -75,8 +74,6 @@ def sequential_rounding(
                         now = rounder.round(cache.with_problems(problems), rates, together, taken)
                         weights.install(now.decoded, now.stored)
                         own |= now
-                        if weights.streamed:
-                            give_back()
                     finished[name] = own, taken
             rounded |= own.packed() if weights.streamed else own
             flags += taken
@@ -208,8 +205,6 @@ class _Streams:
             lacks = totals[site].sub_(weight @ gram) if site in totals else weight @ totals["drift"]
             lacking[site] = lacks.div_(count)
         mean = gram.div_(count).float()
-        if self._walk.weights.streamed:
-            give_back()
         return {
             site: _Moments(num_tokens, mean, "stream" if site in totals else "output", lacks) for site, lacks in lacking.items()
         }

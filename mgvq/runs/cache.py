@@ -65,14 +65,51 @@ def _opened(lock: Path) -> IO[bytes] | None:
 def statistics_by_block(
     folder: Path,
     key: Mapping[str, Any],
-    collect: Callable[[Callable[[Block], bool]], Iterator[tuple[Block, StatsBank]]],
+    collect: Callable[[Callable[[Block], bool], Path], Iterator[tuple[Block, StatsBank]]],
     sites: Sequence[Site],
     ranks: Ranks = ALONE,
 ) -> StatsBank:
     """The same for statistics that are not in memory together: a file a block in a folder of `folder`, whose tensors are read
     when a stage asks for those of a layer.
 
-    `collect` is asked for the blocks that are not finished, and what it gives is written at once, so that a run which is stopped
+    `collect` is asked for the blocks that are not finished, with a folder for what it puts aside meanwhile, and what it gives is
+    written at once, so that a run which is stopped goes on behind the last one. What a run with all statistics in memory has left
+    is read instead where it is there. Raises SharedFault where the files cannot be written: there is no other place for them.
+
+    Of the processes of one run (`ranks`) the first locks, reads and writes, and tells the others what it has read.
+    """
+    text, path = _place(folder, key)
+    lock = _opened(folder / ".locks" / path.stem) if ranks.is_first else None
+    with closing(lock) if lock else nullcontext():
+        if lock:
+            _wait_for(lock)
+        bank = ranks.first("cached statistics", lambda: _read(path, sites))
+        if bank is None:
+            bank = collect()
+            if lock:
+                _keep(path, "the statistics", *_packed(text, bank))
+        return bank
+
+
+def _opened(lock: Path) -> IO[bytes] | None:
+    try:
+        return open_lock(lock)
+    except SharedFault as fault:
+        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
+        return None
+
+
+def statistics_by_block(
+    folder: Path,
+    key: Mapping[str, Any],
+    collect: Callable[[Callable[[Block], bool], Path], Iterator[tuple[Block, StatsBank]]],
+    sites: Sequence[Site],
+    ranks: Ranks = ALONE,
+) -> StatsBank:
+    """The same for statistics that are not in memory together: a file a block in a folder of `folder`, whose tensors are read
+    when a stage asks for those of a layer.
+
+    `collect` is asked for the blocks that are not finished, with a folder for what it puts aside meanwhile, and what it gives is written at once, so that a run which is stopped
     goes on behind the last one. What a run with all statistics in memory has left is read instead where it is there. Raises
     SharedFault where the files cannot be written: there is no other place for them.
 
@@ -92,7 +129,8 @@ def statistics_by_block(
         finished = ranks.first("finished blocks", lambda: {name for name, bank in found.items() if bank is not None})
         if lock and len(finished) < len(files):
             path.with_suffix("").mkdir(exist_ok=True)
-        for block, bank in collect(lambda block: block_name(block) in finished) if len(finished) < len(files) else ():
+        missing = len(finished) < len(files)
+        for block, bank in collect(lambda block: block_name(block) in finished, path.with_suffix("")) if missing else ():
             if lock:
                 _write(files[block_name(block)], *_packed(text, bank, leave_out_zeros=True))
         ranks.first("written blocks", lambda: None)

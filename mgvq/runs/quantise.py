@@ -15,6 +15,7 @@ from mgvq.compiled import set_num_threads
 from mgvq.curvature.block_statistics import collect_by_block
 from mgvq.curvature.statistics import collect
 from mgvq.errors import SharedFault, UserError
+from mgvq.memory import map_large
 from mgvq.model.blocks import Block
 from mgvq.model.device import find_device
 from mgvq.model.load import Loaded, load
@@ -40,11 +41,14 @@ log = logging.getLogger(__name__)
 
 
 def set_up(cfg: DictConfig, ranks: Ranks) -> torch.device:
-    """Set torch as the run is named by: threads, repeatable algorithms, arithmetic; its device.
+    """Set torch as the run is named by: threads, repeatable algorithms, arithmetic; its device. What is freed goes back to the
+    system at once where memory is what the run is short of.
 
     Of several processes each takes an accelerator of its own where the setting names none, as far as there are as many. Raises
     SharedFault where PyTorch has no such device.
     """
+    if cfg.memory == "streamed":
+        map_large()
     torch.set_num_threads(cfg.threads)
     set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -94,10 +98,10 @@ def statistics_of(
         shares = ranks.share(batches), ranks.share(further)
         return collect(loaded.model, sites, shares[0], method.needs, drawn.label_seed, shares[1], ranks=ranks)
 
-    def by_block(is_finished: Callable[[Block], bool]) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
+    def by_block(is_finished: Callable[[Block], bool], scratch: Path) -> Iterator[tuple[Block, Mapping[Site, SiteStats]]]:
         batches, further = drawn.batches(loaded.processor), further_batches(drawn, loaded.processor)
         data = (sites, batches, method.needs, drawn.label_seed, further)
-        return collect_by_block(loaded.model, loaded.weights, *data, is_finished, ranks)
+        return collect_by_block(loaded.model, loaded.weights, *data, is_finished, scratch, ranks)
 
     if loaded.streamed is None:
         return statistics(folder, key, compute, sites, ranks)
