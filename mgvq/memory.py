@@ -19,7 +19,7 @@ def give_back() -> None:
 
 
 def map_large() -> None:
-    """Have every piece of a megabyte and more be pages of its own from here on, which go back as soon as it is freed; glibc alone.
+    """Have every piece of a megabyte and more be pages of its own from here on, which go back when it is freed; glibc alone.
 
     By itself it raises that size to 32 MB as such pieces are freed: a process that goes through many blocks then holds twice of
     what it uses. Fresh pages cost a hundredth of the time that it takes to fill them.

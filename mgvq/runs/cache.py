@@ -76,43 +76,6 @@ def statistics_by_block(
     written at once, so that a run which is stopped goes on behind the last one. What a run with all statistics in memory has left
     is read instead where it is there. Raises SharedFault where the files cannot be written: there is no other place for them.
 
-    Of the processes of one run (`ranks`) the first locks, reads and writes, and tells the others what it has read.
-    """
-    text, path = _place(folder, key)
-    lock = _opened(folder / ".locks" / path.stem) if ranks.is_first else None
-    with closing(lock) if lock else nullcontext():
-        if lock:
-            _wait_for(lock)
-        bank = ranks.first("cached statistics", lambda: _read(path, sites))
-        if bank is None:
-            bank = collect()
-            if lock:
-                _keep(path, "the statistics", *_packed(text, bank))
-        return bank
-
-
-def _opened(lock: Path) -> IO[bytes] | None:
-    try:
-        return open_lock(lock)
-    except SharedFault as fault:
-        log.warning("the statistics cannot be kept for other runs: %s", fault.args[0])
-        return None
-
-
-def statistics_by_block(
-    folder: Path,
-    key: Mapping[str, Any],
-    collect: Callable[[Callable[[Block], bool], Path], Iterator[tuple[Block, StatsBank]]],
-    sites: Sequence[Site],
-    ranks: Ranks = ALONE,
-) -> StatsBank:
-    """The same for statistics that are not in memory together: a file a block in a folder of `folder`, whose tensors are read
-    when a stage asks for those of a layer.
-
-    `collect` is asked for the blocks that are not finished, with a folder for what it puts aside meanwhile, and what it gives is written at once, so that a run which is stopped
-    goes on behind the last one. What a run with all statistics in memory has left is read instead where it is there. Raises
-    SharedFault where the files cannot be written: there is no other place for them.
-
     Of the processes of one run (`ranks`) the first locks and writes, and all read the files, whose folder they share.
     """
     text, path = _place(folder, key)
