@@ -17,18 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mgvq.curvature.statistics import (
-    StatisticsSums,
-    Watch,
-    asks_answered,
-    asks_sampled,
-    check_answers,
-    watched,
-)
-from mgvq.model.answers import answer_logits
+from mgvq.curvature.statistics import StatisticsSums, Watch, losses, watched
+from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name
 from mgvq.model.hooks import after_forward
-from mgvq.model.passes import Rows, right_labels, sampled_labels, seen
+from mgvq.model.passes import Rows, back, seen, through_head
 from mgvq.model.walk import BlockWalk, Call
 from mgvq.progress import progress
 from mgvq.types import Batch, Needs
@@ -153,26 +146,18 @@ def _behind(walk: BlockWalk, last: Block, num_first: int, needs: Needs, seed: in
         with _looking(walk.model, last), walk.passing(number) as batch, torch.enable_grad():
             handle = module.register_forward_hook(begin)
             try:
-                logs = answer_logits(walk.model, batch).log_softmax(-1)
+                states = answer_states(walk.model, batch)
             finally:
                 handle.remove()
         assert isinstance(batch, Batch), "statistics are taken of batches that are not packed"
-        check_answers(logs, batch)
-        num_answers += len(logs)
+        at_states = through_head(walk.model, states, losses(needs, batch, seed))
+        num_answers += len(states)
         if leaves:
-            labels = {"sampled": sampled_labels(logs, batch, seed)} if asks_sampled(needs) else {}
-            labels |= {"answered": right_labels(batch)} if asks_answered(needs) else {}
-            found[number] = {kind: _gradient(logs, right, leaves) for kind, right in labels.items()}
+            kinds = list(at_states)
+            found[number] = {
+                kind: back([states], [gradient], leaves, last=kind == kinds[-1])[0] for kind, gradient in at_states.items()
+            }
     return found, num_answers
-
-
-def _gradient(logs: Tensor, labels: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    loss = -logs.gather(1, labels[:, None]).sum()
-    (leaf,) = leaves
-    if not loss.requires_grad:  # nobody uses what the block puts out
-        return torch.zeros_like(leaf)
-    (gradient,) = torch.autograd.grad(loss, [leaf], retain_graph=True, allow_unused=True, materialize_grads=True)
-    return gradient
 
 
 class _Backward:
@@ -207,11 +192,10 @@ class _Backward:
         for kind in kinds:
             asked = [*at_sites.outputs.values(), *([hidden] if wanted else [])]
             last = kind == kinds[-1]
-            of_asked = _back(output, gradients[kind], asked, last=last)
+            of_asked = back([output], [gradients[kind]], asked, last=last)
             if self._sums is not None:
-                add = self._sums.add_sampled if kind == "sampled" else self._sums.add_answered
                 for site, gradient in zip(at_sites.outputs, of_asked, strict=False):
-                    add(rows, site, at_sites.inputs[site.reads], gradient.float())
+                    self._sums.add_gradient(kind, rows, site, at_sites.inputs[site.reads], gradient.float())
             if wanted:
                 found[kind] = of_asked[-1]
         return found
@@ -226,9 +210,3 @@ class _Backward:
         call = self._walk.call(number, self._name)
         assert call is not None, "the batch has come to the row before"
         return call
-
-
-def _back(output: Tensor, gradient: Tensor, asked: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
-    if not output.requires_grad:  # no layer of the block has a part in what it puts out
-        return [torch.zeros_like(one) for one in asked]
-    return torch.autograd.grad(output, list(asked), gradient, retain_graph=not last, allow_unused=True, materialize_grads=True)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mgvq.curvature.fusion import balanced
 from mgvq.errors import UserError
-from mgvq.model.passes import Forward, Rows, forward, right_labels, sampled_labels
+from mgvq.model.answers import logs_in_runs
+from mgvq.model.passes import Forward, LossOf, Rows, forward, right_losses, sampled_losses
 from mgvq.progress import chained, progress
 from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import MODALITIES, Batch, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
@@ -61,14 +62,10 @@ def collect(
     if not (sampled or answered):  # the Gram is all there is: its batches are all alike
         batches, further = chained(batches, further), ()
     for batch, rows, run in _runs(model, sites, batches, sums.add_inputs, graph=sampled or answered):
-        sums.num_answers += len(run.logs)
-        if sampled:
-            labels = sampled_labels(run.logs, batch, seed)
-            for site, g in run.gradients(labels, last=not answered).items():
-                sums.add_sampled(rows, site, run.inputs[site.reads], g)
-        if answered:
-            for site, g in run.gradients(right_labels(batch), last=True).items():
-                sums.add_answered(rows, site, run.inputs[site.reads], g)
+        sums.num_answers += len(run.states)
+        for kind, gradients in run.gradients(losses(needs, batch, seed)):
+            for site, g in gradients.items():
+                sums.add_gradient(kind, rows, site, run.inputs[site.reads], g)
     if whole:
         reached = ranks.gather("reached layers", {site for site in sites if sums.reached(site)})
         check_reached(sites, set[Site]().union(*reached))
@@ -87,6 +84,21 @@ def asks_sampled(needs: Needs) -> bool:
 def asks_answered(needs: Needs) -> bool:
     """Whether it takes gradients under the right answers."""
     return needs.saliency or needs.gradient or needs.channel_groups > 0
+
+
+def losses(needs: Needs, batch: Batch, seed: int) -> dict[str, LossOf]:
+    """The losses whose gradients it takes: `sampled` and `answered`. They raise UserError as `check_answers` does."""
+    found = {"sampled": sampled_losses(batch, seed)} if asks_sampled(needs) else {}
+    found |= {"answered": right_losses(batch)} if asks_answered(needs) else {}
+    return {kind: _checked(loss, batch) for kind, loss in found.items()}
+
+
+def _checked(loss: LossOf, batch: Batch) -> LossOf:
+    def checked(logs: Tensor, few: slice) -> Tensor:
+        check_answers(logs, batch, few)
+        return loss(logs, few)
+
+    return checked
 
 
 def check_reached(sites: Sequence[Site], reached: Set[Site]) -> None:
@@ -153,6 +165,10 @@ class StatisticsSums:
                 clip = self.needs.clip
                 gram = tokens.T @ tokens if clip is None else _weighted_gram(tokens, clipped_weights(tokens, clip))
                 self.add(("gram", site.reads, modality), gram)
+
+    def add_gradient(self, kind: str, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
+        """Of one of the `losses`."""
+        (self.add_sampled if kind == "sampled" else self.add_answered)(rows, site, x, g)
 
     def add_sampled(self, rows: Rows, site: Site, x: Float[Tensor, "... in"], g: Float[Tensor, "... out"]) -> None:
         if self.needs.fisher:
@@ -242,15 +258,17 @@ def _runs(
         batch = batch.to(device)
         rows = Rows.of(batch)
         run = forward(model, sites, batch, watched(partial(see, rows)), graph=graph)
-        check_answers(run.logs, batch)
+        if not graph:  # else the losses are looked at
+            for few, logs in logs_in_runs(model, run.states):
+                check_answers(logs, batch, few)
         yield batch, rows, run
 
 
-def check_answers(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> None:
-    """Raises UserError, with the sample, for log-probabilities that are NaN."""
+def check_answers(logs: Float[Tensor, "few vocabulary"], batch: Batch, few: slice) -> None:
+    """Raises UserError, with the sample, for log-probabilities that are NaN; `few`: which of the batch's answers they are of."""
     if logs.isnan().any():
         raise UserError(
-            f"the answers of the calibration sample {_first_bad(logs, batch)} have no probabilities (NaN), "
+            f"the answers of the calibration sample {_first_bad(logs, batch, few)} have no probabilities (NaN), "
             "though the inputs of all layers in scope are: the weights behind them (the head, the last norm) are damaged, or "
             "their values leave the range of the model's dtype; model.dtype=float32 has the widest."
         )
@@ -286,9 +304,9 @@ class Watch:
         self.last = site.name
 
 
-def _first_bad(logs: Float[Tensor, "answers vocabulary"], batch: Batch) -> str:
+def _first_bad(logs: Float[Tensor, "few vocabulary"], batch: Batch, few: slice) -> str:
     """Return the name of the first sample with an answer token whose log-probabilities are NaN."""
-    answer = int(logs.isnan().any(1).nonzero()[0, 0])
+    answer = (few.start or 0) + int(logs.isnan().any(1).nonzero()[0, 0])
     ends = batch.loss_mask.sum(1).cumsum(0).cpu()
     return batch.sample_ids[int(torch.searchsorted(ends, answer, right=True))]
 
@@ -305,7 +323,8 @@ def _power_iteration(
         """Return the factors of the outputs from those of the inputs, or the other way round."""
         sums = StatisticsSums(Needs())
         for batch, rows, run in _runs(model, sites, batches, lambda *_: None, graph=True):
-            for site, g in run.gradients(sampled_labels(run.logs, batch, seed), last=True).items():
+            ((_, gradients),) = run.gradients({"sampled": _checked(sampled_losses(batch, seed), batch)})
+            for site, g in gradients.items():
                 x, g = rows.all(site, run.inputs[site.reads]), rows.all(site, g)
                 wanted, other = (g, x) if outputs else (x, g)
                 weights = ((other @ known[site].to(other)) * other).sum(-1)

@@ -11,15 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.model.answers import answer_states, logits
+from mgvq.model.answers import answer_states, logits, runs_of_answers, vocabulary_of
 from mgvq.model.pack import PackedBatch
 from mgvq.model.reference import Reference
 from mgvq.progress import progress
 from mgvq.types import Batch
 
-_LEAST = 64  # tokens whose logits are there at a time, where there are as many
-_LOGITS = 2**23  # about as many at a time: each step of a comparison makes a copy of them
-_CUT = 2**27  # logits after which runs of tokens begin anew; fixed: where they end moves the last digits, as `_runs` says
+_CUT = (
+    2**27
+)  # logits after which runs of tokens begin anew; fixed: where they end moves the last digits, as `runs_of_answers` says
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def score(
         compared = asked if asked is not None and asked.model is not model else None
         states = answer_states(model, batch)
         expected = compared.states(batch) if compared else states
-        size = max(1, _CUT // model.config.get_text_config(decoder=True).vocab_size)
+        size = max(1, _CUT // vocabulary_of(model))
         parts = [
             _scored(model, compared, *part)
             for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
@@ -70,21 +70,11 @@ def _scored(
     Its states are read where there is one; without one these are the model's own.
     """
     parts = []
-    for few in _runs(len(targets), model.config.get_text_config(decoder=True).vocab_size):
+    for few in runs_of_answers(len(targets), vocabulary_of(model)):
         expected = None if reference is None else reference.logits(expected_states[few])
         parts.append(_compared(logits(model, states[few]), expected, targets[few]))
     losses, divergences, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
     return losses, divergences, chosen, expected_losses, expected_chosen
-
-
-def _runs(number: int, vocabulary: int) -> list[slice]:
-    """Tokens in runs of a multiple of `_LEAST`; a last run has what is left over, and no fewer where there are as many.
-
-    A product of a few rows adds up in another order than that of many rows, which has the same bits however it is cut.
-    """
-    size = max(1, _LOGITS // vocabulary // _LEAST) * _LEAST
-    starts = range(0, max(1, number - _LEAST + 1), size)
-    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], number], strict=True)]
 
 
 def _compared(found: Tensor, expected: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

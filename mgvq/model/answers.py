@@ -1,5 +1,6 @@
 """The logits that predict the tokens of right answers, in one forward pass."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from mgvq.errors import UserError
 from mgvq.model.classes import num_positions
 from mgvq.model.pack import PackedBatch
 from mgvq.types import Batch
+
+_LEAST = 64  # tokens whose logits are there at a time, where there are as many
+_LOGITS = 2**23  # about as many at a time: each step from them to a loss makes a copy
 
 
 def answer_states(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answers hidden"]:
@@ -31,6 +35,28 @@ def answer_states(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answ
 def logits(model: Any, states: Float[Tensor, "answers hidden"]) -> Float[Tensor, "answers vocabulary"]:
     """What the head makes of its inputs, in float32."""
     return model.get_output_embeddings()(states).float()
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many logits a token has."""
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def runs_of_answers(number: int, vocabulary: int) -> list[slice]:
+    """Answer tokens in runs of a multiple of `_LEAST`; a last run has what is left over, and no fewer where there are as many.
+
+    A product of a few rows adds up in another order than that of many rows, which has the same bits however it is cut.
+    """
+    size = max(1, _LOGITS // vocabulary // _LEAST) * _LEAST
+    starts = range(0, max(1, number - _LEAST + 1), size)
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], number], strict=True)]
+
+
+def logs_in_runs(model: Any, states: Float[Tensor, "answers hidden"]) -> Iterator[tuple[slice, Float[Tensor, "few vocabulary"]]]:
+    """The log-probabilities of one run of answer tokens after the other, and which those are: of a large vocabulary those of all
+    take gigabytes."""
+    for few in runs_of_answers(len(states), vocabulary_of(model)):
+        yield few, logits(model, states[few]).log_softmax(-1)
 
 
 def answer_logits(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answers vocabulary"]:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mgvq.errors import UserError
-from mgvq.model.answers import answer_logits
+from mgvq.model.answers import answer_states, logits, runs_of_answers, vocabulary_of
 from mgvq.model.hooks import after_forward
 from mgvq.model.pack import PackedBatch
 from mgvq.rng import generator
@@ -26,31 +26,63 @@ class Seen:
     outputs: dict[Site, Float[Tensor, "... out"]] = field(default_factory=dict)
 
 
+LossOf = Callable[[Float[Tensor, "few vocabulary"], slice], Float[Tensor, "few"]]
+"""The losses of a run of answer tokens from their log-probabilities, and from where among the answers of the batch they are."""
+
+
 @dataclass(frozen=True)
 class Forward:
     """What a batch left behind: inputs by `Site.reads` and outputs by site (of the sites that were called), both for `gradients`.
 
-    `logs`: log-probabilities at the positions that predict the answer tokens, row by row.
+    `states`: what the head reads at the positions that predict the answer tokens, row by row.
     """
 
+    model: torch.nn.Module
     inputs: Mapping[str, Float[Tensor, "... in"]]
     outputs: Mapping[Site, Float[Tensor, "... out"]]
-    logs: Float[Tensor, "answers vocabulary"]
+    states: Float[Tensor, "answers hidden"]
 
-    def gradients(self, labels: Int[Tensor, "answers"], *, last: bool) -> dict[Site, Float[Tensor, "... out"]]:
-        """Gradients of the summed cross-entropy with respect to every site's output; `last` frees the graph."""
-        return self.backward(-self.logs.gather(1, labels[:, None]).sum(), last=last)
+    def gradients(self, losses: Mapping[str, LossOf]) -> Iterator[tuple[str, dict[Site, Float[Tensor, "... out"]]]]:
+        """For each of the losses, all answers together, its gradients with respect to every site's output."""
+        at_states = through_head(self.model, self.states, losses)
+        for number, (kind, gradient) in enumerate(at_states.items(), start=1):
+            found = back([self.states], [gradient], list(self.outputs.values()), last=number == len(at_states))
+            yield kind, {site: own.float() for site, own in zip(self.outputs, found, strict=True)}
 
-    def backward(self, loss: Float[Tensor, ""], *, last: bool) -> dict[Site, Float[Tensor, "... out"]]:
-        """Gradients of a loss that was computed from `logs`."""
-        outputs = list(self.outputs.values())
-        if not outputs:  # sites of the vision tower, and no image in the batch
-            return {}
-        if not loss.requires_grad:  # nobody uses what any of these layers puts out
-            return {site: torch.zeros_like(output, dtype=torch.float32) for site, output in self.outputs.items()}
-        # A layer whose output nobody uses (a vision tower's last block, say) has the gradient 0.
-        found = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True, materialize_grads=True)
-        return {site: gradient.float() for site, gradient in zip(self.outputs, found, strict=True)}
+    def backward(self, loss: Float[Tensor, ""]) -> dict[Site, Float[Tensor, "... out"]]:
+        """The same of a loss that is computed from something else than the answers; its graph is gone afterwards."""
+        found = back([loss], [torch.ones_like(loss)], list(self.outputs.values()), last=True)
+        return {site: own.float() for site, own in zip(self.outputs, found, strict=True)}
+
+
+def through_head(
+    model: torch.nn.Module, states: Float[Tensor, "answers hidden"], losses: Mapping[str, LossOf]
+) -> dict[str, Float[Tensor, "answers hidden"]]:
+    """The gradients of losses with respect to what the head reads, a run of answers at a time."""
+    found = {kind: torch.zeros_like(states, requires_grad=False) for kind in losses}
+    if not losses:
+        return found
+    with torch.enable_grad():
+        for few in runs_of_answers(len(states), vocabulary_of(model)):
+            leaf = states[few].detach().requires_grad_()
+            logs = logits(model, leaf).log_softmax(-1)
+            for number, (kind, loss_of) in enumerate(losses.items(), start=1):
+                (found[kind][few],) = torch.autograd.grad(loss_of(logs, few).sum(), [leaf], retain_graph=number < len(losses))
+    return found
+
+
+def back(of: Sequence[Tensor], gradients: Sequence[Tensor], asked: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+    """The gradients with respect to `asked`, from those of what was computed from them; `last` frees the graph.
+
+    Zeros where nothing was: for a layer whose output nobody uses (a vision tower's last block, say).
+    """
+    if not asked:  # sites of the vision tower, and no image in the batch
+        return []
+    if not any(one.requires_grad for one in of):
+        return [torch.zeros_like(one) for one in asked]
+    return torch.autograd.grad(
+        list(of), list(asked), list(gradients), retain_graph=not last, allow_unused=True, materialize_grads=True
+    )
 
 
 def forward(
@@ -61,10 +93,10 @@ def forward(
     *,
     graph: bool,
 ) -> Forward:
-    """Run the batch, its sites `seen`."""
+    """Run the batch as far as the head, its sites `seen`."""
     with seen(model, sites, see, graph=graph) as at_sites:
-        logs = answer_logits(model, batch).log_softmax(-1)
-    return Forward(at_sites.inputs, at_sites.outputs, logs)
+        states = answer_states(model, batch)
+    return Forward(model, at_sites.inputs, at_sites.outputs, states)
 
 
 @contextmanager
@@ -102,21 +134,49 @@ def right_labels(batch: Batch | PackedBatch) -> Int[Tensor, "answers"]:
     return batch.inputs["input_ids"][batch.loss_mask]
 
 
+def right_losses(batch: Batch | PackedBatch) -> LossOf:
+    """The cross-entropy of the answers."""
+    return _losses_of(right_labels(batch))
+
+
+def sampled_losses(batch: Batch, seed: int) -> LossOf:
+    """The cross-entropy of labels that are drawn from the model (`sampled_labels`)."""
+    draws = _draws(batch, seed)
+
+    def loss(logs: Float[Tensor, "few vocabulary"], few: slice) -> Float[Tensor, "few"]:
+        return _losses_of(_drawn(logs, draws[few]))(logs, slice(None))
+
+    return loss
+
+
+def _losses_of(labels: Int[Tensor, "answers"]) -> LossOf:
+    return lambda logs, few: -logs.gather(1, labels[few][:, None])[:, 0]
+
+
 def sampled_labels(logs: Float[Tensor, "answers vocabulary"], batch: Batch, seed: int) -> Int[Tensor, "answers"]:
     """A draw from the model at every answer position, by inversion. Every sample has its own stream: batches do not matter.
 
     Raises UserError, with the sample, where the model's predictions are no numbers.
     """
-    sizes = batch.loss_mask.sum(1).tolist()
     if logs.isnan().any():
+        sizes = batch.loss_mask.sum(1).tolist()
         bad = next(n for n, own in zip(batch.sample_ids, logs.split(sizes), strict=True) if own.isnan().any())
         raise UserError(f"{bad}: the model's predictions are NaN or infinite: set model.dtype=float32, or leave the sample out.")
-    draws = [
-        torch.rand(size, 1, generator=generator(seed, "labels", name), dtype=torch.float64)
-        for size, name in zip(sizes, batch.sample_ids, strict=True)
-    ]
+    return _drawn(logs, _draws(batch, seed))
+
+
+def _draws(batch: Batch, seed: int) -> Float[Tensor, "answers 1"]:
+    return torch.cat(
+        [
+            torch.rand(size, 1, generator=generator(seed, "labels", name), dtype=torch.float64)
+            for size, name in zip(batch.loss_mask.sum(1).tolist(), batch.sample_ids, strict=True)
+        ]
+    )
+
+
+def _drawn(logs: Float[Tensor, "answers vocabulary"], draws: Float[Tensor, "answers 1"]) -> Int[Tensor, "answers"]:
     ladder = logs.detach().double().exp().cumsum(-1)
-    return torch.searchsorted(ladder, torch.cat(draws).to(ladder.device) * ladder[:, -1:])[:, 0]
+    return torch.searchsorted(ladder, draws.to(ladder.device) * ladder[:, -1:])[:, 0]
 
 
 @dataclass(frozen=True)

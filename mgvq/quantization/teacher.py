@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.answers import answer_logits, answer_states, logits
+from mgvq.model.answers import answer_states, logits, logs_in_runs, vocabulary_of
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
-from mgvq.model.passes import forward, right_labels
+from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.model.weights import Weights
 from mgvq.ranks.ranks import ALONE, Ranks
@@ -70,7 +70,7 @@ class Teacher:
             self._taught, self._taught_heldout = (
                 [_Taught(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
             )
-            if source != "sft":
+            if source != "sft" and not (weights and weights.streamed):
                 self._keep_logs()
         self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model))
         self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk)
@@ -80,15 +80,15 @@ class Teacher:
 
     def _keep_logs(self) -> None:
         """Of the held-out samples first, which are looked at most often."""
-        room = _MOST_KEPT // self.model.config.get_text_config(decoder=True).vocab_size
+        room = _MOST_KEPT // vocabulary_of(self.model)
         for taught in (*self._taught_heldout, *self._taught):
             if len(taught.states) > room:
                 return
             room -= len(taught.states)
-            taught.logs = self._expected(taught)
+            taught.logs = torch.cat([logs for _, logs in logs_in_runs(self.model, taught.states)])
 
-    def _expected(self, taught: _Taught) -> Float[Tensor, "answers vocabulary"]:
-        return logits(self.model, taught.states).log_softmax(-1) if taught.logs is None else taught.logs
+    def _expected(self, taught: _Taught, few: slice) -> Float[Tensor, "few vocabulary"]:
+        return logits(self.model, taught.states[few]).log_softmax(-1) if taught.logs is None else taught.logs[few]
 
     def settle(self, block: Block) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
@@ -111,15 +111,16 @@ class Teacher:
         for number, taught in enumerate(self._taught):
             with self._walk.passing(number) as batch, outputs_of(self.model, watched) as outputs:
                 run = forward(self.model, sites, batch, lambda *_: None, graph=True)
+            num_answers += len(run.states)
             if self.source == "block":
                 loss = torch.zeros((), device=self.model.device)
                 for name, output in outputs.items():  # none for a block of the vision tower where the batch has no image
                     expected, weight = taught.blocks[name]
                     loss = loss + 0.5 * (weight * (output - expected).square().mean(-1)).sum()
+                gradients = run.backward(loss)
             else:
-                loss = self._loss(run.logs, batch, taught).sum()
-            num_answers += len(run.logs)
-            for site, g in run.backward(loss, last=True).items():
+                ((_, gradients),) = run.gradients({self.source: self._losses(batch, taught)})
+            for site, g in gradients.items():
                 sums[site] += (g.flatten(0, -2).T @ run.inputs[site.reads].flatten(0, -2)).double().cpu()
         num_answers = sum(self._ranks.gather("answers", num_answers))
         return {site: (total / max(1, num_answers)).float() for site, total in self._ranks.total("gradient", sums).items()}
@@ -130,24 +131,29 @@ class Teacher:
         losses = []
         for number, taught in enumerate(self._taught_heldout):
             with self._heldout_walk.passing(number) as batch:
-                logs = answer_logits(self.model, batch).log_softmax(-1)
-            losses.append(self._loss(logs, batch, taught))
+                states = answer_states(self.model, batch)
+            loss_of = self._losses(batch, taught)
+            losses += [loss_of(logs, few) for few, logs in logs_in_runs(self.model, states)]
         every = [loss for own in self._ranks.gather("held-out losses", losses) for loss in own]
         return float(torch.cat(every).double().mean())
 
-    def _loss(self, logs: Tensor, batch: AnyBatch, taught: _Taught) -> Float[Tensor, "answers"]:
+    def _losses(self, batch: AnyBatch, taught: _Taught) -> LossOf:
         if self.source == "sft":
-            return -logs.gather(1, right_labels(batch)[:, None])[:, 0]
-        with torch.no_grad():
-            expected = self._expected(taught)
-        return (expected.exp() * (expected - logs)).sum(-1)
+            return right_losses(batch)
+
+        def divergence(logs: Float[Tensor, "few vocabulary"], few: slice) -> Float[Tensor, "few"]:
+            with torch.no_grad():
+                expected = self._expected(taught, few)
+            return (expected.exp() * (expected - logs)).sum(-1)
+
+        return divergence
 
     def _blocks(self, sites: Sequence[Site], batch: AnyBatch) -> dict[str, tuple[Tensor, Tensor]]:
         names = [block_name(block) for block in by_block(sites)]
         firsts = list({site.tower: site for site in reversed(sites)}.values())  # the graph starts at one of these
         with outputs_of(self.model, names) as outputs:
             run = forward(self.model, firsts, batch, lambda *_: None, graph=True)
-        loss = -run.logs.gather(1, right_labels(batch)[:, None]).sum()
-        found = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True, materialize_grads=True)
+        (gradient,) = through_head(self.model, run.states, {"right": right_losses(batch)}).values()
+        found = back([run.states], [gradient], list(outputs.values()), last=True)
         weights = (gradient.square().sum(-1) for gradient in found)
         return {name: (output.detach(), weight) for (name, output), weight in zip(outputs.items(), weights, strict=True)}

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mgvq.calibration.text import Text
 from mgvq.data.english import docstrings
 from mgvq.errors import UserError
-from mgvq.evaluation.forced import _runs, score
+from mgvq.evaluation.forced import score
 from mgvq.evaluation.perplexity import Perplexity
+from mgvq.model.answers import runs_of_answers
 from mgvq.model.text import encode_text
 from mgvq.model.windows import Windows, window_batches
 from mgvq.runs.compose import composer
@@ -141,7 +142,7 @@ def test_a_window_is_scored_as_transformers_scores_it(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("number", [0, 1, 63, 64, 127, 128, 130, 883])
 @pytest.mark.parametrize("vocabulary", [96, 49_152, 151_936])
 def test_logits_are_cut_into_runs_of_which_none_is_short(number: int, vocabulary: int) -> None:
-    runs = _runs(number, vocabulary)
+    runs = runs_of_answers(number, vocabulary)
     assert [row for run in runs for row in range(number)[run]] == list(range(number))
     sizes = [run.stop - run.start for run in runs]
     assert min(sizes) >= min(number, 64)
