@@ -34,8 +34,8 @@ docs: .venv/ready     ## the documentation into site/, strictly and offline
 bench: .venv/ready     ## timings as ratios against a reference: results/tables/benchmarks.md
 	$(BIN)/python benchmarks/run.py
 
-scale: .venv/ready     ## time and memory of a streamed run beside a resident one: results/tables/scale.md
-	$(BIN)/python benchmarks/scale.py codebook.state_bits=8
+scale: .venv/ready     ## time and memory of streamed runs beside resident ones, hours: results/tables/scale.md
+	$(BIN)/python benchmarks/scale.py
 
 digests: .venv/ready     ## the SHA-256 of every preset's checkpoint: has a change moved a bit?
 	$(BIN)/python benchmarks/digests.py

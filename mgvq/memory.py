@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 _M_MMAP_THRESHOLD = -3  # in malloc.h
-_LARGE = 2**20  # bytes
+_LARGE = 2**18  # bytes
 
 
 def give_back() -> None:
@@ -19,7 +19,7 @@ def give_back() -> None:
 
 
 def map_large() -> None:
-    """Have every piece of a megabyte and more be pages of its own from here on, which go back when it is freed; glibc alone.
+    """Have every piece of 256 kB and more be pages of its own from here on, which go back when it is freed; glibc alone.
 
     By itself it raises that size to 32 MB as such pieces are freed: a process that goes through many blocks then holds twice of
     what it uses. Fresh pages cost a hundredth of the time that it takes to fill them.

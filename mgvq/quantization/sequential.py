@@ -96,13 +96,19 @@ def _problems(
     Their inputs have one basis, and so they have one input factor.
     """
     moments, heldout = (stream.moments(together) for stream in streams)
-    found = {
-        s: replace(p := cache.problems[s], target=_target(p, originals[s], prefix, moments[s], heldout[s])) for s in together
-    }
+    found = {site: _without_input_factor(cache.problems[site]) for site in together}
+    for site, problem in found.items():
+        target = _target(problem, originals[site], prefix, moments[site], heldout[site])
+        found[site] = replace(problem, target=target)
     del heldout
-    gram, transform = moments[together[0]].gram, cache.problems[together[0]].transform
+    gram, transform = moments[together[0]].gram, found[together[0]].transform
     h_in = (transform.input_factor(gram) if transform else gram).float()
     return {s: replace(p, metric=Metric((h_in,), p.metric.h_out if p.metric else None)) for s, p in found.items()}
+
+
+def _without_input_factor(problem: LayerProblem) -> LayerProblem:
+    """The problem without the input factor of full precision, which nobody reads here: in a wide layer a tenth of a gigabyte."""
+    return replace(problem, metric=Metric((), problem.metric.h_out) if problem.metric else None)
 
 
 def _at_full_precision(walk: BlockWalk, block: Block, originals: Mapping[Site, Tensor]) -> Visit:
