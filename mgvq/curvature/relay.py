@@ -187,18 +187,15 @@ class _Backward:
         if not graph:
             return {}
         output = returned if isinstance(returned, Tensor) else returned[0]
-        found: dict[str, Tensor] = {}
-        kinds = list(gradients)
-        for kind in kinds:
-            asked = [*at_sites.outputs.values(), *([hidden] if wanted else [])]
-            last = kind == kinds[-1]
-            of_asked = back([output], [gradients[kind]], asked, last=last)
-            if self._sums is not None:
-                for site, gradient in zip(at_sites.outputs, of_asked, strict=False):
-                    self._sums.add_gradient(kind, rows, site, at_sites.inputs[site.reads], gradient.float())
-            if wanted:
-                found[kind] = of_asked[-1]
-        return found
+        sites, kinds = list(at_sites.outputs), list(gradients)
+        asked = [*at_sites.outputs.values(), *([hidden] if wanted else [])]
+        found = {kind: back([output], [gradients[kind]], asked, last=kind == kinds[-1]) for kind in kinds}
+        at_sites.outputs.clear()  # what the block has computed makes room for the products
+        del returned, output, asked
+        for kind, own in found.items() if self._sums is not None else ():
+            for site, gradient in zip(sites, own, strict=False):
+                self._sums.add_gradient(kind, rows, site, at_sites.inputs[site.reads], gradient.float())
+        return {kind: own[-1] for kind, own in found.items()} if wanted else {}
 
     def _call(self, number: int) -> Call:
         """The block's call in a pass over the batch."""

@@ -44,8 +44,17 @@ class QuantizedPrefix:
         """See `Prefix`; float64."""
         if not (self.residual if of == "stream" else self.asymmetric):
             return None
-        tries = [damped_solve(gram, lacking.T, ridge).T for ridge in self.ridge]
-        if len(tries) == 1 or heldout is None:
-            return tries[0]
-        held, moment = (m.double() for m in heldout)
-        return min(tries, key=lambda c: float(((c @ moment - 2 * held) * c).sum()))  # E|r - C x~|^2 without its constant
+        best = damped_solve(gram, lacking.T, self.ridge[0]).T
+        if len(self.ridge) == 1 or heldout is None:
+            return best
+        least = _lost(best, *heldout)
+        for ridge in self.ridge[1:]:
+            other = damped_solve(gram, lacking.T, ridge).T
+            if (lost := _lost(other, *heldout)) < least:
+                best, least = other, lost
+        return best
+
+
+def _lost(correction: Float[Tensor, "out in"], lacking: Float[Tensor, "out in"], gram: Float[Tensor, "in in"]) -> float:
+    """`E|r - C x~|^2` without its constant."""
+    return float(((correction @ gram.double() - 2 * lacking.double()) * correction).sum())

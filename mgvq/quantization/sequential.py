@@ -62,8 +62,10 @@ def sequential_rounding(
                 own |= rounder.round(cache, rates, block, taken)
                 weights.install(own.decoded, own.stored)
             else:
-                streams = [first := _Streams(walks[0], block, originals, ranks)]
-                streams += [_Streams(walk, block, originals, ranks, first.places) for walk in walks[1:]]  # of held-out samples
+                streams = [_Streams(walks[0], block, originals, ranks)]
+                streams += [
+                    _Streams(walk, block, originals, ranks, streams[0].places) for walk in walks[1:]
+                ]  # of held-out samples
                 visits = [stream.visit for stream in streams]
                 if (earlier := finished.get(name)) is not None:
                     own, taken = earlier
@@ -81,6 +83,7 @@ def sequential_rounding(
                 rounded |= tuner(block, visits, own, flags)
             for walk in walks:
                 walk.settle(block)
+            visits, streams = [], []  # what they keep of this block would stand beside what is kept of the next one
     return rounded
 
 
