@@ -1,0 +1,100 @@
+"""Statistics block by block, gradients relayed, against one pass through the whole model: the same bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mgvq.calibration.tiny_vqa import TinyVQA
+from mgvq.curvature.block_statistics import collect_by_block
+from mgvq.curvature.relay import relays
+from mgvq.curvature.statistics import collect
+from mgvq.model.blocks import by_block
+from mgvq.model.load import load
+from mgvq.model.sites import list_sites
+from mgvq.model.source import SHIPPED, Source
+from mgvq.model.walk import BlockWalk
+from mgvq.model.weights import InModel
+from mgvq.types import Kronecker, Needs
+
+EVERYTHING = Needs(gram=True, fisher=True, saliency=True, gradient=True, channel_groups=2, sequences=True)
+SAMPLED = Needs(gram=True, fisher=True)
+
+
+def loaded(family: str, *, streamed: bool):
+    source = Source(name=family, path=str(SHIPPED / family), revision=None, dtype="float32")
+    return load(source, torch.device("cpu"), streamed=streamed)
+
+
+def batches(model):
+    """Two of the gradients, and one that the Gram alone sees."""
+    drawn = TinyVQA(num_images=6, questions_per_image=2, heldout_images=0, shown="both", seed=0, label_seed=0).draw()
+    every = list(replace(drawn, batch_size=4).batches(model.processor))
+    return every[:2], every[2:]
+
+
+def tensors(stats) -> dict[str, torch.Tensor]:
+    """All tensors of a layer's statistics, by name."""
+    parts = {**{f"gram {m}": t for m, t in stats.gram.items()}, **{f"fisher {m}": t for m, t in stats.fisher.items()}}
+    parts |= {name: getattr(stats, name) for name in ("gradient", "channel_gram")}
+    for name in ("sequence", "token"):
+        if isinstance(product := getattr(stats, name), Kronecker):
+            parts |= {f"{name} in": product.h_in, f"{name} out": product.h_out}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+@pytest.fixture(scope="module", params=["tiny_internvl", "tiny_smolvlm"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[EVERYTHING, SAMPLED], ids=["everything", "sampled"])
+def expected(request: pytest.FixtureRequest, family: str):
+    model, needs = loaded(family, streamed=False), request.param
+    return needs, collect(model.model, list_sites(model.model, "all"), batches(model)[0], needs, 0, batches(model)[1])
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_relayed_statistics_have_the_bits_of_one_pass(family: str, expected, streamed: bool, tmp_path) -> None:
+    needs, bank = expected
+    model = loaded(family, streamed=streamed)
+    sites, (first, further) = list_sites(model.model, "all"), batches(model)
+    weights = model.weights if streamed else InModel(model.model)
+    found = {}
+    for _, part in collect_by_block(model.model, weights, sites, first, needs, 0, further, lambda _: False, tmp_path):
+        found |= part
+    assert set(found) == set(sites)
+    for site in sites:
+        one, other = tensors(bank[site]), tensors(found[site])
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), site.name
+        assert (bank[site].num_tokens, bank[site].num_answers) == (found[site].num_tokens, found[site].num_answers)
+        assert bank[site].saliency == found[site].saliency
+    assert not list(tmp_path.iterdir()), "what was put aside is gone"
+
+
+def test_blocks_that_are_finished_are_left_out_and_move_nothing(family: str, expected, tmp_path) -> None:
+    needs, bank = expected
+    model = loaded(family, streamed=True)
+    sites, (first, further) = list_sites(model.model, "all"), batches(model)
+    blocks = list(by_block(sites))
+    missing = {blocks[1][0], blocks[-2][0]}  # one inside of each tower; those behind them are done
+    (tmp_path / "activations-0").mkdir()
+    (tmp_path / "activations-0" / "of a run that was killed").touch()
+    found = {}
+    done = lambda block: block[0] not in missing  # noqa: E731
+    for _, part in collect_by_block(model.model, model.weights, sites, first, needs, 0, further, done, tmp_path):
+        found |= part
+    assert set(found) == {site for block in blocks if block[0] in missing for site in block}
+    assert all(torch.equal(t, tensors(bank[site])[name]) for site in found for name, t in tensors(found[site]).items())
+
+
+def test_what_several_passes_give_is_not_relayed(family: str) -> None:
+    model = loaded(family, streamed=False)
+    sites = list_sites(model.model, "language")
+    walk = BlockWalk(model.model, sites, [batch.to(model.model.device) for batch in batches(model)[0]])
+    row = list(by_block(sites))
+    assert relays(walk, row, EVERYTHING)
+    assert not relays(walk, row, replace(EVERYTHING, power_rounds=1))
+    assert not relays(walk, row[:1], EVERYTHING), "one block has nothing to relay"
+    assert not relays(walk, [row[0], *row[2:]], EVERYTHING), "a block in between would be passed over"
