@@ -58,7 +58,10 @@ def collect_by_block(
             with Boundaries(scratch / f"activations-{ranks.rank}") as boundaries:
                 for block, sums in relay(walk, row, len(first), needs, seed, is_finished, boundaries):
                     sums.add_up(ranks)
-                    yield block, {site: sums.stats(site, None) for site in block}
+                    bank = {site: sums.stats(site, None) for site in block}
+                    del sums  # while the next ones are made
+                    yield block, bank
+                    del bank
             return
         else:
             (block,) = row
@@ -70,6 +73,7 @@ def collect_by_block(
         for block, bank in found(row):
             reached |= {site for site in block if any(bank[site].num_tokens.values())}
             yield block, bank
+            del bank
     check_reached(sites, reached)
 
 

@@ -96,6 +96,7 @@ def relay(
         block = _Backward(walk, row, place, boundaries, None if finished else sums)
         for number in reached:
             gradients[number] = block.run(number, gradients.get(number, {}), graph=number < num_first)
+        del block
         if not finished:
             yield row[place], sums
     walk.rewind(names[0], names, {})
@@ -192,16 +193,18 @@ class _Backward:
         found = {kind: back([output], [gradients[kind]], asked, last=kind == kinds[-1]) for kind in kinds}
         at_sites.outputs.clear()  # what the block has computed makes room for the products
         del returned, output, asked
-        for kind, own in found.items() if self._sums is not None else ():
-            for site, gradient in zip(sites, own, strict=False):
-                self._sums.add_gradient(kind, rows, site, at_sites.inputs[site.reads], gradient.float())
+        if self._sums is not None:
+            for kind, own in found.items():
+                for site, gradient in zip(sites, own, strict=False):
+                    self._sums.add_gradient(kind, rows, site, at_sites.inputs[site.reads], gradient.float())
         return {kind: own[-1] for kind, own in found.items()} if wanted else {}
 
     def _call(self, number: int) -> Call:
         """The block's call in a pass over the batch."""
         kept: dict[tuple[int, str], list[Any]] = {}
         if self._before:
-            output = self._boundaries.output(len(self._before) - 1, number, self._walk.model.device)
+            device = self._walk.batches[number].loss_mask.device
+            output = self._boundaries.output(len(self._before) - 1, number, device)
             kept = {(number, self._before[-1]): [output]}
         self._walk.rewind(self._name, self._before, kept)
         call = self._walk.call(number, self._name)

@@ -96,6 +96,7 @@ def statistics_by_block(
         for block, bank in collect(lambda block: block_name(block) in finished, path.with_suffix("")) if missing else ():
             if lock:
                 _write(files[block_name(block)], *_packed(text, bank, leave_out_zeros=True))
+            del bank  # while the next one is made
         ranks.first("written blocks", lambda: None)
     for block in by_block(sites):
         if found[block_name(block)] is None:
@@ -170,26 +171,34 @@ def _packed(key: str, bank: StatsBank, *, leave_out_zeros: bool = False) -> tupl
 
     With `leave_out_zeros` tensors of zeros alone (of a modality that the data does not have, say) are there as their shapes.
     """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
+    packing = _Packing(leave_out_zeros)
+    described = {site.name: packing.packed(site.name, stats) for site, stats in bank.items()}
+    return packing.tensors, {"key": json.loads(key), "sites": described}
 
-    def pack(name: str, value: Any) -> Any:
+
+class _Packing:
+    """Tensors by name. No function inside of `_packed`: one that calls itself would keep all of them until the next collection
+    of garbage, which a few large things do not bring about."""
+
+    def __init__(self, leave_out_zeros: bool) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._names: dict[int, str] = {}
+        self._leave_out_zeros = leave_out_zeros
+
+    def packed(self, name: str, value: Any) -> Any:
         """`value` as JSON, its tensors by their names."""
         if isinstance(value, Tensor):
-            if leave_out_zeros and id(value) not in names and not value.any():
+            if self._leave_out_zeros and id(value) not in self._names and not value.any():
                 return {"zeros": list(value.shape)}
-            if id(value) not in names:
-                names[id(value)] = name
-                tensors[name] = value.contiguous()
-            return {"tensor": names[id(value)]}
+            if id(value) not in self._names:
+                self._names[id(value)] = name
+                self.tensors[name] = value.contiguous()
+            return {"tensor": self._names[id(value)]}
         if is_dataclass(value):
-            return {f.name: pack(f"{name}.{f.name}", getattr(value, f.name)) for f in fields(value)}
+            return {f.name: self.packed(f"{name}.{f.name}", getattr(value, f.name)) for f in fields(value)}
         if isinstance(value, Mapping):
-            return {k: pack(f"{name}.{k}", v) for k, v in value.items()}
+            return {k: self.packed(f"{name}.{k}", v) for k, v in value.items()}
         return value
-
-    described = {site.name: pack(site.name, stats) for site, stats in bank.items()}
-    return tensors, {"key": json.loads(key), "sites": described}
 
 
 def _read(path: Path, sites: Sequence[Site]) -> StatsBank | None:
