@@ -76,6 +76,7 @@ def sequential_rounding(
                         now = rounder.round(cache.with_problems(problems), rates, together, taken)
                         weights.install(now.decoded, now.stored)
                         own |= now
+                        del problems, now  # while the next ones are made
                     finished[name] = own, taken
             rounded |= own.packed() if weights.streamed else own
             flags += taken
