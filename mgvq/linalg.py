@@ -45,7 +45,7 @@ def damping_unit(diagonal: Float[Tensor, "n"], of: str) -> Float[Tensor, "n"]:
 
 def damped(matrix: Float[Tensor, "n n"], share: float, of: str = "mean") -> Float[Tensor, "n n"]:
     """`matrix + share * diag(damping_unit)` in float64, positive definite for a positive semidefinite matrix and `share > 0`."""
-    return _damp(matrix.to(torch.float64, copy=True), share, of)
+    return _damp(_wide(matrix), share, of)
 
 
 def _damp(wide: Float[Tensor, "n n"], share: float, of: str) -> Float[Tensor, "n n"]:
@@ -131,16 +131,21 @@ def nearest_kronecker(
     combinations alone are iterated, on the inner products of the terms. One term is met exactly after one round; where all terms
     are zero both factors are zero.
     """
-    inputs, outputs = ([t.double() for t in factors] for factors in zip(*terms, strict=True))
+    inputs, outputs = zip(*([t for t in terms if any(f.any() for f in t)] or terms[:1]), strict=True)
     inner_in, inner_out = _inner_products(inputs), _inner_products(outputs)
-    share = torch.stack([b.trace() / len(b) for b in outputs])  # of the A_i in the first A, whose B is the identity
+    share = torch.stack([b.double().trace() / len(b) for b in outputs])  # of the A_i in the first A, whose B is the identity
     for _ in range(rounds - 1):
         share = _half_step(inner_out, _half_step(inner_in, share))
     return _combined(share, inputs), _combined(_half_step(inner_in, share), outputs)
 
 
 def _inner_products(matrices: Sequence[Float[Tensor, "n n"]]) -> Float[Tensor, "i i"]:
-    return torch.stack([torch.stack([(a * b).sum() for b in matrices]) for a in matrices])
+    return torch.stack([torch.stack([_wide(a).mul_(b).sum() for b in matrices]) for a in matrices])
+
+
+def _wide(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """A copy in float64, to be written into: of the widest layers of a large model each is a fifth of a gigabyte."""
+    return matrix.to(torch.float64, copy=True)
 
 
 def _half_step(inner: Float[Tensor, "i i"], share: Float[Tensor, "i"]) -> Float[Tensor, "i"]:
@@ -151,4 +156,7 @@ def _half_step(inner: Float[Tensor, "i i"], share: Float[Tensor, "i"]) -> Float[
 
 
 def _combined(share: Float[Tensor, "i"], matrices: Sequence[Float[Tensor, "n n"]]) -> Float[Tensor, "n n"]:
-    return torch.stack([s * m for s, m in zip(share, matrices, strict=True)]).sum(0)
+    total = _wide(matrices[0]).mul_(share[0])
+    for s, matrix in zip(share[1:], matrices[1:], strict=True):
+        total += _wide(matrix).mul_(s)
+    return total

@@ -65,4 +65,4 @@ def balanced(h_in: Float[Tensor, "in in"], h_out: Float[Tensor, "out out"]) -> K
     mean = h_out.diagonal().double().mean()
     if not mean > 0:
         return Kronecker(torch.zeros_like(h_in), torch.eye(len(h_out)))
-    return Kronecker((h_in.double() * mean).float(), (h_out.double() / mean).float())
+    return Kronecker(h_in.to(torch.float64, copy=True).mul_(mean).float(), h_out.to(torch.float64, copy=True).div_(mean).float())
