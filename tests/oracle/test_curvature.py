@@ -273,7 +273,7 @@ def test_without_gradients_further_batches_are_batches_like_others(loaded) -> No
 class Toy(torch.nn.Module):
     """Two linear layers with a running mean between them, so that tokens of a sample act on each other."""
 
-    config = PretrainedConfig()  # which says nothing of positions
+    config = PretrainedConfig(vocab_size=7)  # which says nothing of positions
 
     def __init__(self) -> None:
         super().__init__()
