@@ -34,6 +34,7 @@ class NaturalGradient(NoCompensation):
 
     # As a `TargetShift` it has one step, which is taken without trying another.
     source: ClassVar[str] = "sft"
+    start: ClassVar[str] = "full_precision"
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
 
