@@ -94,8 +94,12 @@ class StreamedWeights:
         return self._files[place.file].get_tensor(place.name).to(place.dtype, copy=True)
 
     def originals(self, sites: Sequence[Site]) -> Mapping[Site, Tensor]:
-        """The weights of full precision, each read when it is asked for; on the model's device."""
-        return Lazy(sites, self._original)
+        """The weights of full precision, each read when it is asked for; on the model's device.
+
+        Those outside of the blocks stay in memory, where rounding overwrites them: of these there are copies as they are now.
+        """
+        outside = {site: linear(self._model, site).weight.detach().clone() for site in sites if not self.block_of(site.name)}
+        return Lazy(sites, lambda site: outside[site] if site in outside else self._original(site))
 
     def install(self, decoded: Mapping[Site, Tensor], stored: Mapping[Site, QuantizedWeight]) -> None:
         for site, values in decoded.items():
@@ -155,8 +159,6 @@ class StreamedWeights:
         return block in self._whole
 
     def _original(self, site: Site) -> Tensor:
-        if not self.block_of(site.name):
-            return linear(self._model, site).weight.detach()
         return self.read(f"{site.name}.weight").to(self._model.device)
 
     def _present(self, site: Site, rounded: Mapping[str, QuantizedWeight | None]) -> Tensor:

@@ -126,6 +126,17 @@ def test_a_weight_outside_of_its_block_raises_instead_of_computing(streamed) -> 
         assert weight.shape == (site.out_features, site.in_features)
 
 
+def test_a_layer_outside_of_the_blocks_has_its_full_precision_behind_its_rounding(streamed) -> None:
+    """It stays in memory, where rounding overwrites it; whoever asks for its weights later, a resumed run say, gets the same."""
+    site = next(site for site in list_sites(streamed.model, "all") if site.block is None)
+    originals, layer = streamed.streamed.originals([site]), linear(streamed.model, site)
+    before = layer.weight.detach().clone()
+    with streamed.streamed.unchanged([site]):
+        layer.weight.data.zero_()
+        assert torch.equal(originals[site], before)
+    assert torch.equal(layer.weight, before)
+
+
 def test_no_more_than_two_blocks_are_in_memory(streamed) -> None:
     model, most = streamed.model, 0
     blocks: dict[str, nn.Module] = {name: model.get_submodule(name) for name in streamed.streamed.blocks}
