@@ -90,13 +90,14 @@ def statistics_by_block(
             return bank
         found = {block_name(block): _mapped(files[block_name(block)], block) if lock else None for block in by_block(sites)}
         finished = ranks.first("finished blocks", lambda: {name for name, bank in found.items() if bank is not None})
-        if lock and len(finished) < len(files):
-            path.with_suffix("").mkdir(exist_ok=True)
-        missing = len(finished) < len(files)
-        for block, bank in collect(lambda block: block_name(block) in finished, path.with_suffix("")) if missing else ():
-            if lock:
-                _write(files[block_name(block)], *_packed(text, bank, leave_out_zeros=True))
-            del bank  # while the next one is made
+        missing, place = len(finished) < len(files), path.with_suffix("")
+        if lock and missing:
+            place.mkdir(exist_ok=True)
+        with disk_faults_told(place):  # what is put aside meanwhile can fill a disk too
+            for block, bank in collect(lambda block: block_name(block) in finished, place) if missing else ():
+                if lock:
+                    _write(files[block_name(block)], *_packed(text, bank, leave_out_zeros=True))
+                del bank  # while the next one is made
         ranks.first("written blocks", lambda: None)
     for block in by_block(sites):
         if found[block_name(block)] is None:

@@ -1,5 +1,6 @@
 """Statistics block by block, gradients relayed, against one pass through the whole model: the same bits."""
 
+import errno
 from dataclasses import replace
 
 import pytest
@@ -9,12 +10,14 @@ from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.block_statistics import collect_by_block
 from mgvq.curvature.relay import relays
 from mgvq.curvature.statistics import collect
+from mgvq.errors import SharedFault
 from mgvq.model.blocks import by_block
 from mgvq.model.load import load
 from mgvq.model.sites import list_sites
 from mgvq.model.source import SHIPPED, Source
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import InModel
+from mgvq.runs.cache import statistics_by_block
 from mgvq.types import Kronecker, Needs
 
 EVERYTHING = Needs(gram=True, fisher=True, saliency=True, gradient=True, channel_groups=2, sequences=True)
@@ -98,3 +101,19 @@ def test_what_several_passes_give_is_not_relayed(family: str) -> None:
     assert not relays(walk, row, replace(EVERYTHING, power_rounds=1))
     assert not relays(walk, row[:1], EVERYTHING), "one block has nothing to relay"
     assert not relays(walk, [row[0], *row[2:]], EVERYTHING), "a block in between would be passed over"
+
+
+def test_a_disk_that_is_full_of_activations_is_told(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    model = loaded(family, streamed=True)
+    sites, (first, _) = list_sites(model.model, "language"), batches(model)
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mgvq.curvature.relay.save_file", full)
+
+    def collected(is_finished, scratch):
+        return collect_by_block(model.model, model.weights, sites, first, SAMPLED, 0, [], is_finished, scratch)
+
+    with pytest.raises(SharedFault, match="cannot be written"):
+        statistics_by_block(tmp_path, {"key": 1}, collected, sites)
