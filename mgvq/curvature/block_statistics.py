@@ -3,16 +3,19 @@
 The sums are those of `statistics.collect`, taken over the same batches in the same order, and have the same bits.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.curvature.relay import Boundaries, relay, relays
-from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect
+from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect, losses
+from mgvq.model.answers import num_answers
 from mgvq.model.blocks import Block, by_block
-from mgvq.model.passes import Rows
+from mgvq.model.passes import LossOf, Rows
+from mgvq.model.relay import Boundaries, relay, relays
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import Weights
 from mgvq.progress import progress
@@ -51,18 +54,28 @@ def collect_by_block(
     behind, behind_more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
     reached = {site for block in by_block(sites) if is_finished(block) for site in block}  # an earlier start has found that
 
+    def asked(number: int) -> Mapping[str, LossOf]:
+        return losses(needs, held[number], seed)
+
+    def received_by(_: Block) -> _Received:
+        sums = StatisticsSums(needs)
+        sums.num_answers = sum(map(num_answers, first))
+        return _Received(held, sums)
+
+    def is_missing(block: Block) -> bool:
+        return not is_finished(block)
+
     def found(row: Sequence[Block]) -> Iterator[tuple[Block, StatsBank]]:
         if all(map(is_finished, row)):
             pass
-        elif relays(walk, row, needs):
+        elif len(row) > 1:
             with Boundaries(scratch / f"activations-{ranks.rank}") as boundaries:
-                for block, sums in relay(walk, row, len(first), needs, seed, is_finished, boundaries):
-                    sums.add_up(ranks)
-                    bank = {site: sums.stats(site, None) for site in block}
-                    del sums  # while the next ones are made
+                for block, received in relay(walk, row, len(first), asked, received_by, is_missing, boundaries, Watch):
+                    received.sums.add_up(ranks)
+                    bank = {site: received.sums.stats(site, None) for site in block}
+                    del received  # while the next ones are made
                     yield block, bank
                     del bank
-            return
         else:
             (block,) = row
             yield block, collect(model, block, behind, needs, seed, behind_more, whole=False, ranks=ranks)
@@ -81,12 +94,29 @@ def _rows(walk: BlockWalk, sites: Sequence[Site], needs: Needs) -> list[list[Blo
     """The blocks in their order, those together through which gradients are relayed."""
     rows: list[list[Block]] = []
     for block in by_block(sites):
-        joins = rows and block[0].block is not None and rows[-1][0][0].tower == block[0].tower
-        if joins and relays(walk, [*rows[-1], block], needs):
+        if rows and not needs.power_rounds and relays(walk, [*rows[-1], block]):  # rounds take several passes
             rows[-1].append(block)
         else:
             rows.append([block])
     return rows
+
+
+@dataclass(frozen=True)
+class _Received:
+    """What the sums of a block receive from a relay."""
+
+    batches: Sequence[Batch]
+    sums: StatisticsSums
+
+    def see(self, number: int, site: Site, inputs: Tensor) -> None:
+        self.sums.add_inputs(self._rows[number], site, inputs)
+
+    def add(self, number: int, kind: str, site: Site, inputs: Tensor, gradient: Tensor) -> None:
+        self.sums.add_gradient(kind, self._rows[number], site, inputs, gradient)
+
+    @cached_property
+    def _rows(self) -> Sequence[Rows]:
+        return [Rows.of(batch) for batch in self.batches]
 
 
 @dataclass(frozen=True)
@@ -116,8 +146,7 @@ def _grams(
     rows, watch, reached = [Rows.of(batch) for batch in held], Watch(), set[Site]()
     for block in progress(list(by_block(sites)), "blocks of statistics"):
         visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)
-        # A first token has no position before it that would predict it (`answer_states`).
-        sums.num_answers = sum(int(batch.loss_mask[:, 1:].sum()) for batch in held)
+        sums.num_answers = sum(map(num_answers, held))
         names = {site: site.name.removeprefix(visit.name).removeprefix(".") for site in block}
         for one in visit.run("full_precision", list(names.values())):
             firsts: dict[str, Site] = {}

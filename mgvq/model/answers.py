@@ -32,6 +32,11 @@ def answer_states(model: Any, batch: Batch | PackedBatch) -> Float[Tensor, "answ
     return hidden[before]
 
 
+def num_answers(batch: Batch | PackedBatch) -> int:
+    """How many states `answer_states` gives: a first token has no position before it that would predict it."""
+    return int(batch.loss_mask[:, 1:].sum())
+
+
 def logits(model: Any, states: Float[Tensor, "answers hidden"]) -> Float[Tensor, "answers vocabulary"]:
     """What the head makes of its inputs, in float32."""
     return model.get_output_embeddings()(states).float()

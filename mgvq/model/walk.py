@@ -166,6 +166,12 @@ class BlockWalk:
         """What the last settled block of a row has put out in a pass over the batch, call by call; nothing where none came."""
         return self._kept["quantized"].outputs.get((number, name), [])
 
+    def kept(self, name: str) -> tuple[list[str], dict[tuple[int, str], list[Any]]]:
+        """What is settled of the row of a block, and the outputs of it that are kept: what `rewind` takes."""
+        kept, names = self._kept["quantized"], self._row[name]
+        own = {key: outputs for key, outputs in kept.outputs.items() if key[1] in names}
+        return [name for name in kept.settled if name in names], own
+
     def rewind(self, row: str, settled: Sequence[str], outputs: Mapping[tuple[int, str], list[Any]]) -> None:
         """Of the row of a block these are settled and no others; their outputs, by batch and name, are those."""
         kept, names = self._kept["quantized"], self._row[row]

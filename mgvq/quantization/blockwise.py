@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -31,6 +33,7 @@ class Samples:
 
     batches: Sequence[AnyBatch]  # for gradients
     heldout: Sequence[AnyBatch]  # for choosing between steps
+    aside: Path | None = None  # a folder that is not there yet, for what streamed passes put aside; None: in memory
 
 
 def blockwise_rounding(
@@ -52,7 +55,7 @@ def blockwise_rounding(
     With `start=rounded` all blocks are rounded first, sweep 0, without gradient and without a loss. With `full_precision` sweep 0
     tries steps already, from gradients with the blocks before it quantised and those behind it not.
 
-    With a `refresh` of n blocks one pass takes the gradients of n blocks that follow each other, so that the later ones do not
+    With a `refresh` of n blocks the gradients of n blocks that follow each other are taken at once, so that the later ones do not
     see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n:
     its gradient would be rounding noise, so that none is taken and nothing is moved.
 
@@ -69,12 +72,13 @@ def blockwise_rounding(
     gradient that is zero, and for a block that no step leaves with a finite loss.
 
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
-    computed again, so that a loop which was stopped goes on from there, to the same bits. `weights` says where those of the
-    layers are; None: in the model. Where they are streamed, the targets of a sweep are read back from `finished` in the next one.
-    Several processes (`ranks`) run their own shares of the samples; the losses by which steps are chosen are those of all.
+    computed again, so that a loop which was stopped goes on from there, to the same bits. Gradients that wait for their blocks
+    are entries too, until those are finished. `weights` says where those of the layers are; None: in the model. Where they are
+    streamed, gradients, and the targets of a sweep in the next one, are read back from `finished`. Several processes (`ranks`)
+    run their own shares of the samples; the losses by which steps are chosen are those of all.
     """
     blocks, finished, weights = list(by_block(sites)), {} if finished is None else finished, weights or InModel(model)
-    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks)
+    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks, samples.aside)
     with weights.unchanged(sites):
         loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
         sweeps = shift.sweeps + loop.starts_rounded
@@ -87,6 +91,8 @@ def blockwise_rounding(
                 plain = loop.starts_rounded and sweep == 0
                 visit = finished[name] = loop.plain(blocks[number]) if plain else loop.visit(sweep, blocks[number:])
             loop.take_over(name, visit, blocks[number])
+            with suppress(KeyError):
+                del finished[_entry(sweep, blocks[number])]
             teacher.settle(blocks[number])
     rounded = Rounded()
     for trial in loop.chosen.values():
@@ -116,7 +122,12 @@ class _Visit:
 
     chosen: _Trial | None  # None: what was there is better
     rows: Sequence[dict[str, Any]]
-    gradients: Mapping[Site, Tensor]  # of blocks that are still to be visited
+    num_ahead: int = 0  # of the blocks that follow, so many have their gradients already
+
+
+def _entry(sweep: int, block: Block) -> str:
+    """The name of a gradient that waits for the visit of its block."""
+    return f"sweep-{sweep}-gradient-{block[0].name}"
 
 
 def _row(sweep: int, block: Block, trial: _Trial, norm: float, before: float, *, chosen: bool) -> dict[str, Any]:
@@ -164,10 +175,11 @@ class _Loop:
     cache: CodebookCache
     rates: Sequence[Rate]
     rounder: LayerRounder
-    finished: Mapping[str, Any]  # the visits of blocks by their names
+    finished: MutableMapping[str, Any]  # the visits of blocks by their names, and gradients that wait for theirs
     targets: dict[Site, Tensor] = field(default_factory=dict)  # of the layers whose chosen trial has moved theirs
     visits: dict[Site, str] = field(default_factory=dict)  # the latest that moved the targets of a layer, where none are kept
-    gradients: dict[Site, Tensor] = field(default_factory=dict)  # of blocks that are still to be visited
+    waiting: dict[str, Mapping[Site, Tensor]] = field(default_factory=dict)  # gradients, by entry, where they are in memory
+    num_ahead: int = 0  # of the blocks that follow, so many have their gradients already
     chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
     loss: float = math.nan  # of the model as it is, on the held-out samples; NaN: it was not found yet
@@ -182,13 +194,13 @@ class _Loop:
         draft = self.rounder.draft(self.cache, self.rates, block, flags)
         targets = {site: self.cache.problems[site].target.float() for site in block}
         trial = _Trial(0.0, targets, draft.judged(), flags, loss=math.nan, first_order=0.0)
-        return _Visit(trial, [_row(0, block, trial, norm=0.0, before=math.nan, chosen=True)], {})
+        return _Visit(trial, [_row(0, block, trial, norm=0.0, before=math.nan, chosen=True)])
 
     def visit(self, sweep: int, blocks: Sequence[Block]) -> _Visit:
         """Choose a step for the first of the blocks that are still to be visited, and leave the model as it is."""
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
-        gradient = {} if untouched else self._gradient(blocks)
+        gradient = {} if untouched else self._gradient(sweep, blocks)
         norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
         if norm == 0 and not untouched:
             raise UserError(
@@ -210,13 +222,13 @@ class _Loop:
             )
         rows = [_row(sweep, block, trial, norm, before, chosen=improves and trial is best) for trial, _ in tried]
         if not improves:
-            return _Visit(None, rows, dict(self.gradients))
-        return _Visit(replace(best, rounded=draft.judged()), rows, dict(self.gradients))
+            return _Visit(None, rows, self.num_ahead)
+        return _Visit(replace(best, rounded=draft.judged()), rows, self.num_ahead)
 
     def take_over(self, name: str, visit: _Visit, block: Block) -> None:
         """Go on behind the visit of that name: what it has chosen for the block is what the model has from here on."""
         self.rows += visit.rows
-        self.gradients = dict(visit.gradients)
+        self.num_ahead = visit.num_ahead
         if (chosen := visit.chosen) is None:
             self.loss = visit.rows[0]["heldout_before"]
             return
@@ -228,14 +240,39 @@ class _Loop:
         self.targets |= chosen.targets
         self.chosen[block[0].name] = chosen
 
-    def _gradient(self, blocks: Sequence[Block]) -> dict[Site, Tensor]:
-        """Of the first block: from full precision, or left by an earlier pass, or from a pass over as many as go together."""
+    def _gradient(self, sweep: int, blocks: Sequence[Block]) -> Mapping[Site, Tensor]:
+        """Of the first block: from full precision, or left by an earlier pass, or from a pass over as many as go together.
+
+        Raises SharedFault where one that was left cannot be read back, because it could not be written, say.
+        """
         if not self.shift.refresh:
             return {site: gradient for site in blocks[0] if (gradient := self.bank[site].gradient) is not None}
-        if blocks[0][0] not in self.gradients:
-            together = blocks[: int(self.shift.refresh)]
-            self.gradients |= self.teacher.gradient([site for block in together for site in block])
-        return {site: self.gradients.pop(site) for site in blocks[0]}
+        if self.num_ahead:
+            self.num_ahead -= 1
+            return self._left(_entry(sweep, blocks[0]))
+        together, found = blocks[: int(self.shift.refresh)], dict[Site, Tensor]()
+        for block, gradient in self.teacher.gradients(together):  # the first block comes last
+            if block == blocks[0]:
+                found = gradient
+            else:
+                self._leave(_entry(sweep, block), gradient)
+        self.num_ahead = len(together) - 1
+        return found
+
+    def _leave(self, entry: str, gradient: Mapping[Site, Tensor]) -> None:
+        """Keep it until its block is visited, in memory too unless that is scarce."""
+        self.finished[entry] = gradient
+        if not self.weights.streamed:
+            self.waiting[entry] = gradient
+
+    def _left(self, entry: str) -> Mapping[Site, Tensor]:
+        gradient = self.waiting.pop(entry) if entry in self.waiting else self.finished.get(entry)
+        if gradient is not None:
+            return gradient
+        raise SharedFault(
+            f"{entry} cannot be read back, a gradient that was taken with those of the blocks before: make room in the results "
+            "folder, or set memory=resident or compensation.refresh=true."
+        )
 
     def _trials(
         self,

@@ -1,7 +1,8 @@
 """The full-precision model as a teacher: gradients of the divergence from it, and losses on held-out samples."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -13,6 +14,7 @@ from mgvq.model.answers import answer_states, logits, logs_in_runs, vocabulary_o
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
+from mgvq.model.relay import Boundaries, relay, relays
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.model.weights import Weights
 from mgvq.ranks.ranks import ALONE, Ranks
@@ -34,6 +36,23 @@ class _Taught:
     blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by block: its output, and the weight of every token
 
 
+class _Sums:
+    """The sums over batches of the gradients of a block's weights, which a relay gives."""
+
+    def __init__(self, block: Block) -> None:
+        self.sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in block}
+
+    def see(self, number: int, site: Site, inputs: Tensor) -> None:
+        """Nothing is made of inputs alone."""
+
+    def add(self, number: int, kind: str, site: Site, inputs: Tensor, gradient: Tensor) -> None:
+        self.sums[site] += _of_weight(inputs, gradient)
+
+
+def _of_weight(inputs: Float[Tensor, "... in"], gradient: Float[Tensor, "... out"]) -> Float[Tensor, "out in"]:
+    return (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).double().cpu()
+
+
 class Teacher:
     """Keeps what the model says at the time when this is made; the model may then be quantised block by block.
 
@@ -43,8 +62,10 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. Several processes (`ranks`)
-    are all given all batches, and run their own shares. Raises UserError where there is no held-out sample.
+    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `aside`: a folder that is
+    not there yet, for what streamed passes put aside; None: gradients take passes with a graph through all blocks, whatever they
+    hold in memory. Several processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there
+    is no held-out sample.
     """
 
     def __init__(
@@ -56,8 +77,10 @@ class Teacher:
         source: str,
         weights: Weights | None = None,
         ranks: Ranks = ALONE,
+        aside: Path | None = None,
     ) -> None:
-        self.model, self.source, self._ranks = model, source, ranks
+        self.model, self.source, self._ranks, self._aside = model, source, ranks, aside
+        self._by_block: list[Block] = list(by_block(sites))
         batches, heldout = list(batches), list(heldout)
         if not heldout:
             raise UserError(
@@ -100,6 +123,33 @@ class Teacher:
         for walk in (self._walk, self._heldout_walk):
             walk.unsettle()
 
+    def gradients(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Mapping[Site, Float[Tensor, "_ _"]]]]:
+        """`gradient` of blocks that follow each other, from the last to the first; nothing else may run the model meanwhile.
+
+        Where there is a folder to put activations aside, one block at a time is in memory, with its sums; the bits are the same.
+        """
+        row = self._rest_of_tower(blocks[0]) if self._aside is not None and self.source != "block" else []
+        if self._aside is None or blocks[-1] not in row or not relays(self._walk, row):
+            found = self.gradient([site for block in blocks for site in block])
+            yield from ((block, {site: found[site] for site in block}) for block in reversed(blocks))
+            return
+        num_answers = sum(self._ranks.gather("answers", sum(len(taught.states) for taught in self._taught)))
+
+        def losses(number: int) -> Mapping[str, LossOf]:
+            return {self.source: self._losses(self.batches[number], self._taught[number])}
+
+        with Boundaries(self._aside) as boundaries:
+            passed = relay(self._walk, row, len(self.batches), losses, _Sums, lambda block: block in blocks, boundaries)
+            for block, received in passed:
+                sums = self._ranks.total("gradient", received.sums)
+                del received
+                yield block, {site: (sums.pop(site) / max(1, num_answers)).float() for site in block}
+
+    def _rest_of_tower(self, block: Block) -> list[Block]:
+        """The block and those of its tower behind it."""
+        place = self._by_block.index(block)
+        return [other for other in self._by_block[place:] if other[0].tower == block[0].tower]
+
     def gradient(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "_ _"]]:
         """The gradient of the mean loss an answer token with respect to the weights of `sites`, at the model's present weights.
 
@@ -121,7 +171,7 @@ class Teacher:
             else:
                 ((_, gradients),) = run.gradients({self.source: self._losses(batch, taught)})
             for site, g in gradients.items():
-                sums[site] += (g.flatten(0, -2).T @ run.inputs[site.reads].flatten(0, -2)).double().cpu()
+                sums[site] += _of_weight(run.inputs[site.reads], g)
         num_answers = sum(self._ranks.gather("answers", num_answers))
         return {site: (total / max(1, num_answers)).float() for site, total in self._ranks.total("gradient", sums).items()}
 

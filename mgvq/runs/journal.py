@@ -41,7 +41,7 @@ class Journal(MutableMapping[str, Any]):
         if self._foreign:
             self._give_up(OSError(f"{folder} holds blocks of other code, which cannot be deleted"))
         elif number := len(self):
-            log.info("going on behind %d blocks that an earlier start has finished", number)
+            log.info("going on behind %d entries that an earlier start has written to %s", number, folder)
 
     def __getitem__(self, name: str) -> Any:
         if self._foreign:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from mgvq.ranks.ranks import Ranks
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics, statistics_by_block
 from mgvq.runs.device import device_name
-from mgvq.runs.identity import scientific_settings
+from mgvq.runs.files import disk_faults_told
+from mgvq.runs.identity import run_id, scientific_settings
 from mgvq.runs.method import build_method
 from mgvq.runs.processes import OfTheFirst, local_rank
 from mgvq.types import Site, SiteStats
@@ -125,8 +126,11 @@ def quantised(
         walked = samples_as_batches(loaded, drawn, for_grams=method.prefix is not None)
     if ranks.size > 1 and method.is_blockwise:
         finished = OfTheFirst(ranks, {} if finished is None else finished)
-    bits, dtype = cfg.budget.bits_per_weight, loaded.stored_dtype
-    return quantize(loaded.model, sites, bank, method, bits, walked, finished, dtype, loaded.streamed, ranks)
+    bits, dtype, aside = cfg.budget.bits_per_weight, loaded.stored_dtype, Path(cfg.paths.results) / "partial" / run_id(cfg)
+    if walked is not None and loaded.streamed is not None:
+        walked = replace(walked, aside=aside / f"activations-{ranks.rank}")
+    with disk_faults_told(aside):
+        return quantize(loaded.model, sites, bank, method, bits, walked, finished, dtype, loaded.streamed, ranks)
 
 
 def samples_as_batches(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool) -> Samples:
@@ -141,4 +145,5 @@ def samples_as_batches(loaded: Loaded, drawn: CalibrationSet, *, for_grams: bool
     else:
         batches = chain(drawn.batches(processor), further_batches(drawn, processor) if for_grams else ())
         parts = (batches, drawn.heldout(processor))
-    return Samples(*map(list, parts))
+    gradient, heldout = map(list, parts)
+    return Samples(gradient, heldout)

@@ -24,7 +24,7 @@ FEW += ["calibration.num_images=2", "calibration.heldout_images=2"]
 METHODS = {
     "mgvq2": ["method=mgvq2", "codebook.state_bits=8"],
     # All statistics there are: Grams, Fishers, gradients of right answers; and the second sweep's gradients.
-    "mgvq": ["method=mgvq", "compensation.refresh=2", "codebook.sample=64", "curvature.fusion=mbq_ratio"],
+    "mgvq": ["method=mgvq", "compensation.refresh=3", "codebook.sample=64", "curvature.fusion=mbq_ratio"],
     "gradients": ["method=mgvq", "compensation.sweeps=1", "compensation.source=block", "compensation.refresh=true",
                   "codebook.sample=64", "outliers=2"],
     "yaqa": ["method=yaqa"],

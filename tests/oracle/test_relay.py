@@ -1,4 +1,4 @@
-"""Statistics block by block, gradients relayed, against one pass through the whole model: the same bits."""
+"""Gradients that are relayed from block to block against one pass through the whole model: the same bits."""
 
 import errno
 from dataclasses import replace
@@ -8,15 +8,16 @@ import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.block_statistics import collect_by_block
-from mgvq.curvature.relay import relays
 from mgvq.curvature.statistics import collect
 from mgvq.errors import SharedFault
 from mgvq.model.blocks import by_block
 from mgvq.model.load import load
+from mgvq.model.relay import relays
 from mgvq.model.sites import list_sites
 from mgvq.model.source import SHIPPED, Source
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import InModel
+from mgvq.quantization.teacher import Teacher
 from mgvq.runs.cache import statistics_by_block
 from mgvq.types import Kronecker, Needs
 
@@ -92,15 +93,40 @@ def test_blocks_that_are_finished_are_left_out_and_move_nothing(family: str, exp
     assert all(torch.equal(t, tensors(bank[site])[name]) for site in found for name, t in tensors(found[site]).items())
 
 
-def test_what_several_passes_give_is_not_relayed(family: str) -> None:
+def test_rows_that_are_no_chain_are_not_relayed(family: str) -> None:
     model = loaded(family, streamed=False)
-    sites = list_sites(model.model, "language")
+    sites = list_sites(model.model, "all")
     walk = BlockWalk(model.model, sites, [batch.to(model.model.device) for batch in batches(model)[0]])
-    row = list(by_block(sites))
-    assert relays(walk, row, EVERYTHING)
-    assert not relays(walk, row, replace(EVERYTHING, power_rounds=1))
-    assert not relays(walk, row[:1], EVERYTHING), "one block has nothing to relay"
-    assert not relays(walk, [row[0], *row[2:]], EVERYTHING), "a block in between would be passed over"
+    row = [block for block in by_block(sites) if block[0].tower == "language"]
+    vision = [block for block in by_block(sites) if block[0].tower == "vision"]
+    assert relays(walk, row)
+    assert not relays(walk, row[:1]), "one block has nothing to relay"
+    assert not relays(walk, [row[0], *row[2:]]), "a block in between would be passed over"
+    assert not relays(walk, [vision[0], row[1]]), "they are not of one tower"
+
+
+@pytest.mark.parametrize("source", ["kl", "sft"])
+def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(family: str, source: str, tmp_path) -> None:
+    """At every block, with those before it changed and settled, three blocks at a time: across towers too."""
+    model = loaded(family, streamed=False)
+    sites, (gradient, heldout) = list_sites(model.model, "all"), batches(model)
+    blocks = list(by_block(sites))
+    relayed = Teacher(model.model, sites, gradient, heldout, source, aside=tmp_path / "aside")
+    plain = Teacher(model.model, sites, gradient, heldout, source)
+    model.model.get_parameter(f"{blocks[-1][0].name}.weight").data.mul_(1.1)  # else the model is its own teacher
+    for number, block in enumerate(blocks):
+        together = blocks[number : number + 3]
+        expected = plain.gradient([site for block in together for site in block])
+        found = list(relayed.gradients(together))
+        assert [block for block, _ in found] == together[::-1]
+        for _, own in found:
+            assert all(torch.equal(gradient, expected[site]) for site, gradient in own.items())
+        assert any(gradient.any() for gradient in expected.values())
+        for site in block:
+            model.model.get_parameter(f"{site.name}.weight").data.mul_(1.01)
+        relayed.settle(block)
+        assert relayed.heldout_loss() == plain.heldout_loss()
+    assert not list(tmp_path.iterdir()), "what was put aside is gone"
 
 
 def test_a_disk_that_is_full_of_activations_is_told(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -110,7 +136,7 @@ def test_a_disk_that_is_full_of_activations_is_told(family: str, monkeypatch: py
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("mgvq.curvature.relay.save_file", full)
+    monkeypatch.setattr("mgvq.model.relay.save_file", full)
 
     def collected(is_finished, scratch):
         return collect_by_block(model.model, model.weights, sites, first, SAMPLED, 0, [], is_finished, scratch)

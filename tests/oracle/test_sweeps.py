@@ -50,7 +50,7 @@ class Quadratic(Teacher):
     def __init__(self, slope=0.0, unit=1.0, seed=0):
         self.model = Layers(2)
         self.sites = [Site(f"layers.{i}", "language", "layers", i, OUT, IN) for i in range(2)]
-        self.source, self.unit, self.losses = "kl", unit, []
+        self.source, self.unit, self.losses, self._aside = "kl", unit, [], None
         self.weights, self.metrics, self.slopes = {}, {}, {}
         for i, site in enumerate(self.sites):
             self.weights[site] = normal(OUT, IN, seed=seed + 10 * i)

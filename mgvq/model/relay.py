@@ -1,0 +1,251 @@
+"""Gradients of a row of blocks, each of which is brought into memory twice: once forward, once backward.
+
+Forward, what every block puts out is written to files, sample by sample. Behind the last block the gradient of the losses with
+respect to its output is taken; then, from the last block to the first, each runs again with a graph of its own, from what went
+into it and the gradient of what came out. That is the chain rule of one pass through all of them, operation by operation, so that
+what is made of the gradients has the bits that it has by `passes.forward`.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mgvq.model.answers import answer_states
+from mgvq.model.blocks import Block, block_name
+from mgvq.model.hooks import after_forward
+from mgvq.model.passes import LossOf, back, seen, through_head
+from mgvq.model.walk import BlockWalk, Call
+from mgvq.progress import progress
+from mgvq.types import Site
+
+See = Callable[[Site, Tensor], object]
+"""Is shown what a layer reads."""
+Gradients = Mapping[str, Tensor]
+"""Of the losses by their names, with respect to the hidden states between two blocks."""
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """Is shown what goes through the layers of one block, batch by batch."""
+
+    def see(self, number: int, site: Site, inputs: Tensor) -> object:
+        """What the layer reads of the batch of that number, float32; once for the layers that read the same."""
+
+    def add(self, number: int, kind: str, site: Site, inputs: Tensor, gradient: Tensor) -> object:
+        """The gradient of the loss of that name with respect to what the layer has made of these inputs, float32."""
+
+
+R = TypeVar("R", bound=Receiver)
+
+
+class Boundaries:
+    """What the blocks of a row have put out, in files of a folder that is empty before and gone afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._beside: dict[tuple[int, int], Any] = {}  # what a block puts out besides its hidden states
+
+    def __enter__(self) -> "Boundaries":
+        shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        self._folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def keep(self, place: int, number: int, outputs: Sequence[Any]) -> None:
+        """What the block at that place of the row has put out for the batch of that number, in the one call that there is.
+
+        Raises RuntimeError where there are several.
+        """
+        if len(outputs) > 1:
+            raise RuntimeError("a block of a row is called several times in a pass: whose gradient is whose cannot be told.")
+        (output,) = outputs
+        self._beside[place, number] = None if isinstance(output, Tensor) else output[1:]
+        hidden = output if isinstance(output, Tensor) else output[0]
+        save_file({"hidden": hidden.contiguous().cpu()}, self._file(place, number))
+
+    def output(self, place: int, number: int, device: torch.device) -> Any:
+        """The same, read back."""
+        hidden, beside = load_file(self._file(place, number))["hidden"].to(device), self._beside[place, number]
+        return hidden if beside is None else (hidden, *beside)
+
+    def _file(self, place: int, number: int) -> Path:
+        return self._folder / f"{place:04}-{number:06}.safetensors"
+
+
+def relays(walk: BlockWalk, row: Sequence[Block]) -> bool:
+    """Whether the row is one that this can do: blocks of one tower that follow each other, each read by the next one alone."""
+    first = row[0][0]
+    numbers = [first.block or 0, *(block[0].block or 0 for block in row[1:])]
+    follow = numbers == list(range(numbers[0], numbers[0] + len(row))) and {block[0].tower for block in row} == {first.tower}
+    return len(row) > 1 and follow and walk.is_chain([block_name(block) for block in row])
+
+
+def relay(
+    walk: BlockWalk,
+    row: Sequence[Block],
+    num_first: int,
+    losses: Callable[[int], Mapping[str, LossOf]],
+    receiver_of: Callable[[Block], R | None],
+    is_wanted: Callable[[Block], bool],
+    boundaries: Boundaries,
+    look: Callable[[], See] = lambda: lambda *_: None,
+) -> Iterator[tuple[Block, R]]:
+    """Those of the row's blocks that are wanted, from the last to the first, with what has received them; the walk is then as it
+    was.
+
+    The first `num_first` batches of the walk are those of the gradients of their `losses`, the others are seen alone. The blocks
+    before the row are settled, those of the row are not. `look` makes what is shown the inputs of a block's layers in the order
+    of a forward pass, of each batch anew. Raises RuntimeError for a block that is called several times in a pass.
+    """
+    names = [block_name(block) for block in row]
+    if walk.kept(names[0])[0]:  # blocks of the tower before the row: what they put out is computed once, and kept
+        for number in range(len(walk.batches)):
+            walk.run_until(number, names[0])
+    before = walk.kept(names[0])
+    reached = _forward(walk, row, boundaries, look)
+    gradients = _behind(walk, row[-1], num_first, losses, look)
+    first = min((place for place, block in enumerate(row) if is_wanted(block)), default=len(row))
+    try:
+        for place in progress(range(len(row) - 1, first - 1, -1), "blocks of gradients"):
+            receiver = receiver_of(row[place]) if is_wanted(row[place]) else None
+            block = _Backward(walk, row, place, boundaries, before, receiver, look)
+            for number in reached:
+                gradients[number] = block.run(number, gradients.get(number, {}), graph=number < num_first)
+            del block
+            if receiver is not None:
+                yield row[place], receiver
+            del receiver  # while the next one is made
+    finally:
+        walk.rewind(names[0], *before)
+
+
+def _forward(walk: BlockWalk, row: Sequence[Block], boundaries: Boundaries, look: Callable[[], See]) -> list[int]:
+    """Run every block but the last, and keep what it puts out; the numbers of the batches that come to the row."""
+    names, reached = [block_name(block) for block in row], list(range(len(walk.batches)))
+    for place, block in enumerate(progress(row[:-1], "blocks of activations")):
+        walk.settle(block)
+        for number in reached:
+            with _looking(walk.model, block, look()):
+                walk.run_until(number, names[place + 1])
+            if outputs := walk.outputs(number, names[place]):
+                boundaries.keep(place, number, outputs)
+        reached = [number for number in reached if walk.outputs(number, names[place])]
+    return reached
+
+
+@contextmanager
+def _looking(model: nn.Module, block: Block, see: See) -> Iterator[None]:
+    """Show what the layers of the block read."""
+
+    def shown(site: Site) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+            see(site, args[0])
+
+        return hook
+
+    with after_forward(model, {site.name: shown(site) for site in block}):
+        yield
+
+
+def _behind(
+    walk: BlockWalk,
+    last: Block,
+    num_first: int,
+    losses: Callable[[int], Mapping[str, LossOf]],
+    look: Callable[[], See],
+) -> dict[int, Gradients]:
+    """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
+    walk.settle(last)
+    module, found = walk.model.get_submodule(block_name(last)), dict[int, Gradients]()
+    for number in range(num_first):
+        leaves: list[Tensor] = []
+
+        def begin(_module: nn.Module, _args: Any, output: Any, leaves: list[Tensor] = leaves) -> Any:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            leaves.append(hidden.detach().requires_grad_())
+            return leaves[-1] if isinstance(output, Tensor) else (leaves[-1], *output[1:])
+
+        with _looking(walk.model, last, look()), walk.passing(number) as batch, torch.enable_grad():
+            handle = module.register_forward_hook(begin)
+            try:
+                states = answer_states(walk.model, batch)
+            finally:
+                handle.remove()
+        at_states = through_head(walk.model, states, losses(number))
+        if leaves:
+            kinds = list(at_states)
+            found[number] = {
+                kind: back([states], [gradient], leaves, last=kind == kinds[-1])[0] for kind, gradient in at_states.items()
+            }
+    return found
+
+
+class _Backward:
+    """One block of the row, run with a graph of its own, batch by batch."""
+
+    def __init__(
+        self,
+        walk: BlockWalk,
+        row: Sequence[Block],
+        place: int,
+        boundaries: Boundaries,
+        before: tuple[list[str], dict[tuple[int, str], list[Any]]],
+        receiver: Receiver | None,
+        look: Callable[[], See],
+    ) -> None:
+        """`before`: what `walk` had kept before the row (`BlockWalk.kept`)."""
+        self._walk, self._boundaries, self._receiver, self._look = walk, boundaries, receiver, look
+        self._block, self._earlier, self._before = row[place], [block_name(block) for block in row[:place]], before
+        self._name = block_name(self._block)
+        self._module = walk.model.get_submodule(self._name)
+
+    def run(self, number: int, gradients: Gradients, *, graph: bool) -> Gradients:
+        """Run the batch and go back through it from the gradients of the block's output; those of what went in."""
+        receiver = self._receiver
+        if receiver is None and not graph:
+            return {}
+        call, look = self._call(number), self._look()
+
+        def see(site: Site, inputs: Tensor) -> None:
+            if receiver is not None:
+                look(site, inputs)
+                receiver.see(number, site, inputs)
+
+        hidden = call.hidden.detach()
+        wanted = bool(graph and self._earlier)  # before the first block nobody asks for more
+        args, kwargs = call.with_hidden(hidden.requires_grad_() if wanted else hidden)
+        with self._walk.weights.whole_graph(self._name), seen(self._walk.model, self._block, see, graph=graph) as at_sites:
+            returned = self._module(*args, **kwargs)
+        if not graph:
+            return {}
+        output = returned if isinstance(returned, Tensor) else returned[0]
+        sites, kinds = list(at_sites.outputs) if receiver is not None else [], list(gradients)
+        asked = [*(at_sites.outputs[site] for site in sites), *([hidden] if wanted else [])]
+        found = {kind: back([output], [gradients[kind]], asked, last=kind == kinds[-1]) for kind in kinds}
+        at_sites.outputs.clear()  # what the block has computed makes room for the products
+        del returned, output, asked
+        if receiver is not None:
+            for kind, own in found.items():
+                for site, gradient in zip(sites, own, strict=False):
+                    receiver.add(number, kind, site, at_sites.inputs[site.reads], gradient.float())
+        return {kind: own[-1] for kind, own in found.items()} if wanted else {}
+
+    def _call(self, number: int) -> Call:
+        """The block's call in a pass over the batch."""
+        settled, outputs = self._before
+        if self._earlier:
+            device = self._walk.batches[number].loss_mask.device
+            output = self._boundaries.output(len(self._earlier) - 1, number, device)
+            settled, outputs = [*settled, *self._earlier], {(number, self._earlier[-1]): [output]}
+        self._walk.rewind(self._name, settled, outputs)
+        call = self._walk.call(number, self._name)
+        assert call is not None, "the batch has come to the row before"
+        return call
