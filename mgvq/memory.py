@@ -1,8 +1,14 @@
-"""What a process has freed goes back to the system."""
+"""What a process has freed goes back to the system, and what it does not need at once goes to files."""
 
 import ctypes
+import os
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _M_MMAP_THRESHOLD = -3  # in malloc.h
 _LARGE = 2**18  # bytes
@@ -26,6 +32,28 @@ def map_large() -> None:
     """
     if set_option := _of_glibc("mallopt"):
         set_option(_M_MMAP_THRESHOLD, _LARGE)
+
+
+def in_file(tensor: Tensor, folder: Path) -> Tensor:
+    """The same numbers in a file of `folder`, mapped into memory; one that is not on the CPU, or empty, stays where it is.
+
+    The system writes such pages back and takes them when others need the room. The file has no name: it is gone with the tensor,
+    or with the process. Raises OSError where the disk has no room for it.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return tensor
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        # Without the room a write to a page would kill the process.
+        _reserve(file.fileno(), tensor.numel() * tensor.element_size())
+        mapped = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return mapped.view(tensor.shape).copy_(tensor)
+
+
+def _reserve(file: int, size: int) -> None:
+    if reserve := getattr(os, "posix_fallocate", None):
+        reserve(file, 0, size)
+    else:  # macOS
+        os.pwrite(file, bytes(size), 0)
 
 
 def _of_glibc(name: str) -> Any:

@@ -47,7 +47,7 @@ def collect_by_block(
     whole = [list(batches), list(further) if needs.gram else []]
     first, more = ([batch.to(model.device) for batch in ranks.share(part)] for part in whole)
     held, probe = [*first, *more], next(part[-1] for part in reversed(whole) if part).to(model.device)
-    walk = BlockWalk(model, sites, held, weights, probe)
+    walk = BlockWalk(model, sites, held, weights, probe, aside=scratch if weights.streamed else None)
     if replace(needs, gram=False, clip=None) == Needs():
         yield from _grams(walk, sites, needs, is_finished, ranks)
         return

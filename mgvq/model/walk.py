@@ -5,9 +5,10 @@ is for what is done to one block behind the quantised prefix: its statistics, an
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mgvq.memory import in_file
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name, modules_before, rows_of_blocks
 from mgvq.model.hooks import before_forward, outputs_of
@@ -72,6 +74,7 @@ class _Kept:
 
     settled: list[str]
     outputs: dict[tuple[int, str], list[Any]] = field(default_factory=dict)  # by batch and name, call by call
+    put: Callable[[Tensor], Tensor] = lambda tensor: tensor  # to where it is kept
 
 
 class BlockWalk:
@@ -89,7 +92,8 @@ class BlockWalk:
 
     `weights`: where the weights of `sites` are; None: in the model. `probe`: the batch that shows how the model hangs together;
     None: the last of `batches`; that of all where these are the share of one of several processes. `like`: a walk over other
-    batches, which has found that out; None: two passes and one for every tower find it.
+    batches, which has found that out; None: two passes and one for every tower find it. `aside`: a folder whose files hold what
+    is kept of the blocks; None: memory does.
     """
 
     def __init__(
@@ -100,8 +104,11 @@ class BlockWalk:
         weights: Weights | None = None,
         probe: AnyBatch | None = None,
         like: "BlockWalk | None" = None,
+        aside: Path | None = None,
     ) -> None:
-        self.model, self.batches, self.weights = model, batches, weights or InModel(model)
+        self.model, self.batches, self.weights, self._aside = model, batches, weights or InModel(model), aside
+        if aside is not None:
+            aside.mkdir(parents=True, exist_ok=True)
         self._probe = batches[-1] if probe is None and batches else probe  # most images: the first may have none
         self._static = self._static_modules(sites) if like is None else like._static
         alone = [*self._static, *(site.name for site in sites if site.block is None)]
@@ -112,8 +119,12 @@ class BlockWalk:
         else:
             for row in self._not_chains(rows_of_blocks(sites)):
                 self._playing |= {name: [name] for name in row}
-        self._kept = {prefix: _Kept(list(self._static)) for prefix in get_args(PrefixName)}
+        self._kept = {prefix: _Kept(list(self._static), put=self.put) for prefix in get_args(PrefixName)}
         self._visited: list[str] = []
+
+    def put(self, values: Tensor) -> Tensor:
+        """The same numbers where what is kept of the blocks is."""
+        return values if self._aside is None else in_file(values, self._aside)
 
     def _static_modules(self, sites: Sequence[Site]) -> list[str]:
         if self._probe is None:
@@ -229,12 +240,13 @@ class BlockWalk:
     def calls(self, block: Block, prefix: PrefixName) -> list[Call]:
         """Every call of the block in passes over all batches, which end where the next block of its tower begins."""
         calls: list[Call] = []
-        number = 0
+        number, name = 0, block_name(block)
+        is_first = name == self._row[name][0]  # what goes into the others is kept as what comes out of a block
 
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(number, args, kwargs))
+            call = Call(number, args, kwargs)
+            calls.append(Call(number, *call.with_hidden(self.put(call.hidden))) if is_first else call)
 
-        name = block_name(block)
         behind = self._row[name][self._row[name].index(name) + 1 :][:1]
         hooks = {name: record, **dict.fromkeys(behind, _stop)}
         for number in range(len(self.batches)):
@@ -270,8 +282,9 @@ class Visit:
             return
         outputs: dict[int, list[Any]] = {}
         for one in passes:
-            outputs.setdefault(one.call.number, []).append(one.returned)
-            yield one
+            kept_one = replace(one, returned=_put(kept, one.returned))
+            outputs.setdefault(one.call.number, []).append(kept_one.returned)
+            yield kept_one
         for number, calls in outputs.items():
             _keep(kept, row, number, self.name, calls)
         kept.settled.append(self.name)
@@ -353,9 +366,10 @@ class _Player:
         self._outputs: list[Any] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._run(*args, **kwargs) if self._played is None else self._played[len(self._outputs)]
+        played = self._played
+        output = _put(self._kept, self._run(*args, **kwargs)) if played is None else played[len(self._outputs)]
         self._outputs.append(output)
-        if self._played is None:
+        if played is None:
             _keep(self._kept, self._row, self._number, self._name, self._outputs)
         return _fresh(output)
 
@@ -363,6 +377,13 @@ class _Player:
 def _find(kept: _Kept, row: Sequence[str], number: int, name: str) -> list[Any] | None:
     """The kept outputs of the module, or of one behind it in its row, whose input then does not matter."""
     return next((kept.outputs[number, n] for n in row[row.index(name) :] if (number, n) in kept.outputs), None)
+
+
+def _put(kept: _Kept, output: Any) -> Any:
+    """What a module has put out, its hidden states where they are kept."""
+    if type(output) is tuple:
+        return (kept.put(output[0]), *output[1:])
+    return kept.put(output) if isinstance(output, Tensor) else output
 
 
 def _keep(kept: _Kept, row: Sequence[str], number: int, name: str, outputs: list[Any]) -> None:

@@ -33,7 +33,7 @@ class Samples:
 
     batches: Sequence[AnyBatch]  # for gradients
     heldout: Sequence[AnyBatch]  # for choosing between steps
-    aside: Path | None = None  # a folder that is not there yet, for what streamed passes put aside; None: in memory
+    aside: Path | None = None  # a folder for what streamed passes put aside; None: it stays in memory
 
 
 def blockwise_rounding(

@@ -52,7 +52,7 @@ def sequential_rounding(
     walks = []
     for part in (samples.batches, samples.heldout):
         share = [on_device(batch, model) for batch in ranks.share(part)]
-        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None))
+        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None, aside=samples.aside))
     rounded = Rounded()
     with weights.unchanged(sites) as originals, tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):
@@ -152,8 +152,9 @@ class _Streams:
     """One block of a walk: what its layers read at full precision, and what they lack behind the quantised prefix.
 
     `places`: as another walk over the same model has found them; None: they are looked for. Activations are kept as the model has
-    them, in its dtype, until the moments of the layers that they are for are taken; the stream behind a block is the very tensor
-    that the walk goes on with. Of several processes (`ranks`) each has its own share of the batches in its walk.
+    them, in its dtype and where the walk keeps its own, until the moments of the layers that they are for are taken; the stream
+    behind a block is the very tensor that the walk goes on with. Of several processes (`ranks`) each has its own share of the
+    batches in its walk.
     """
 
     def __init__(
@@ -177,9 +178,9 @@ class _Streams:
         watched = {self._names[site] for site in firsts} | {after for _, after in self.places.values()}
         for one in self.visit.run("full_precision", sorted(watched - _ENDS)):
             for site in firsts:
-                self._inputs[site.reads].append(_at(one, self._names[site]))
+                self._inputs[site.reads].append(walk.put(_at(one, self._names[site])))
             for site, (_, after) in self.places.items():
-                self._behind[site].append(_at(one, after))
+                self._behind[site].append(_at(one, after) if after == _EXIT else walk.put(_at(one, after)))
 
     def moments(self, together: Sequence[Site]) -> dict[Site, _Moments]:
         """The moments of layers that read the same activations, taken once; zeros where no sample reaches them.

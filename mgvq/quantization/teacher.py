@@ -62,10 +62,9 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `aside`: a folder that is
-    not there yet, for what streamed passes put aside; None: gradients take passes with a graph through all blocks, whatever they
-    hold in memory. Several processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there
-    is no held-out sample.
+    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `aside`: a folder for what
+    streamed passes put aside; None: it stays in memory, and gradients take passes with a graph through all blocks. Several
+    processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there is no held-out sample.
     """
 
     def __init__(
@@ -95,8 +94,8 @@ class Teacher:
             )
             if source != "sft" and not (weights and weights.streamed):
                 self._keep_logs()
-        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model))
-        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk)
+        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
+        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)
@@ -138,7 +137,7 @@ class Teacher:
         def losses(number: int) -> Mapping[str, LossOf]:
             return {self.source: self._losses(self.batches[number], self._taught[number])}
 
-        with Boundaries(self._aside) as boundaries:
+        with Boundaries(self._aside / f"activations-{self._ranks.rank}") as boundaries:
             passed = relay(self._walk, row, len(self.batches), losses, _Sums, lambda block: block in blocks, boundaries)
             for block, received in passed:
                 sums = self._ranks.total("gradient", received.sums)

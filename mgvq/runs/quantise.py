@@ -128,7 +128,7 @@ def quantised(
         finished = OfTheFirst(ranks, {} if finished is None else finished)
     bits, dtype, aside = cfg.budget.bits_per_weight, loaded.stored_dtype, Path(cfg.paths.results) / "partial" / run_id(cfg)
     if walked is not None and loaded.streamed is not None:
-        walked = replace(walked, aside=aside / f"activations-{ranks.rank}")
+        walked = replace(walked, aside=aside)
     with disk_faults_told(aside):
         return quantize(loaded.model, sites, bank, method, bits, walked, finished, dtype, loaded.streamed, ranks)
 

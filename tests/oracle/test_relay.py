@@ -126,7 +126,7 @@ def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(family: str, sou
             model.model.get_parameter(f"{site.name}.weight").data.mul_(1.01)
         relayed.settle(block)
         assert relayed.heldout_loss() == plain.heldout_loss()
-    assert not list(tmp_path.iterdir()), "what was put aside is gone"
+    assert not list((tmp_path / "aside").iterdir()), "what was put aside is gone"
 
 
 def test_a_disk_that_is_full_of_activations_is_told(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
