@@ -58,7 +58,7 @@ def collect_by_block(
         return losses(needs, held[number], seed)
 
     def received_by(_: Block) -> _Received:
-        sums = StatisticsSums(needs)
+        sums = StatisticsSums(needs, walk.put)
         sums.num_answers = sum(map(num_answers, first))
         return _Received(held, sums)
 
@@ -145,7 +145,7 @@ def _grams(
     held = [batch for batch in walk.batches if isinstance(batch, Batch)]  # statistics are taken of batches that are not packed
     rows, watch, reached = [Rows.of(batch) for batch in held], Watch(), set[Site]()
     for block in progress(list(by_block(sites)), "blocks of statistics"):
-        visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs), is_finished(block)
+        visit, sums, finished = walk.visit(block, {}), StatisticsSums(needs, walk.put), is_finished(block)
         sums.num_answers = sum(map(num_answers, held))
         names = {site: site.name.removeprefix(visit.name).removeprefix(".") for site in block}
         for one in visit.run("full_precision", list(names.values())):

@@ -106,7 +106,10 @@ class KroneckerFisher:
             return pair
         answers = max(1, stats.num_answers)
         if self.fusion == "kron":
-            terms = [(stats.gram[m] / max(1, stats.num_tokens[m]), stats.fisher[m] / answers) for m in MODALITIES]
-            h_in, h_out = nearest_kronecker(terms, self.rounds or _ROUNDS)
-            return balanced(h_in.float(), h_out.float())
+            # Of a modality without tokens the term is zero; in a wide layer every matrix that is there at a time counts.
+            seen = [m for m in MODALITIES if stats.num_tokens[m]] or MODALITIES[:1]
+            terms = [(stats.gram[m] / max(1, stats.num_tokens[m]), stats.fisher[m] / answers) for m in seen]
+            wide = [*nearest_kronecker(terms, self.rounds or _ROUNDS)]
+            del terms
+            return balanced(wide.pop(0).float(), wide.pop(0).float())
         return balanced(pooled(stats, weights), torch.stack([stats.fisher[m] for m in MODALITIES]).sum(0) / answers)

@@ -114,11 +114,11 @@ class StatisticsSums:
     """Keeps sums by statistic and layer, in float64, and makes the statistics of a layer from them in the end.
 
     A sum that nothing was added to is a tensor of zeros, which layers of one shape share: for a modality that the data does not
-    have, zeros of their own would fill gigabytes.
+    have, zeros of their own would fill gigabytes. `put` says where sums are kept (`BlockWalk.put`); None: in memory.
     """
 
-    def __init__(self, needs: Needs) -> None:
-        self.needs = needs
+    def __init__(self, needs: Needs, put: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.needs, self._put = needs, put
         self.num_answers = 0
         self._num_tokens: Counter[tuple[str, Modality]] = Counter()  # of the inputs, by what reads them
         self._num_answered: Counter[tuple[str, Modality]] = Counter()  # of the gradients of right answers, by layer
@@ -130,7 +130,7 @@ class StatisticsSums:
         if key in self._tensors:
             self._tensors[key] += value
         else:
-            self._tensors[key] = value.double()
+            self._tensors[key] = value.double() if self._put is None else self._put(value.double())
 
     def add_up(self, ranks: Ranks) -> None:
         """Let these be the sums of all processes."""

@@ -118,7 +118,8 @@ def relay(
             receiver = receiver_of(row[place]) if is_wanted(row[place]) else None
             block = _Backward(walk, row, place, boundaries, before, receiver, look)
             for number in reached:
-                gradients[number] = block.run(number, gradients.get(number, {}), graph=number < num_first)
+                found = block.run(number, gradients.get(number, {}), graph=number < num_first)
+                gradients[number] = {kind: walk.put(gradient) for kind, gradient in found.items()}
             del block
             if receiver is not None:
                 yield row[place], receiver
@@ -183,7 +184,8 @@ def _behind(
         if leaves:
             kinds = list(at_states)
             found[number] = {
-                kind: back([states], [gradient], leaves, last=kind == kinds[-1])[0] for kind, gradient in at_states.items()
+                kind: walk.put(back([states], [gradient], leaves, last=kind == kinds[-1])[0])
+                for kind, gradient in at_states.items()
             }
     return found
 

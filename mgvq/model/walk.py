@@ -111,12 +111,12 @@ class BlockWalk:
             aside.mkdir(parents=True, exist_ok=True)
         self._probe = batches[-1] if probe is None and batches else probe  # most images: the first may have none
         self._static = self._static_modules(sites) if like is None else like._static
-        alone = [*self._static, *(site.name for site in sites if site.block is None)]
-        self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
-        self._playing = dict(self._row)  # the row in which a block's output may stand for those of the blocks before it
         if like is not None:
-            self._playing = like._playing
+            self._row, self._playing = like._row, like._playing
         else:
+            alone = [*self._static, *(site.name for site in sites if site.block is None)]
+            self._row = {name: row for row in [*([name] for name in alone), *rows_of_blocks(sites)] for name in row}
+            self._playing = dict(self._row)  # the row in which a block's output may stand for those of the blocks before it
             for row in self._not_chains(rows_of_blocks(sites)):
                 self._playing |= {name: [name] for name in row}
         self._kept = {prefix: _Kept(list(self._static), put=self.put) for prefix in get_args(PrefixName)}

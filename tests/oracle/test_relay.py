@@ -106,13 +106,17 @@ def test_rows_that_are_no_chain_are_not_relayed(family: str) -> None:
 
 
 @pytest.mark.parametrize("source", ["kl", "sft"])
-def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(family: str, source: str, tmp_path) -> None:
+def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(
+    family: str, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
     """At every block, with those before it changed and settled, three blocks at a time: across towers too."""
     model = loaded(family, streamed=False)
     sites, (gradient, heldout) = list_sites(model.model, "all"), batches(model)
     blocks = list(by_block(sites))
     relayed = Teacher(model.model, sites, gradient, heldout, source, aside=tmp_path / "aside")
     plain = Teacher(model.model, sites, gradient, heldout, source)
+    in_one_pass = []
+    monkeypatch.setattr(relayed, "gradient", lambda sites: in_one_pass.append(sites[0].tower) or plain.gradient(sites))
     model.model.get_parameter(f"{blocks[-1][0].name}.weight").data.mul_(1.1)  # else the model is its own teacher
     for number, block in enumerate(blocks):
         together = blocks[number : number + 3]
@@ -126,6 +130,8 @@ def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(family: str, sou
             model.model.get_parameter(f"{site.name}.weight").data.mul_(1.01)
         relayed.settle(block)
         assert relayed.heldout_loss() == plain.heldout_loss()
+    # The last two vision blocks and the projector, with which others follow; and the last block, behind which there is none.
+    assert in_one_pass == ["vision"] * 2 + ["projector"] * in_one_pass.count("projector") + ["language"]
     assert not list((tmp_path / "aside").iterdir()), "what was put aside is gone"
 
 
