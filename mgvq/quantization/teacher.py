@@ -88,14 +88,14 @@ class Teacher:
         if both := {i for b in batches for i in b.sample_ids} & {i for b in heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         self.batches, self.heldout = ([on_device(b, model) for b in ranks.share(part)] for part in (batches, heldout))
+        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
+        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
         with torch.inference_mode():
             self._taught, self._taught_heldout = (
-                [_Taught(answer_states(model, b)) for b in part] for part in (self.batches, self.heldout)
+                [_Taught(self._walk.put(answer_states(model, b))) for b in part] for part in (self.batches, self.heldout)
             )
             if source != "sft" and not (weights and weights.streamed):
                 self._keep_logs()
-        self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
-        self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
                 taught.blocks = self._blocks(sites, batch)
