@@ -8,9 +8,10 @@ from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.codebook.kmeans import KMeans
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.data.tiny_vqa.dataset import draw_test
-from mgvq.errors import UserError
+from mgvq.errors import SharedFault, UserError
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import list_sites, site_weights
+from mgvq.model.weights import InModel
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
@@ -193,3 +194,24 @@ def test_a_loop_that_was_stopped_goes_on_to_the_same_bits(loop, room, start, tmp
         assert torch.equal(rounded.decoded[site], whole.decoded[site])
         assert rounded.stored[site].tensors().keys() == whole.stored[site].tensors().keys()
         assert all(torch.equal(t, whole.stored[site].tensors()[role]) for role, t in rounded.stored[site].tensors().items())
+
+
+class Forgetting(dict):
+    """A folder that gradients could not be written to."""
+
+    def __setitem__(self, name, value):
+        if "gradient" not in name:
+            super().__setitem__(name, value)
+
+
+def test_a_gradient_that_could_not_be_kept_is_told_where_memory_is_scarce(loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another one would be taken, at other weights."""
+    settings = dict(start="rounded", refresh=2)
+    _, table, _ = loop(**settings)
+    kept = Forgetting()
+    _, blocks, _ = loop(finished=kept, **settings)
+    assert blocks.equals(table)
+    assert not [name for name in kept if "gradient" in name]
+    monkeypatch.setattr(InModel, "streamed", True)
+    with pytest.raises(SharedFault, match=r"gradient-.* cannot be read back"):
+        loop(finished=Forgetting(), **settings)

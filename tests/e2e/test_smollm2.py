@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import files, numbers
+from conftest import run_command
 from hydra import compose, initialize_config_dir
 
 from mgvq.calibration.text import Text
@@ -93,3 +96,18 @@ def test_mixed_bits_save_the_layer_that_makes_the_massive_activation(smollm2: Lo
     full = loss(smollm2)
     assert loss_of(smollm2, [site], "method=kmeans_ldlq", "calibration=text") > full + 5
     assert loss_of(smollm2, [site], "method=mgvq_no_gradient", "calibration=text") < full + 0.3
+
+
+@pytest.mark.trust
+@pytest.mark.parametrize("method", ["mgvq2", "mgvq"])
+def test_a_streamed_run_of_it_has_the_files_of_a_resident_one(method: str, tmp_path: Path) -> None:
+    """All its 30 blocks, with few samples and small codes: minutes."""
+    settings = {"mgvq2": ["codebook.state_bits=8"], "mgvq": ["codebook.sample=64", "compensation.refresh=10"]}[method]
+    few = ["calibration.num_samples=2", "calibration.heldout_samples=2", "evaluation.num_passages=2"]
+    found = {}
+    for memory in ("resident", "streamed"):
+        words = ["model=smollm2", "calibration=text", "evaluation=perplexity", f"method={method}", f"memory={memory}"]
+        run_command("mgvq.cli.run", *words, *few, *settings, results=tmp_path / memory)
+        (done,) = (tmp_path / memory).glob("runs/*/DONE")
+        found[memory] = done.parent.name, files(done.parent), numbers(done.parent)
+    assert found["streamed"] == found["resident"]

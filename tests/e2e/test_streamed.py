@@ -1,6 +1,5 @@
 """`memory=streamed`: one block in memory at a time, and the bytes of a run with the whole model in memory."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compared_runs import files, numbers
 from conftest import FAMILIES, ROOT, run_command, sampled
 from forks import shared_forks
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ METHODS = {
 }  # fmt: skip
 CASES = [(family, method) for method in ("mgvq2", "mgvq") for family in FAMILIES]
 CASES += [("tiny_internvl", method) for method in list(METHODS)[2:]]
-OF_THE_RUN = ("config.yaml", "provenance.json", "metrics.json", "quantization.json")  # with the mode, seconds and peak memory
 
 
 @pytest.mark.parametrize(("family", "method"), sampled(CASES, 2))
@@ -49,16 +48,6 @@ def test_a_streamed_run_has_the_files_of_a_resident_one(family: str, method: str
     assert folders["resident"].name == folders["streamed"].name, "the mode does not count for a run's name"
     assert files(folders["streamed"]) == files(folders["resident"])
     assert numbers(folders["streamed"]) == numbers(folders["resident"])
-
-
-def files(run: Path) -> dict[str, str]:
-    digests = json.loads((run / "DONE").read_text())
-    return {name: digest for name, digest in digests.items() if name not in OF_THE_RUN}
-
-
-def numbers(run: Path) -> dict[str, Any]:
-    metrics = json.loads((run / "metrics.json").read_text())
-    return {name: value for name, value in metrics.items() if not name.startswith(("time/", "memory/"))}
 
 
 def test_a_stopped_collection_goes_on_and_a_damaged_block_is_collected_again(tmp_path: Path) -> None:
