@@ -1,7 +1,7 @@
 """Rounding block by block, towards targets that a gradient has moved; how far is chosen on held-out samples."""
 
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -130,6 +130,11 @@ def _entry(sweep: int, block: Block) -> str:
     return f"sweep-{sweep}-gradient-{block[0].name}"
 
 
+def _finite(loss: float) -> float:
+    """The loss, which counts as infinite where it is no number."""
+    return loss if math.isfinite(loss) else math.inf
+
+
 def _row(sweep: int, block: Block, trial: _Trial, norm: float, before: float, *, chosen: bool) -> dict[str, Any]:
     """What the table says of a trial."""
     where = {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": block[0].name}
@@ -211,16 +216,22 @@ class _Loop:
         if sweep and math.isnan(self.loss):
             self.loss = self.teacher.heldout_loss()
         before = self.loss if sweep else math.nan
-        with self.weights.unchanged(block) as weights, factors_kept():
-            tried = list(self._trials(block, gradient, dict(weights), steps, before))
-            best, draft = min(tried, key=lambda one: one[0].loss if math.isfinite(one[0].loss) else math.inf)
+        with self.weights.unchanged(block) as present, factors_kept():
+            tried, best, draft = list[_Trial](), None, None
+            for trial, its_draft in self._trials(block, gradient, present, steps, before):
+                tried.append(replace(trial, targets={}, rounded=Rounded()))  # two sets of layers are there at a time, no more
+                if best is None or _finite(trial.loss) < _finite(best.loss):
+                    best, draft = trial, its_draft
+                del trial, its_draft
+        assert best is not None, "there is a step"
+        assert draft is not None
         improves = math.isfinite(best.loss) and not best.loss >= before  # before is NaN in the first sweep: anything will do
         if not improves and not math.isfinite(before):
             raise UserError(
                 f"{name} and its block: the loss on the held-out samples is not finite, whatever step is taken. The model's "
                 "answers leave the range of its dtype: set model.dtype=float32; or compensation=hessian, which asks for no loss."
             )
-        rows = [_row(sweep, block, trial, norm, before, chosen=improves and trial is best) for trial, _ in tried]
+        rows = [_row(sweep, block, one, norm, before, chosen=improves and one.step == best.step) for one in tried]
         if not improves:
             return _Visit(None, rows, self.num_ahead)
         return _Visit(replace(best, rounded=draft.judged()), rows, self.num_ahead)
@@ -285,9 +296,10 @@ class _Loop:
         """Step after step, as far as the quadratic model leads (`_leads_on`), with what the errors can be found from."""
         last = _Point(0.0, before, 0.0)
         earlier = self._earlier_targets(block)
-        aims = {site: self._aim(site, gradient.get(site), present[site], earlier.get(site)) for site in block}
+        aims = {site: self._aim(site, gradient.get(site), present, earlier.get(site)) for site in block}
+        del earlier
         for step, larger in zip(steps, [*steps[1:], None], strict=True):
-            targets = {site: aim.moved(step) for site, aim in aims.items()}
+            targets = {site: self.teacher.put(aim.moved(step)) for site, aim in aims.items()}
             flags: list[str] = []
             cache, name = self.cache, "feedback"
             if step:  # a refit moves the tables anyway, to where the codes of the moved target want them
@@ -295,8 +307,9 @@ class _Loop:
             draft = self.rounder.draft(cache, self.rates, block, flags, name)
             rounded = draft.rounded
             self.weights.install(rounded.decoded, rounded.stored)
-            change = {site: (rounded.decoded[site] - weight.float()).cpu() for site, weight in present.items()}
-            first_order = sum((float((g * change[site]).sum()) for site, g in gradient.items()), 0.0)
+            first_order = sum(
+                (float((g * (rounded.decoded[site] - present[site].float()).cpu()).sum()) for site, g in gradient.items()), 0.0
+            )
             promised = sum((aim.promised(targets[site]) for site, aim in aims.items()), 0.0)
             here = _Point(step, self.teacher.heldout_loss(), promised)
             yield _Trial(step, targets, rounded, flags, here.loss, first_order), draft
@@ -304,6 +317,7 @@ class _Loop:
                 return
             if math.isfinite(here.loss):
                 last = here
+            del targets, cache, draft, rounded  # while the next trial is made
 
     def _earlier_targets(self, block: Block) -> Mapping[Site, Tensor]:
         """What the layers of the block were rounded to in earlier sweeps.
@@ -320,20 +334,20 @@ class _Loop:
             found |= visit.chosen.targets
         return found
 
-    def _aim(self, site: Site, gradient: Tensor | None, present: Tensor, earlier: Tensor | None) -> "_Aim":
+    def _aim(self, site: Site, gradient: Tensor | None, present: Mapping[Site, Tensor], earlier: Tensor | None) -> "_Aim":
         problem = self.cache.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
         target = problem.target
         if gradient is None:
-            return _Aim(self.shift, problem.metric, target, None)
+            return _Aim(self.shift, problem.metric, target, None, self.teacher.put)
         gradient = gradient.to(target.device)
         if problem.transform:
             gradient = problem.transform.weight(gradient)
             assert gradient is not None, "a transform gives a weight for a weight"
         if earlier is not None:  # an earlier sweep has rounded it, with an error that the gradient knows
             target = earlier.to(target.device)  # one that was read back is on the CPU
-            gradient = without_own_error(gradient, problem.metric, problem.of_model(present) - target)
-        return _Aim(self.shift, problem.metric, target, gradient)
+            gradient = without_own_error(gradient, problem.metric, problem.of_model(present[site]) - target)
+        return _Aim(self.shift, problem.metric, self.teacher.put(target), self.teacher.put(gradient), self.teacher.put)
 
 
 @dataclass(frozen=True)
@@ -344,11 +358,12 @@ class _Aim:
     metric: Metric
     target: Tensor
     gradient: Tensor | None  # None: it is not moved
+    put: Callable[[Tensor], Tensor]  # to where what waits for other trials is kept
 
     @cached_property
     def _direction(self) -> Tensor:
         assert self.gradient is not None
-        return self.shift.direction(self.metric, self.gradient)
+        return self.put(self.shift.direction(self.metric, self.gradient))
 
     def moved(self, step: float) -> Tensor:
         """The target that a step leads to, float32."""

@@ -65,7 +65,7 @@ class Limits:
         return least_damage(torch.cat(products), torch.ones(1), bits)
 
     def _of(self, factor: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
-        digest = hashlib.sha256(factor.detach().cpu().contiguous().numpy()).digest()
+        digest = hashlib.sha256(factor.detach().cpu().contiguous().numpy().data).digest()
         if digest not in self._eigenvalues:
             self._eigenvalues[digest] = eigenvalues(factor)
         return self._eigenvalues[digest]

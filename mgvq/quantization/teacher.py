@@ -112,6 +112,10 @@ class Teacher:
     def _expected(self, taught: _Taught, few: slice) -> Float[Tensor, "few vocabulary"]:
         return logits(self.model, taught.states[few]).log_softmax(-1) if taught.logs is None else taught.logs[few]
 
+    def put(self, values: Tensor) -> Tensor:
+        """The same numbers where what streamed passes put aside is (`BlockWalk.put`)."""
+        return self._walk.put(values)
+
     def settle(self, block: Block) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
         for walk in (self._walk, self._heldout_walk):

@@ -72,6 +72,8 @@ class Quadratic(Teacher):
 
     def settle(self, block): ...
     def unsettle(self): ...
+    def put(self, values):
+        return values
 
 
 def without_outliers(problem, number):
