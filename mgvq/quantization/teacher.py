@@ -146,7 +146,7 @@ class Teacher:
             for block, received in passed:
                 sums = self._ranks.total("gradient", received.sums)
                 del received
-                yield block, {site: (sums.pop(site) / max(1, num_answers)).float() for site in block}
+                yield block, {site: self.put((sums.pop(site) / max(1, num_answers)).float()) for site in block}
 
     def _rest_of_tower(self, block: Block) -> list[Block]:
         """The block and those of its tower behind it."""

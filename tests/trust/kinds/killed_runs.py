@@ -62,17 +62,17 @@ def start(case: str, results: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def entries(results: Path, which: str = "") -> int:
-    """What a next start would go on behind: all, or those with that in their names."""
+def entries(results: Path, which: str = "*") -> int:
+    """What a next start would go on behind: all, or those of such names."""
     try:
-        return len(list((results / "partial").glob(f"*/*{which}*.entry")))
+        return len(list((results / "partial").glob(f"*/{which}.entry")))
     except FileNotFoundError:  # the run has come to its end meanwhile, and has taken their folder away
         return 0
 
 
 def blocks(results: Path) -> int:
     """The rounded blocks, and those whose statistics are there: of a streamed run each has a file of its own."""
-    return len(list((results / "cache" / "statistics").glob("*/block-*.safetensors"))) + entries(results, "block-")
+    return len(list((results / "cache" / "statistics").glob("*/block-*.safetensors"))) + entries(results, "*block-*")
 
 
 def finish(case: str, results: Path) -> int:
