@@ -102,11 +102,12 @@ def anonymous(pid: int) -> int:
 
 def table(runs: Sequence[Measured]) -> str:
     """All runs as a table, with what they are of."""
+    pairs = len(runs) > len({run.model for run in runs})
+    both = " Streamed and resident runs of the same settings have written the same bytes." if pairs else ""
     lines = [
         "A language model of the shape of LLaVA-OneVision-0.5B's (hidden 896, intermediate 4864, 151,936 tokens, tied; with 24 "
         "blocks 494 M weights), random weights in bfloat16; `scope=language calibration=text`, computed in float32 on one core. "
-        "Peak: anonymous memory of the process, in 10^9 bytes. Streamed and resident runs of the same settings have written the "
-        "same bytes.\n",
+        f"Peak: anonymous memory of the process, in 10^9 bytes.{both}\n",
         "| settings | blocks | passages | memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
