@@ -10,7 +10,7 @@ from mgvq.curvature.fusion import Weights, balanced, check_clip, equal_weights, 
 from mgvq.errors import UserError
 from mgvq.linalg import DiagonalPlusLowRank, nearest_kronecker
 from mgvq.model.lazy import Lazy
-from mgvq.types import MODALITIES, Kronecker, Metric, Needs, Site, SiteStats, StatsBank
+from mgvq.types import MODALITIES, Kronecker, Metric, Modality, Needs, Site, SiteStats, StatsBank
 
 _ROUNDS = 3
 
@@ -107,7 +107,7 @@ class KroneckerFisher:
         answers = max(1, stats.num_answers)
         if self.fusion == "kron":
             # Of a modality without tokens the term is zero; in a wide layer every matrix that is there at a time counts.
-            seen = [m for m in MODALITIES if stats.num_tokens[m]] or MODALITIES[:1]
+            seen: list[Modality] = [m for m in MODALITIES if stats.num_tokens[m]] or [MODALITIES[0]]
             terms = [(stats.gram[m] / max(1, stats.num_tokens[m]), stats.fisher[m] / answers) for m in seen]
             wide = [*nearest_kronecker(terms, self.rounds or _ROUNDS)]
             del terms
