@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 _STRUCTURE = "structure"  # the one key of the metadata
-_DTYPES = {
+_DTYPES = {  # by their names in a safetensors header
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -26,7 +26,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
-}  # fmt: skip  (by their names in a safetensors header)
+}
 
 
 def to_bytes(value: Any) -> bytes:

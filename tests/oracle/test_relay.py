@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mgvq.calibration.tiny_vqa import TinyVQA
-from mgvq.curvature.block_statistics import collect_by_block
+from mgvq.curvature.block_statistics import _rows, collect_by_block
 from mgvq.curvature.statistics import collect
 from mgvq.errors import SharedFault
 from mgvq.model.blocks import by_block
@@ -103,6 +103,15 @@ def test_rows_that_are_no_chain_are_not_relayed(family: str) -> None:
     assert not relays(walk, row[:1]), "one block has nothing to relay"
     assert not relays(walk, [row[0], *row[2:]]), "a block in between would be passed over"
     assert not relays(walk, [vision[0], row[1]]), "they are not of one tower"
+
+
+def test_what_several_passes_give_is_not_relayed(family: str) -> None:
+    model = loaded(family, streamed=False)
+    sites = list_sites(model.model, "language")
+    walk = BlockWalk(model.model, sites, [batch.to(model.model.device) for batch in batches(model)[0]])
+    blocks = list(by_block(sites))
+    assert _rows(walk, sites, EVERYTHING) == [blocks]
+    assert _rows(walk, sites, replace(EVERYTHING, power_rounds=1)) == [[block] for block in blocks]
 
 
 @pytest.mark.parametrize("source", ["kl", "sft"])
