@@ -381,9 +381,11 @@ def _find(kept: _Kept, row: Sequence[str], number: int, name: str) -> list[Any] 
 
 def _put(kept: _Kept, output: Any) -> Any:
     """What a module has put out, its hidden states where they are kept."""
-    if type(output) is tuple:
+    if isinstance(output, Tensor):
+        return kept.put(output)
+    if type(output) is tuple and output and isinstance(output[0], Tensor):
         return (kept.put(output[0]), *output[1:])
-    return kept.put(output) if isinstance(output, Tensor) else output
+    return output  # of a tower out of scope, whatever its class gives
 
 
 def _keep(kept: _Kept, row: Sequence[str], number: int, name: str, outputs: list[Any]) -> None:
