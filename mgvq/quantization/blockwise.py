@@ -33,7 +33,7 @@ class Samples:
 
     batches: Sequence[AnyBatch]  # for gradients
     heldout: Sequence[AnyBatch]  # for choosing between steps
-    aside: Path | None = None  # a folder for what streamed passes put aside; None: it stays in memory
+    folder: Path | None = None  # for files of what the loop keeps and memory need not hold; None: memory holds it
 
 
 def blockwise_rounding(
@@ -78,7 +78,7 @@ def blockwise_rounding(
     run their own shares of the samples; the losses by which steps are chosen are those of all.
     """
     blocks, finished, weights = list(by_block(sites)), {} if finished is None else finished, weights or InModel(model)
-    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks, samples.aside)
+    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks, samples.folder)
     with weights.unchanged(sites):
         loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
         sweeps = shift.sweeps + loop.starts_rounded

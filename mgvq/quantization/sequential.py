@@ -49,10 +49,10 @@ def sequential_rounding(
     finished, weights = {} if finished is None else finished, weights or InModel(model)
     if tuner is not None:
         ranks = ALONE
-    walks = []
+    walks, aside = list[BlockWalk](), samples.folder if weights.streamed else None
     for part in (samples.batches, samples.heldout):
         share = [on_device(batch, model) for batch in ranks.share(part)]
-        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None, aside=samples.aside))
+        walks.append(BlockWalk(model, sites, share, weights, on_device(part[-1], model) if part else None, aside=aside))
     rounded = Rounded()
     with weights.unchanged(sites) as originals, tuner.restored() if tuner else nullcontext():
         for number, block in enumerate(progress(list(by_block(sites)), "blocks")):

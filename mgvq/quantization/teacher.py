@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import disk_usage
 
 import torch
 from jaxtyping import Float
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
+from mgvq.memory import in_file
 from mgvq.model.answers import answer_states, logits, logs_in_runs, vocabulary_of
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
@@ -20,7 +22,8 @@ from mgvq.model.weights import Weights
 from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Site
 
-_MOST_KEPT = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
+_IN_MEMORY = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
+_IN_FILES = 2**31  # eight gigabytes
 
 
 @dataclass
@@ -32,7 +35,8 @@ class _Taught:
     """
 
     states: Float[Tensor, "answers hidden"]  # what the head reads for the answers
-    logs: Float[Tensor, "answers vocabulary"] | None = None  # log-probabilities; None: computed anew whenever they are needed
+    # Log-probabilities, by where their run of answers starts; a run that is not there is computed whenever it is needed.
+    logs: dict[int, Float[Tensor, "few vocabulary"]] = field(default_factory=dict)
     blocks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by block: its output, and the weight of every token
 
 
@@ -62,9 +66,11 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `aside`: a folder for what
-    streamed passes put aside; None: it stays in memory, and gradients take passes with a graph through all blocks. Several
-    processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there is no held-out sample.
+    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `folder`: where files hold
+    log-probabilities of the model; None: memory does, and fewer of them. `relayed`: gradients go from block to block, and those
+    files hold activations too, else they take passes with a graph through all blocks; None: where the weights are streamed.
+    Several processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there is no held-out
+    sample.
     """
 
     def __init__(
@@ -76,9 +82,12 @@ class Teacher:
         source: str,
         weights: Weights | None = None,
         ranks: Ranks = ALONE,
-        aside: Path | None = None,
+        folder: Path | None = None,
+        relayed: bool | None = None,
     ) -> None:
-        self.model, self.source, self._ranks, self._aside = model, source, ranks, aside
+        relayed = weights is not None and weights.streamed if relayed is None else relayed
+        aside = folder if relayed else None
+        self.model, self.source, self._ranks, self._folder, self._aside = model, source, ranks, folder, aside
         self._by_block: list[Block] = list(by_block(sites))
         batches, heldout = list(batches), list(heldout)
         if not heldout:
@@ -94,7 +103,7 @@ class Teacher:
             self._taught, self._taught_heldout = (
                 [_Taught(self._walk.put(answer_states(model, b))) for b in part] for part in (self.batches, self.heldout)
             )
-            if source != "sft" and not (weights and weights.streamed):
+            if source != "sft":
                 self._keep_logs()
         if source == "block":
             for batch, taught in zip(self.batches, self._taught, strict=True):
@@ -102,15 +111,25 @@ class Teacher:
 
     def _keep_logs(self) -> None:
         """Of the held-out samples first, which are looked at most often."""
-        room = _MOST_KEPT // vocabulary_of(self.model)
+        folder = self._folder if self.model.device.type == "cpu" else None
+        room = self._room(folder) // vocabulary_of(self.model)
         for taught in (*self._taught_heldout, *self._taught):
             if len(taught.states) > room:
                 return
             room -= len(taught.states)
-            taught.logs = torch.cat([logs for _, logs in logs_in_runs(self.model, taught.states)])
+            for few, logs in logs_in_runs(self.model, taught.states):
+                taught.logs[few.start] = logs if folder is None else in_file(logs, folder)
+
+    def _room(self, folder: Path | None) -> int:
+        """How many log-probabilities are kept, of 4 bytes each: in files at most a quarter of what the disk has free."""
+        if folder is None:
+            return 0 if self._aside is not None else _IN_MEMORY
+        folder.mkdir(parents=True, exist_ok=True)
+        return min(_IN_FILES, disk_usage(folder).free // 16)
 
     def _expected(self, taught: _Taught, few: slice) -> Float[Tensor, "few vocabulary"]:
-        return logits(self.model, taught.states[few]).log_softmax(-1) if taught.logs is None else taught.logs[few]
+        kept = taught.logs.get(few.start)
+        return logits(self.model, taught.states[few]).log_softmax(-1) if kept is None else kept
 
     def put(self, values: Tensor) -> Tensor:
         """The same numbers where what streamed passes put aside is (`BlockWalk.put`)."""

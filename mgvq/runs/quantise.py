@@ -126,10 +126,10 @@ def quantised(
         walked = samples_as_batches(loaded, drawn, for_grams=method.prefix is not None)
     if ranks.size > 1 and method.is_blockwise:
         finished = OfTheFirst(ranks, {} if finished is None else finished)
-    bits, dtype, aside = cfg.budget.bits_per_weight, loaded.stored_dtype, Path(cfg.paths.results) / "partial" / run_id(cfg)
-    if walked is not None and loaded.streamed is not None:
-        walked = replace(walked, aside=aside)
-    with disk_faults_told(aside):
+    bits, dtype, folder = cfg.budget.bits_per_weight, loaded.stored_dtype, Path(cfg.paths.results) / "partial" / run_id(cfg)
+    if walked is not None:
+        walked = replace(walked, folder=folder)
+    with disk_faults_told(folder):
         return quantize(loaded.model, sites, bank, method, bits, walked, finished, dtype, loaded.streamed, ranks)
 
 

@@ -122,7 +122,7 @@ def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(
     model = loaded(family, streamed=False)
     sites, (gradient, heldout) = list_sites(model.model, "all"), batches(model)
     blocks = list(by_block(sites))
-    relayed = Teacher(model.model, sites, gradient, heldout, source, aside=tmp_path / "aside")
+    relayed = Teacher(model.model, sites, gradient, heldout, source, folder=tmp_path / "aside", relayed=True)
     plain = Teacher(model.model, sites, gradient, heldout, source)
     in_one_pass = []
     monkeypatch.setattr(relayed, "gradient", lambda sites: in_one_pass.append(sites[0].tower) or plain.gradient(sites))

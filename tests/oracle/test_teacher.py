@@ -6,11 +6,12 @@ import torch
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.errors import UserError
-from mgvq.model.answers import answer_logits
+from mgvq.model.answers import answer_logits, num_answers, vocabulary_of
 from mgvq.model.blocks import block_name, by_block
 from mgvq.model.encode import batches
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import linear, list_sites
+from mgvq.quantization import teacher
 from mgvq.quantization.teacher import Teacher
 from mgvq.types import Metric
 
@@ -185,6 +186,30 @@ def test_runs_of_rows_are_moved_by_their_own_metric() -> None:
     for rows, h in ((slice(0, 3), first), (slice(3, 5), second)):
         alone = moved_by(compensation(), weight[rows], Metric((h,)), gradient[rows], 1.0)
         torch.testing.assert_close(moved[rows], alone)
+
+
+@pytest.mark.parametrize("room", [0, 1, 2**20])
+def test_log_probabilities_that_are_kept_are_those_of_the_head(
+    loaded, monkeypatch: pytest.MonkeyPatch, tmp_path, room: int
+) -> None:
+    """Of no batch, of some of the answers and of all, in files as in memory."""
+    examples, sites = draw(), list_sites(loaded.model, "language")
+    parts = [list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples)]
+    monkeypatch.setattr(teacher, "_IN_FILES", room * vocabulary_of(loaded.model) * num_answers(parts[1][0]))
+    in_files, in_memory = Teacher(loaded.model, sites, *parts, "kl", folder=tmp_path), Teacher(loaded.model, sites, *parts, "kl")
+    kept = [bool(taught.logs) for taught in (*in_files._taught_heldout, *in_files._taught)]
+    assert kept == [room > number for number in range(len(kept))] if room < 2 else all(kept)
+    assert all(taught.logs for taught in (*in_memory._taught_heldout, *in_memory._taught))
+    assert not list(tmp_path.iterdir()), "the files have no names"
+    weight, block = linear(loaded.model, sites[0]).weight, next(by_block(sites))
+    own = weight.detach().clone()
+    weight.data.mul_(1.1)  # else the model is its own teacher
+    try:
+        assert in_files.heldout_loss() == in_memory.heldout_loss() > 0
+        one, other = in_files.gradient(block), in_memory.gradient(block)
+        assert all(torch.equal(one[site], other[site]) for site in block)
+    finally:
+        weight.data.copy_(own)
 
 
 @pytest.mark.parametrize("scope", [pytest.param("language", marks=pytest.mark.trust), "all"])
