@@ -40,6 +40,7 @@ class Measured:
     settings: str  # of the method, and those that were asked for besides
     blocks: int
     passages: int  # for calibration, and as many for evaluation
+    tokenizer: str  # with the one of SmolLM2 a passage has some 210 tokens, with that of a small model three times as many
     memory: str
     seconds: float
     peak: int  # bytes of anonymous memory
@@ -47,13 +48,13 @@ class Measured:
     digest: str  # SHA-256 of the checkpoint's first shard
 
     @property
-    def model(self) -> tuple[str, int, int]:
+    def model(self) -> tuple[str, int, int, str]:
         """What has to come out the same whatever the memory."""
-        return self.settings, self.blocks, self.passages
+        return self.settings, self.blocks, self.passages, self.tokenizer
 
 
-def write_model(folder: Path, blocks: int) -> None:
-    """Write the model with a small tokenizer into a folder."""
+def write_model(folder: Path, blocks: int, tokenizer: str) -> None:
+    """Write the model with a tokenizer into a folder."""
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": blocks, "num_attention_heads": 14}
     config = Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True, dtype="bfloat16")
     torch.manual_seed(0)
@@ -61,7 +62,8 @@ def write_model(folder: Path, blocks: int) -> None:
     model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder)
-    load_processor(str(SHIPPED / "tiny_internvl")).tokenizer.save_pretrained(folder)
+    processor = load_processor(tokenizer)
+    getattr(processor, "tokenizer", processor).save_pretrained(folder)  # that of a language model is all that it has
 
 
 def measure(model: Path, memory: str, settings: Sequence[str], results: Path) -> tuple[float, int, dict[str, float], str]:
@@ -108,12 +110,12 @@ def table(runs: Sequence[Measured]) -> str:
         "A language model of the shape of LLaVA-OneVision-0.5B's (hidden 896, intermediate 4864, 151,936 tokens, tied; with 24 "
         "blocks 494 M weights), random weights in bfloat16; `scope=language calibration=text`, computed in float32 on one core. "
         f"Peak: anonymous memory of the process, in 10^9 bytes.{both}\n",
-        "| settings | blocks | passages | memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| settings | blocks | passages | tokenizer | memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         steps = " | ".join(f"{run.shares[name]:.0f}" for name in ("calibrate", "quantize", "evaluate"))
-        where = f"`{run.settings}` | {run.blocks} | {run.passages} | {run.memory}"
+        where = f"`{run.settings}` | {run.blocks} | {run.passages} | {run.tokenizer} | {run.memory}"
         lines.append(f"| {where} | {run.peak / 1e9:.2f} | {run.seconds / 60:.1f} | {steps} |")
     return "\n".join(lines) + "\n"
 
@@ -143,20 +145,21 @@ def main() -> None:
     parser.add_argument("--memory", choices=MEMORIES, action="append", help="one of the two alone")
     parser.add_argument("--method", choices=METHODS, action="append", help="one of the two alone")
     parser.add_argument("--scratch", type=Path, help="a folder for model and runs that stays, so that a stopped run goes on")
+    parser.add_argument("--tokenizer", default=str(SHIPPED / "tiny_internvl"), help="the model's: a folder, or a name on the hub")
     parser.add_argument("settings", nargs="*", help="further settings of the runs, such as codebook.state_bits=8")
     asked = parser.parse_args()
     samples = [f"calibration.num_samples={asked.passages}", f"calibration.heldout_samples={max(1, asked.passages // 4)}"]
     samples += [f"evaluation.num_passages={asked.passages}"]
     with tempfile.TemporaryDirectory(prefix="mgvq-scale-") as temporary:
         scratch = asked.scratch or Path(temporary)
-        model = scratch / f"model-{asked.blocks}"
+        model = scratch / f"model-{asked.blocks}-{Path(asked.tokenizer).name}"
         if not (model / "tokenizer.json").is_file():
-            write_model(model, asked.blocks)
+            write_model(model, asked.blocks, asked.tokenizer)
         for method in asked.method or METHODS:
             settings = [*METHODS[method], *asked.settings]
             for memory in asked.memory or MEMORIES:
-                found = measure(model, memory, [*samples, *settings], scratch / f"{method}-{asked.blocks}-{memory}")
-                run = Measured(" ".join(settings), asked.blocks, asked.passages, memory, *found)
+                found = measure(model, memory, [*samples, *settings], scratch / f"{method}-{memory}-{model.name}")
+                run = Measured(" ".join(settings), asked.blocks, asked.passages, Path(asked.tokenizer).name, memory, *found)
                 print(run, flush=True)
                 keep(run, results_folder())
 

@@ -13,15 +13,16 @@ from mgvq.errors import UserError
 from mgvq.formats.vector import centroids, store_table, to_vectors
 from mgvq.linalg import DAMPING_OF, DiagonalPlusLowRank, damped, row_runs
 from mgvq.protocols import CodedSlice, FittedCodebook
+from mgvq.refit.by_centroid import rows_by_centroid
 
 Tables = Float[Tensor, "t k d"]
 
 _STEPS = 50  # steps of the conjugate gradients, at most: enough for 256 centroids of length 4
 _PRECISION = 1e-5  # the size of the gradient, relative to the first one, at which they end: finer than what tables are stored in
-# Rows are summed by centroid where these are so many times fewer than rows, since less saves no time for the memory, ...
-_FEWER = 4
-# ... and no more than this to a coordinate: the sum takes as long as so many steps without it would.
-_MOST = 8
+# Rows are summed by centroid where reading the sums takes less time than multiplying with the factor, which is up to one centroid
+# for so many rows times coordinates, ...
+_FEWER = 16
+_ROOM = 2**24  # ... and where the sums are no more numbers than this, or than the factor has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +117,7 @@ class _Term:
             self.h_out = damped(h_out.to(device), damping, of)
         self.h_in = [damped(h.to(device), damping, of)[:, self.columns] for h in channel_slice.metric.h_in]
         self.h_own = [h[self.columns] for h in self.h_in]
-        few = num_centroids * _FEWER <= len(self.target) and num_centroids <= _MOST * length
-        few = few and len(self.h_in) == 1 and isinstance(self.h_out, Tensor)
-        self.summed = self._summed(codes, num_centroids) if few else None
+        self.summed = self._summed(codes, num_centroids, length)
 
     def gradient(self, tables: Tables) -> Tables:
         error = -self.target
@@ -161,13 +160,15 @@ class _Term:
         sums = torch.zeros_like(like).flatten(0, 1)
         return sums.index_add_(0, self.entries.flatten(), vectors.repeat_interleave(stages, 0)).view_as(like)
 
-    def _summed(self, codes: Int[Tensor, "out v stages"], num_centroids: int) -> Float[Tensor, "v stages_k out"]:
-        """The rows of `h_out` summed by the centroid that they name, for every vector and stage."""
-        assert isinstance(self.h_out, Tensor)
+    def _summed(self, codes: Int[Tensor, "out v stages"], num_centroids: int, length: int) -> Float[Tensor, "v sums out"] | None:
+        """The rows of `h_out` summed by the centroid that they name, by vector and stage; None where that saves nothing."""
         num_out, num_vectors, stages = codes.shape
-        named = codes.new_zeros(num_vectors, stages, num_centroids, num_out, dtype=torch.float64)
-        named.scatter_(2, codes.permute(1, 2, 0).unsqueeze(2), 1.0)
-        return (named.flatten(0, 2) @ self.h_out).view(num_vectors, stages * num_centroids, num_out)
+        num_sums = stages * num_centroids
+        if len(self.h_in) > 1 or not isinstance(self.h_out, Tensor) or num_sums * _FEWER > num_out * length:
+            return None
+        if num_vectors * num_sums * num_out > max(_ROOM, self.h_out.numel()):
+            return None
+        return rows_by_centroid(self.h_out, codes.flatten(1), num_centroids).view(num_vectors, num_sums, num_out)
 
 
 def _stored(tables: Tables, old: FittedTables) -> tuple[Shaped[Tensor, "t k d"], Float[Tensor, "t"] | None]:

@@ -14,6 +14,8 @@ from mgvq.errors import UserError
 from mgvq.formats.vector import VectorWeight, to_vectors
 from mgvq.linalg import damped
 from mgvq.protocols import CodedSlice, FittedSlice
+from mgvq.refit import closed_form
+from mgvq.refit.by_centroid import rows_by_centroid
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.types import ChannelSlice, Metric, Site
 
@@ -184,6 +186,37 @@ def test_a_centroid_that_no_code_names_stays():
     table = refit([replace(channel_slice, codes=codes)])[0].table[0]
     assert torch.equal(table[1], tables_of(channel_slice).table[0, 1])
     assert not torch.equal(table[0], tables_of(channel_slice).table[0, 0])
+
+
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(1, 1), (5, 64), (256, 65), (300, 200)])
+@pytest.mark.parametrize("num_centroids", [1, 7])
+def test_rows_are_summed_by_the_centroid_that_they_name(num_rows: int, num_columns: int, num_centroids: int) -> None:
+    """Against a loop, with the order of the rows: to the bit. Sizes on both sides of what is summed at a time."""
+    matrix, num_vectors = normal(num_rows, num_columns), 3
+    codes = torch.randint(num_centroids, (num_rows, num_vectors), generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(num_vectors, num_centroids, num_columns, dtype=torch.float64)
+    for row, vector in itertools.product(range(num_rows), range(num_vectors)):
+        expected[vector, codes[row, vector]] += matrix[row].double()
+    assert torch.equal(rows_by_centroid(matrix, codes, num_centroids), expected)
+
+
+@each_codebook
+def test_rows_that_are_summed_first_change_nothing(codebook, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows and few centroids, as in wide layers, against the same without sums."""
+    rows, columns = 400, 12
+    target, metric = normal(rows, columns), Metric((factor(columns, 1),), factor(rows, 3))
+    rate = codebook.rates()[1]
+    (tables,) = codebook.fit("t", [target], rate, [None], [])
+    codes, _ = tables.encode(to_vectors(target, tables.vector_length), 0, None)
+    part = a_slice(tables, codes, torch.arange(columns), target, metric)
+    made = []
+    monkeypatch.setattr(closed_form, "rows_by_centroid", lambda *args: made.append(args) or rows_by_centroid(*args))
+    (summed,) = refit([part])
+    assert made
+    monkeypatch.setattr(closed_form, "_FEWER", 10**6)
+    (plain,) = refit([part])
+    assert len(made) == 1
+    torch.testing.assert_close(summed.table.double(), plain.table.double(), rtol=1e-3, atol=1e-3)
 
 
 def test_slices_of_a_layer_in_turn_lower_the_cost_of_the_layer():
