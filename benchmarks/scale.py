@@ -110,7 +110,8 @@ def table(runs: Sequence[Measured]) -> str:
         "A language model of the shape of LLaVA-OneVision-0.5B's (hidden 896, intermediate 4864, 151,936 tokens, tied; with 24 "
         "blocks 494 M weights), random weights in bfloat16; `scope=language calibration=text`, computed in float32 on one core. "
         f"Peak: anonymous memory of the process, in 10^9 bytes.{both}\n",
-        "| settings | blocks | passages | tokenizer | memory | peak, GB | minutes | statistics, s | rounding, s | evaluation, s |",
+        "| settings | blocks | passages | tokenizer | memory | peak, GB | minutes "
+        "| statistics, s | rounding, s | evaluation, s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:

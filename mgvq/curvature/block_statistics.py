@@ -82,7 +82,7 @@ def collect_by_block(
         for block in row:
             walk.settle(block)
 
-    for row in progress(_rows(walk, sites, needs), "rows of statistics"):
+    for row in _rows(walk, sites, needs):  # of which there is often one: its own loops say how far they are
         for block, bank in found(row):
             reached |= {site for site in block if any(bank[site].num_tokens.values())}
             yield block, bank

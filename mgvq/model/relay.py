@@ -166,7 +166,7 @@ def _behind(
     """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
     walk.settle(last)
     module, found = walk.model.get_submodule(block_name(last)), dict[int, Gradients]()
-    for number in range(num_first):
+    for number in progress(range(num_first), "batches of losses"):
         leaves: list[Tensor] = []
 
         def begin(_module: nn.Module, _args: Any, output: Any, leaves: list[Tensor] = leaves) -> Any:

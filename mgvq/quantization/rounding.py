@@ -86,9 +86,13 @@ class _Part:
     def errors(self, limits: Limits | None) -> _Errors:
         """Proxy errors after every step, and limits where they are asked for."""
         found, coded = _Errors({site: {} for site in self.problems}), dict[Site, _Coded]()
+        whole = {site: max(p.metric.loss(p.whole()), 1e-30) for site, p in self.problems.items() if p.metric is not None}
         for step, made in self.steps.items():
             coded = dict(made())
-            _note(found.proxy, step, self.problems, coded)
+            for site, own in coded.items():
+                if metric := self.problems[site].metric:
+                    weight = self.problems[site].weight.float()
+                    found.proxy[site][step] = metric.loss(own.decode(weight) - weight) / whole[site]
         if limits is not None:
             found.limits.update({site: limits(p, coded[site].decode(p.target)) for site, p in self.problems.items()})
         return found
@@ -274,15 +278,6 @@ def _loss(problems: Mapping[Site, LayerProblem], coded: Mapping[Site, _Coded]) -
         assert metric is not None, "the method's checks ask for a metric"
         total += metric.loss(own.decode(target) - target)
     return total
-
-
-def _note(
-    errors: dict[Site, dict[str, float]], step: str, problems: Mapping[Site, LayerProblem], coded: Mapping[Site, _Coded]
-) -> None:
-    for site, own in coded.items():
-        if metric := problems[site].metric:
-            weight = problems[site].weight.float()
-            errors[site][step] = metric.loss(own.decode(weight) - weight) / max(metric.loss(problems[site].whole()), 1e-30)
 
 
 def _sharing(table_groups: Sequence[TableGroup], sites: Sequence[Site]) -> Iterator[list[Site]]:

@@ -1,11 +1,13 @@
 """Gradients that are relayed from block to block against one pass through the whole model: the same bits."""
 
 import errno
+import logging
 from dataclasses import replace
 
 import pytest
 import torch
 
+from mgvq import progress
 from mgvq.calibration.tiny_vqa import TinyVQA
 from mgvq.curvature.block_statistics import _rows, collect_by_block
 from mgvq.curvature.statistics import collect
@@ -75,6 +77,19 @@ def test_relayed_statistics_have_the_bits_of_one_pass(family: str, expected, str
         assert (bank[site].num_tokens, bank[site].num_answers) == (found[site].num_tokens, found[site].num_answers)
         assert bank[site].saliency == found[site].saliency
     assert not list(tmp_path.iterdir()), "what was put aside is gone"
+
+
+def test_it_says_how_far_it_is(family: str, monkeypatch: pytest.MonkeyPatch, caplog, tmp_path) -> None:
+    """Of one row of blocks too, which takes half an hour where the model is large."""
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: False)
+    caplog.set_level(logging.INFO)
+    model = loaded(family, streamed=True)
+    sites, needs = list_sites(model.model, "language"), SAMPLED
+    for _ in collect_by_block(model.model, model.weights, sites, batches(model)[0], needs, 0, [], lambda _: False, tmp_path):
+        pass
+    told = [found for message in caplog.messages if (found := progress.last_told(message))]
+    assert list(dict.fromkeys(one.what for one in told)) == ["blocks of activations", "batches of losses", "blocks of gradients"]
 
 
 def test_blocks_that_are_finished_are_left_out_and_move_nothing(family: str, expected, tmp_path) -> None:
