@@ -99,6 +99,7 @@ def test_mixed_bits_save_the_layer_that_makes_the_massive_activation(smollm2: Lo
 
 
 @pytest.mark.trust
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("method", ["mgvq2", "mgvq"])
 def test_a_streamed_run_of_it_has_the_files_of_a_resident_one(method: str, tmp_path: Path) -> None:
     """All its 30 blocks, with few samples and small codes: minutes."""
