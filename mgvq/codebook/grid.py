@@ -12,7 +12,7 @@ from torch import Tensor
 from mgvq.codebook.sharing import table_group
 from mgvq.errors import UserError
 from mgvq.formats.grid import CHANNEL_BITS, GridWeight, middle, scale_levels, stretch
-from mgvq.formats.packing import unpack
+from mgvq.formats.packing import narrowest, unpack
 from mgvq.types import ChannelSlice, Rate
 
 _TRIES = tuple(2 ** (-i / 4) for i in range(12))  # shares of the scale that spans all weights of a group
@@ -67,7 +67,7 @@ class FittedGrid:
 
     def weight(self, codes: Int[Tensor, "out v 1"]) -> GridWeight:
         sizes = self.bits, self.scale_bits, self.group_size
-        return GridWeight(codes[:, :, 0], self.scale_codes, self.span, *sizes, channels=self.channels)
+        return GridWeight(narrowest(codes[:, :, 0], self.bits), self.scale_codes, self.span, *sizes, channels=self.channels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mgvq.codebook.sharing import table_group
 from mgvq.errors import UserError
+from mgvq.formats.packing import narrowest
 from mgvq.formats.scalar import ScalarWeight
 from mgvq.types import ChannelSlice, Rate
 
@@ -45,7 +46,7 @@ class FittedScalar:
         return FittedScalar(zeros=self.zeros[part], scales=self.scales[part], bits=self.bits, group_size=self.group_size)
 
     def weight(self, codes: Int[Tensor, "out v 1"]) -> ScalarWeight:
-        return ScalarWeight(codes[:, :, 0], self.zeros, self.scales, self.bits, self.group_size)
+        return ScalarWeight(narrowest(codes[:, :, 0], self.bits), self.zeros, self.scales, self.bits, self.group_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mgvq.codebook.beam import beam_search
 from mgvq.codebook.nearest import Nearest
-from mgvq.formats.vector import VectorWeight, centroids
+from mgvq.formats.packing import narrowest
+from mgvq.formats.vector import VectorWeight, centroids, index_width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,7 @@ class FittedTables:
         return self
 
     def weight(self, codes: Int[Tensor, "out v stages"]) -> VectorWeight:
+        codes = narrowest(codes, index_width(self.table.shape[1]))
         return VectorWeight(codes, self.table, self.num_in, self.step, self.scale)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Integer, UInt8
 from torch import Tensor
 
 from mgvq.formats.base import Stored
@@ -22,7 +22,7 @@ CHANNEL_BITS = 3  # bits of the power of sqrt(2) that an input channel is stretc
 class GridWeight(Stored):
     """A weight on symmetric grids: `middle` is `(2^bits - 1) / 2`, no zero point is stored, and 0 is between two levels."""
 
-    codes: Int[Tensor, "out in"]
+    codes: Integer[Tensor, "out in"]
     """Integers of [0, 2^bits)."""
     scale_codes: Int[Tensor, "out groups"]
     """Integers of [0, 2^scale_bits): the scale of each group, among scales that rise geometrically."""

@@ -1,7 +1,7 @@
 """Integers of 1 to 31 bits packed without gaps into bytes: little-endian, the lowest bit first."""
 
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 
 MAX_WIDTH = 31
@@ -13,7 +13,12 @@ def packed_bytes(count: int, width: int) -> int:
     return -(-count * width // 8)
 
 
-def pack(values: Int[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
+def narrowest(codes: Integer[Tensor, "*shape"], width: int) -> Integer[Tensor, "*shape"]:
+    """Values of [0, 2^width) in the fewest bytes each: how codes wait in memory, where packed bits would be slow to read."""
+    return codes.to(torch.uint8 if width <= 8 else torch.int16 if width <= 15 else torch.int32)
+
+
+def pack(values: Integer[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
     """Pack values of [0, 2^width). Raises ValueError for a width outside 1..31 or a value that does not fit."""
     _check(width)
     if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < 2**width:
@@ -31,7 +36,7 @@ def unpack(packed: UInt8[Tensor, "bytes"], width: int, count: int) -> Int[Tensor
     return torch.cat([_unpack(part, width, size) for part, size in zip(parts, sizes, strict=True)])
 
 
-def _pack(values: Int[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
+def _pack(values: Integer[Tensor, "n"], width: int) -> UInt8[Tensor, "bytes"]:
     bits = (values.to(torch.int32)[:, None] >> torch.arange(width, device=values.device)) & 1
     stream = bits.to(torch.uint8).flatten()
     stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)

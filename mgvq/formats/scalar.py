@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 from mgvq.formats.base import Stored
@@ -20,7 +20,7 @@ from mgvq.kernels.scalar import group_sums, multiply_codes
 class ScalarWeight(Stored):
     """A weight on asymmetric grids."""
 
-    codes: Int[Tensor, "out in"]
+    codes: Integer[Tensor, "out in"]
     """Integers of [0, 2^bits)."""
     zeros: Int[Tensor, "out groups"]
     """The codes that stand for 0, integers of [0, 2^bits)."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from mgvq.formats.base import Stored
@@ -29,7 +29,7 @@ class VectorWeight(Stored):
     counted.
     """
 
-    codes: Int[Tensor, "out vectors stages"]
+    codes: Integer[Tensor, "out vectors stages"]
     """Indices into the tables, integers of [0, k)."""
     table: Shaped[Tensor, "t k d"]
     """The tables in fp16 or int8; weights that share tables hold the same object."""

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mgvq.formats import packing
-from mgvq.formats.packing import MAX_WIDTH, pack, packed_bytes, unpack
+from mgvq.formats.packing import MAX_WIDTH, narrowest, pack, packed_bytes, unpack
 
 WIDTHS = range(1, MAX_WIDTH + 1)
 
@@ -68,3 +68,14 @@ def test_an_unknown_width_is_refused(width):
 def test_a_wrong_number_of_bytes_is_refused(num_bytes):
     with pytest.raises(ValueError, match="take 2 bytes"):
         unpack(torch.zeros(num_bytes, dtype=torch.uint8), 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(1, torch.uint8), (8, torch.uint8), (9, torch.int16), (15, torch.int16), (16, torch.int32)]
+)
+def test_codes_wait_in_the_fewest_bytes(width: int, dtype: torch.dtype) -> None:
+    values = torch.tensor([[0, 1], [2**width - 1, 2 ** (width - 1)]], dtype=torch.int32)
+    held = narrowest(values, width)
+    assert held.dtype == dtype
+    assert held.tolist() == values.tolist()
+    assert torch.equal(pack(held.flatten(), width), pack(values.flatten(), width))
