@@ -66,7 +66,7 @@ class _Place:
 class StreamedWeights:
     """The weights of a model whose blocks are on disk (`Weights`), and what brings a block into memory for its forward pass.
 
-    A layer that was rounded is kept as its packed codes, and decoded whenever its block is read.
+    A layer that was rounded is kept as its codes, a byte or two each, and decoded whenever its block is read.
     """
 
     streamed = True
