@@ -39,7 +39,7 @@ class Measured:
 
     settings: str  # of the method, and those that were asked for besides
     blocks: int
-    passages: int  # for calibration, and as many for evaluation
+    passages: int  # for calibration, and as many for evaluation unless the settings say otherwise
     tokenizer: str  # with the one of SmolLM2 a passage has some 210 tokens, with that of a small model three times as many
     memory: str
     seconds: float
