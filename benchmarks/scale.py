@@ -2,10 +2,10 @@
 
 The model has the shape of the language model of LLaVA-OneVision-0.5B (24 blocks of Qwen2, hidden 896, intermediate 4864, 151,936
 tokens, tied) and random weights: what is measured does not depend on their values. Each run is a process of its own, whose
-anonymous memory (`RssAnon`: what it has allocated, without the pages of mapped files, which the system takes back when others
-need the room) is read from /proc twenty times a second. A run takes an hour or more at full depth, so that every one is kept, in
-results/records/scale.json, as soon as it is done; results/tables/scale.md has all that are kept. Both memories must leave the
-same bytes.
+anonymous memory (`RssAnon`, and what of it was swapped out: what it has allocated, without the pages of mapped files, which the
+system takes back when others need the room) is read from /proc twenty times a second. A run takes an hour or more at full depth,
+so that every one is kept, in results/records/scale.json, as soon as it is done; results/tables/scale.md has all that are kept.
+Both memories must leave the same bytes.
 """
 
 import argparse
@@ -94,12 +94,12 @@ def measure(model: Path, memory: str, settings: Sequence[str], results: Path) ->
 
 
 def anonymous(pid: int) -> int:
-    """The anonymous memory of a process in bytes; 0 where it has just ended."""
+    """The anonymous memory of a process in bytes, swapped out or not; 0 where it has just ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmSwap:")))
 
 
 def table(runs: Sequence[Measured]) -> str:

@@ -40,7 +40,7 @@ NEEDS = {
 }
 NOT_STAGES = {"model": ("mgvq.model.source", "mgvq.model.gguf", "mgvq.model.grafted")}
 HELPERS = {
-    "tuning": {"descent"},
+    "tuning": {"descent"}, "refit": {"by_centroid"},
     "calibration": {"drawn", "examples", "images", "rows"}, "curvature": {"block_statistics", "fusion", "statistics"},
     "sensitivity": {"channels"}, "grouping": {"cut"}, "allocation": {"budget", "floors"},
     "codebook": {"beam", "exponent", "gaussian", "layout", "lloyd", "nearest", "sharing", "source", "tables", "vector"},
