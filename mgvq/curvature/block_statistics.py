@@ -3,9 +3,9 @@
 The sums are those of `statistics.collect`, taken over the same batches in the same order, and have the same bits.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from mgvq.curvature.statistics import StatisticsSums, Watch, check_reached, collect, losses
 from mgvq.model.answers import num_answers
 from mgvq.model.blocks import Block, by_block
-from mgvq.model.passes import LossOf, Rows
-from mgvq.model.relay import Boundaries, relay, relays
+from mgvq.model.passes import Rows
+from mgvq.model.relay import Boundaries, Relay, relays
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import Weights
 from mgvq.progress import progress
@@ -38,7 +38,7 @@ def collect_by_block(
     """What `statistics.collect` gives of the same arguments, block by block; those that `is_finished` are left out.
 
     Grams take one pass through all blocks, which keeps of the batches what the block before has put out. Where `needs` asks for
-    gradients, the blocks of a tower are gone through forward and then backward (`relay`), with what each puts out in files of
+    gradients, the blocks of a tower are gone through forward and then backward (`Relay`), with what each puts out in files of
     `scratch`, a folder that is gone afterwards. Where that cannot be (`relays`), a block takes a forward and a backward pass
     through all blocks behind it, as a refreshed gradient does in the block loop. Several processes (`ranks`) are all given all
     batches, and find the same blocks finished. Raises UserError and RuntimeError as `collect` does, but not for answers that are
@@ -54,23 +54,20 @@ def collect_by_block(
     behind, behind_more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
     reached = {site for block in by_block(sites) if is_finished(block) for site in block}  # an earlier start has found that
 
-    def asked(number: int) -> Mapping[str, LossOf]:
-        return losses(needs, held[number], seed)
+    asked = [partial(losses, needs, batch, seed) for batch in first]
 
-    def received_by(_: Block) -> _Received:
+    def receiver(_: Block) -> _Received:
         sums = StatisticsSums(needs, walk.put)
         sums.num_answers = sum(map(num_answers, first))
         return _Received(held, sums)
-
-    def is_missing(block: Block) -> bool:
-        return not is_finished(block)
 
     def found(row: Sequence[Block]) -> Iterator[tuple[Block, StatsBank]]:
         if all(map(is_finished, row)):
             pass
         elif len(row) > 1:
             with Boundaries(scratch / f"activations-{ranks.rank}") as boundaries:
-                for block, received in relay(walk, row, len(first), asked, received_by, is_missing, boundaries, Watch):
+                missing = [block for block in row if not is_finished(block)]
+                for block, received in Relay(walk, row, boundaries, Watch).received(asked, missing, receiver):
                     received.sums.add_up(ranks)
                     bank = {site: received.sums.stats(site, None) for site in block}
                     del received  # while the next ones are made

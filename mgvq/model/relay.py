@@ -7,7 +7,7 @@ what is made of the gradients has the bits that it has by `passes.forward`.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -88,126 +88,116 @@ def relays(walk: BlockWalk, row: Sequence[Block]) -> bool:
     return len(row) > 1 and follow and walk.is_chain([block_name(block) for block in row])
 
 
-def relay(
-    walk: BlockWalk,
-    row: Sequence[Block],
-    num_first: int,
-    losses: Callable[[int], Mapping[str, LossOf]],
-    receiver_of: Callable[[Block], R | None],
-    is_wanted: Callable[[Block], bool],
-    boundaries: Boundaries,
-    look: Callable[[], See] = lambda: lambda *_: None,
-) -> Iterator[tuple[Block, R]]:
-    """Those of the row's blocks that are wanted, from the last to the first, with what has received them; the walk is then as it
-    was.
+class Relay:
+    """Gradients of a row of blocks that `relays`, with what each puts out in `boundaries`.
 
-    The first `num_first` batches of the walk are those of the gradients of their `losses`, the others are seen alone. The blocks
-    before the row are settled, those of the row are not. `look` makes what is shown the inputs of a block's layers in the order
-    of a forward pass, of each batch anew. Raises RuntimeError for a block that is called several times in a pass.
+    The blocks of the walk before the row are settled, those of the row are not. `look` makes what is shown the inputs of a
+    block's layers in the order of a forward pass, of each batch anew.
     """
-    names = [block_name(block) for block in row]
-    if walk.kept(names[0])[0]:  # blocks of the tower before the row: what they put out is computed once, and kept
-        for number in range(len(walk.batches)):
-            walk.run_until(number, names[0])
-    before = walk.kept(names[0])
-    reached = _forward(walk, row, boundaries, look)
-    gradients = _behind(walk, row[-1], num_first, losses, look)
-    first = min((place for place, block in enumerate(row) if is_wanted(block)), default=len(row))
-    try:
-        for place in progress(range(len(row) - 1, first - 1, -1), "blocks of gradients"):
-            receiver = receiver_of(row[place]) if is_wanted(row[place]) else None
-            block = _Backward(walk, row, place, boundaries, before, receiver, look)
+
+    def __init__(
+        self, walk: BlockWalk, row: Sequence[Block], boundaries: Boundaries, look: Callable[[], See] = lambda: lambda *_: None
+    ) -> None:
+        self.walk, self.row, self.boundaries, self.look = walk, row, boundaries, look
+        self.names = [block_name(block) for block in row]
+
+    def received(
+        self, losses: Sequence[Callable[[], Mapping[str, LossOf]]], wanted: Collection[Block], receiver: Callable[[Block], R]
+    ) -> Iterator[tuple[Block, R]]:
+        """The wanted blocks of the row, from the last to the first, with what has received them; the walk is then as it was.
+
+        The first batches of the walk have `losses`, each asked for when it is taken; the others are seen alone. Raises
+        RuntimeError for a block that is called several times in a pass.
+        """
+        walk, begin = self.walk, self.names[0]
+        if walk.kept(begin)[0]:  # blocks of the tower before the row: what they put out is computed once, and kept
+            for number in range(len(walk.batches)):
+                walk.run_until(number, begin)
+        before = walk.kept(begin)
+        reached = self._forward()
+        gradients = self._behind(losses)
+        first = min((place for place, block in enumerate(self.row) if block in wanted), default=len(self.row))
+        try:
+            for place in progress(range(len(self.row) - 1, first - 1, -1), "blocks of gradients"):
+                receives = receiver(self.row[place]) if self.row[place] in wanted else None
+                block = _Backward(self, place, before, receives)
+                for number in reached:
+                    found = block.run(number, gradients.get(number, {}), graph=number < len(losses))
+                    gradients[number] = {kind: walk.put(gradient) for kind, gradient in found.items()}
+                del block
+                if receives is not None:
+                    yield self.row[place], receives
+                del receives  # while the next one is made
+        finally:
+            walk.rewind(begin, *before)
+
+    def _forward(self) -> list[int]:
+        """Run every block but the last, and keep what it puts out; the numbers of the batches that come to the row."""
+        walk, reached = self.walk, list(range(len(self.walk.batches)))
+        for place, block in enumerate(progress(self.row[:-1], "blocks of activations")):
+            walk.settle(block)
             for number in reached:
-                found = block.run(number, gradients.get(number, {}), graph=number < num_first)
-                gradients[number] = {kind: walk.put(gradient) for kind, gradient in found.items()}
-            del block
-            if receiver is not None:
-                yield row[place], receiver
-            del receiver  # while the next one is made
-    finally:
-        walk.rewind(names[0], *before)
+                with self._looking(block):
+                    walk.run_until(number, self.names[place + 1])
+                if outputs := walk.outputs(number, self.names[place]):
+                    self.boundaries.keep(place, number, outputs)
+            reached = [number for number in reached if walk.outputs(number, self.names[place])]
+        return reached
 
+    def _behind(self, losses: Sequence[Callable[[], Mapping[str, LossOf]]]) -> dict[int, Gradients]:
+        """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
+        walk, last = self.walk, self.row[-1]
+        walk.settle(last)
+        module, found = walk.model.get_submodule(self.names[-1]), dict[int, Gradients]()
+        for number, losses_of in enumerate(progress(losses, "batches of losses")):
+            leaves: list[Tensor] = []
 
-def _forward(walk: BlockWalk, row: Sequence[Block], boundaries: Boundaries, look: Callable[[], See]) -> list[int]:
-    """Run every block but the last, and keep what it puts out; the numbers of the batches that come to the row."""
-    names, reached = [block_name(block) for block in row], list(range(len(walk.batches)))
-    for place, block in enumerate(progress(row[:-1], "blocks of activations")):
-        walk.settle(block)
-        for number in reached:
-            with _looking(walk.model, block, look()):
-                walk.run_until(number, names[place + 1])
-            if outputs := walk.outputs(number, names[place]):
-                boundaries.keep(place, number, outputs)
-        reached = [number for number in reached if walk.outputs(number, names[place])]
-    return reached
+            def begin(_module: nn.Module, _args: Any, output: Any, leaves: list[Tensor] = leaves) -> Any:
+                hidden = output if isinstance(output, Tensor) else output[0]
+                leaves.append(hidden.detach().requires_grad_())
+                return leaves[-1] if isinstance(output, Tensor) else (leaves[-1], *output[1:])
 
+            with self._looking(last), walk.passing(number) as batch, torch.enable_grad():
+                handle = module.register_forward_hook(begin)
+                try:
+                    states = answer_states(walk.model, batch)
+                finally:
+                    handle.remove()
+            at_states = through_head(walk.model, states, losses_of())
+            if leaves:
+                kinds = list(at_states)
+                found[number] = {
+                    kind: walk.put(back([states], [gradient], leaves, last=kind == kinds[-1])[0])
+                    for kind, gradient in at_states.items()
+                }
+        return found
 
-@contextmanager
-def _looking(model: nn.Module, block: Block, see: See) -> Iterator[None]:
-    """Show what the layers of the block read."""
+    @contextmanager
+    def _looking(self, block: Block) -> Iterator[None]:
+        """Show what the layers of the block read."""
+        see = self.look()
 
-    def shown(site: Site) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
-            see(site, args[0])
+        def shown(site: Site) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], _output: Tensor) -> None:
+                see(site, args[0])
 
-        return hook
+            return hook
 
-    with after_forward(model, {site.name: shown(site) for site in block}):
-        yield
-
-
-def _behind(
-    walk: BlockWalk,
-    last: Block,
-    num_first: int,
-    losses: Callable[[int], Mapping[str, LossOf]],
-    look: Callable[[], See],
-) -> dict[int, Gradients]:
-    """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
-    walk.settle(last)
-    module, found = walk.model.get_submodule(block_name(last)), dict[int, Gradients]()
-    for number in progress(range(num_first), "batches of losses"):
-        leaves: list[Tensor] = []
-
-        def begin(_module: nn.Module, _args: Any, output: Any, leaves: list[Tensor] = leaves) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            leaves.append(hidden.detach().requires_grad_())
-            return leaves[-1] if isinstance(output, Tensor) else (leaves[-1], *output[1:])
-
-        with _looking(walk.model, last, look()), walk.passing(number) as batch, torch.enable_grad():
-            handle = module.register_forward_hook(begin)
-            try:
-                states = answer_states(walk.model, batch)
-            finally:
-                handle.remove()
-        at_states = through_head(walk.model, states, losses(number))
-        if leaves:
-            kinds = list(at_states)
-            found[number] = {
-                kind: walk.put(back([states], [gradient], leaves, last=kind == kinds[-1])[0])
-                for kind, gradient in at_states.items()
-            }
-    return found
+        with after_forward(self.walk.model, {site.name: shown(site) for site in block}):
+            yield
 
 
 class _Backward:
-    """One block of the row, run with a graph of its own, batch by batch."""
+    """The block at a place of the row, run with a graph of its own, batch by batch."""
 
     def __init__(
-        self,
-        walk: BlockWalk,
-        row: Sequence[Block],
-        place: int,
-        boundaries: Boundaries,
-        before: tuple[list[str], dict[tuple[int, str], list[Any]]],
-        receiver: Receiver | None,
-        look: Callable[[], See],
+        self, relay: Relay, place: int, before: tuple[list[str], dict[tuple[int, str], list[Any]]], receiver: Receiver | None
     ) -> None:
-        """`before`: what `walk` had kept before the row (`BlockWalk.kept`)."""
-        self._walk, self._boundaries, self._receiver, self._look = walk, boundaries, receiver, look
-        self._block, self._earlier, self._before = row[place], [block_name(block) for block in row[:place]], before
-        self._name = block_name(self._block)
-        self._module = walk.model.get_submodule(self._name)
+        """`before`: what the walk had kept before the row (`BlockWalk.kept`)."""
+        self._walk, self._boundaries, self._look = relay.walk, relay.boundaries, relay.look
+        self._block, self._earlier, self._name = relay.row[place], relay.names[:place], relay.names[place]
+        self._before, self._receiver = before, receiver
+        self._module = self._walk.model.get_submodule(self._name)
 
     def run(self, number: int, gradients: Gradients, *, graph: bool) -> Gradients:
         """Run the batch and go back through it from the gradients of the block's output; those of what went in."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from shutil import disk_usage
 
@@ -16,7 +17,7 @@ from mgvq.model.answers import answer_states, logits, logs_in_runs, vocabulary_o
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
-from mgvq.model.relay import Boundaries, relay, relays
+from mgvq.model.relay import Boundaries, Relay, relays
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.model.weights import Weights
 from mgvq.ranks.ranks import ALONE, Ranks
@@ -157,12 +158,12 @@ class Teacher:
             return
         num_answers = sum(self._ranks.gather("answers", sum(len(taught.states) for taught in self._taught)))
 
-        def losses(number: int) -> Mapping[str, LossOf]:
-            return {self.source: self._losses(self.batches[number], self._taught[number])}
+        def losses(batch: AnyBatch, taught: _Taught) -> Mapping[str, LossOf]:
+            return {self.source: self._losses(batch, taught)}
 
+        asked = [partial(losses, batch, taught) for batch, taught in zip(self.batches, self._taught, strict=True)]
         with Boundaries(self._aside / f"activations-{self._ranks.rank}") as boundaries:
-            passed = relay(self._walk, row, len(self.batches), losses, _Sums, lambda block: block in blocks, boundaries)
-            for block, received in passed:
+            for block, received in Relay(self._walk, row, boundaries).received(asked, blocks, _Sums):
                 sums = self._ranks.total("gradient", received.sums)
                 del received
                 yield block, {site: self.put((sums.pop(site) / max(1, num_answers)).float()) for site in block}

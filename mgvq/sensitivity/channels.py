@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mgvq import linalg
 from mgvq.errors import UserError
+from mgvq.progress import progress
 from mgvq.types import MODALITIES, Kronecker, Modality, Needs, Site, SiteStats, StatsBank
 
 Choice = Literal["both", "image", "text"]
@@ -37,7 +38,11 @@ class LayerScore(ABC):
         return self.modality == "image"
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
-        return {site: as_score(self.score(weight, bank[site])) for site, weight in weights.items()}
+        return {site: as_score(score) for site, score in self.scores(weights, bank).items()}
+
+    def scores(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> dict[Site, Float[Tensor, "_"]]:
+        """The scores of all layers' channels as `score` gives them."""
+        return {site: self.score(weight, bank[site]) for site, weight in progress(weights.items(), "layers of scores")}
 
     @abstractmethod
     def score(self, weight: Float[Tensor, "out in"], stats: SiteStats) -> Float[Tensor, "in"]:

@@ -52,7 +52,7 @@ class GlobalLocal:
         return self.modality == "image"
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
-        whole, local = ({s: part.score(w, bank[s]) for s, w in weights.items()} for part in self._parts())
+        whole, local = (part.scores(weights, bank) for part in self._parts())
         if self.alpha is None:
             return {s: as_score(whole[s].sum() * local[s] / local[s].sum().clamp(min=1e-300)) for s in weights}
         mean = geometric_mean(whole.values())

@@ -20,5 +20,4 @@ class LayerScope(Obs):
     """
 
     def __call__(self, weights: Mapping[Site, Float[Tensor, "_ _"]], bank: StatsBank) -> Mapping[Site, Float[Tensor, "_"]]:
-        scores = {site: self.score(weight, bank[site]) for site, weight in weights.items()}
-        return {site: as_score(score / geometric_mean([score])) for site, score in scores.items()}
+        return {site: as_score(score / geometric_mean([score])) for site, score in self.scores(weights, bank).items()}
