@@ -89,6 +89,11 @@ class GradientHessian:
             raise UserError(
                 f"compensation.steps must rise from 0 to at most 1, got {self.steps}: 0 is what the others have to beat."
             )
+        if len(self.steps) == 1 and (self.start == "rounded" or self.sweeps > 1):
+            raise UserError(
+                f"compensation.steps={self.steps} has no step to take: the model is rounded to its own weights first, and only "
+                "larger steps are tried then. Add one, such as 0.1; or compensation=hessian, which takes no gradient."
+            )
         check_damping("shift_damping", self.shift_damping)
 
     @property

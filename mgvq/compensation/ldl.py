@@ -47,8 +47,8 @@ def block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], d
     """Factor the damped `hessian` with its channels in the order of `slots`, where -1 marks padding.
 
     `H = C C^T` (Cholesky in float64) gives `D[b] = C_bb C_bb^T` and `L_:b = C_:b C_bb^-1`. `damping` times `linalg.damping_unit`
-    is added to the diagonal, ten times more after every failure. Raises ValueError where even the unit itself does not help: H is
-    not finite. Inside `factors_kept` nothing is computed twice.
+    is added to the diagonal, ten times more after every failure, the unit itself at the last. Raises ValueError where even that
+    does not help: H is not finite. Inside `factors_kept` nothing is computed twice.
     """
     if (kept := _kept.get()) is None:
         return _block_ldl(hessian, slots, damping, of)
@@ -94,12 +94,14 @@ def _block_ldl(hessian: Float[Tensor, "in in"], slots: Int[Tensor, "blocks d"], 
 def _cholesky(matrix: Float[Tensor, "n n"], unit: Float[Tensor, "n"], damping: float) -> tuple[Float[Tensor, "n n"], float]:
     """The factor of the damped matrix, whose diagonal is written into, and the damping."""
     own = matrix.diagonal().clone()
-    while damping <= 1:
+    while True:
         matrix.diagonal().copy_(own + damping * unit)
         factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and torch.isfinite(factor.diagonal()).all():  # what is not finite reaches the diagonal of its row
             return factor, damping
-        damping *= 10
+        if damping >= 1:
+            break
+        damping = min(1.0, 10 * damping)
     raise ValueError(
         "the Hessian has no Cholesky factor even when its diagonal is doubled: it is not finite or far from positive"
     )

@@ -65,7 +65,7 @@ def collect_by_block(
         if all(map(is_finished, row)):
             pass
         elif len(row) > 1:
-            with Boundaries(scratch / f"activations-{ranks.rank}") as boundaries:
+            with Boundaries(scratch, ranks) as boundaries:
                 missing = [block for block in row if not is_finished(block)]
                 for block, received in Relay(walk, row, boundaries, Watch).received(asked, missing, receiver):
                     received.sums.add_up(ranks)

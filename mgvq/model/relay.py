@@ -22,6 +22,7 @@ from mgvq.model.hooks import after_forward
 from mgvq.model.passes import LossOf, back, seen, through_head
 from mgvq.model.walk import BlockWalk, Call
 from mgvq.progress import progress
+from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Site
 
 See = Callable[[Site, Tensor], object]
@@ -45,14 +46,20 @@ R = TypeVar("R", bound=Receiver)
 
 
 class Boundaries:
-    """What the blocks of a row have put out, in files of a folder that is empty before and gone afterwards."""
+    """What the blocks of a row have put out, in files of a process's own folder in `scratch`: empty before, gone afterwards."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, scratch: Path, ranks: Ranks = ALONE) -> None:
+        self._scratch, self._ranks = scratch, ranks
+        self._folder = self._of(ranks.rank)
         self._beside: dict[tuple[int, int], Any] = {}  # what a block puts out besides its hidden states
 
     def __enter__(self) -> "Boundaries":
         shutil.rmtree(self._folder, ignore_errors=True)  # of a run that was killed
+        if self._ranks.rank == 0:  # which may have had more processes
+            number = self._ranks.size
+            while (left := self._of(number)).exists():
+                shutil.rmtree(left, ignore_errors=True)
+                number += 1
         self._folder.mkdir(parents=True)
         return self
 
@@ -75,6 +82,9 @@ class Boundaries:
         """The same, read back."""
         hidden, beside = load_file(self._file(place, number))["hidden"].to(device), self._beside[place, number]
         return hidden if beside is None else (hidden, *beside)
+
+    def _of(self, rank: int) -> Path:
+        return self._scratch / f"activations-{rank}"
 
     def _file(self, place: int, number: int) -> Path:
         return self._folder / f"{place:04}-{number:06}.safetensors"

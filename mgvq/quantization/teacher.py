@@ -162,7 +162,7 @@ class Teacher:
             return {self.source: self._losses(batch, taught)}
 
         asked = [partial(losses, batch, taught) for batch, taught in zip(self.batches, self._taught, strict=True)]
-        with Boundaries(self._aside / f"activations-{self._ranks.rank}") as boundaries:
+        with Boundaries(self._aside, self._ranks) as boundaries:
             for block, received in Relay(self._walk, row, boundaries).received(asked, blocks, _Sums):
                 sums = self._ranks.total("gradient", received.sums)
                 del received

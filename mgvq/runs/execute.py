@@ -90,7 +90,7 @@ def execute(cfg: DictConfig, folder: RunFolder, ranks: Ranks = ALONE) -> dict[st
         sites = list_sites(loaded.model, cfg.scope)
         flags = left_out_flags(loaded.model, sites)
         clock = Clock()
-        weights, rounded, parameters, report, made, journal = {}, {}, {}, None, None, None
+        weights, rounded, parameters, report, made = {}, {}, {}, None, None
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
@@ -179,8 +179,7 @@ def execute(cfg: DictConfig, folder: RunFolder, ranks: Ranks = ALONE) -> dict[st
             "schema_version": SCHEMA_VERSION,
         }
         folder.write_json("metrics.json", metrics)
-    if journal is not None:
-        journal.close()
+    folder.discard_partial()
     return metrics
 
 

@@ -61,12 +61,13 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
         raise UserError(
             f"tuning={cfg.variants.tuning} learns from samples: add a calibration set, such as calibration=tiny_vqa or text."
         )
-    if method.tuning is not None:
+    chooses = {"tuning": method.tuning, "compensation": method.shift}
+    if choosing := [f"{group}={cfg.variants[group]}" for group, part in chooses.items() if part is not None]:
         for held in ("heldout_images", "heldout_samples"):
             if cfg.calibration.get(held) == 0:
                 raise UserError(
-                    f"tuning={cfg.variants.tuning} keeps the state that is best on held-out samples, and calibration.{held}=0 "
-                    "leaves none: raise it."
+                    f"{' and '.join(choosing)} keeps what is best on held-out samples, and calibration.{held}=0 leaves none: "
+                    "raise it."
                 )
     if calibration is not None and not readers and method.tuning is None:
         raise UserError(

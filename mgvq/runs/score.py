@@ -17,25 +17,28 @@ _WIDTH = 1.96  # standard errors to either side of a mean hold it in 95 of 100 c
 def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     """One for each of the measures that the evaluation declares and that has numbers; none for an evaluation that declares none.
 
-    Every type of the evaluation's headline counts alike. Samples of one picture, or topic, are not independent: the intervals
-    are those of a ratio of sums over pictures.
+    Every type of the evaluation's headline counts alike, or every task. Samples of one picture, or topic, are not independent:
+    the intervals are those of a ratio of sums over pictures.
     """
     kind = declared(evaluation).get("kind", {})
     samples, clusters = result.samples, kind.get("clusters", "pictures")
     of_what = samples.sample_id.str.rpartition("-")[0]
     found = []
     for measure in kind.get("measures", ()):
-        column, counts = ("score", _type_weights(samples, kind)) if measure == "accuracy" else ("loss", samples.num_tokens)
-        values = samples[column] * (counts if measure == "accuracy" else 1)
-        if not np.isfinite(values[counts > 0]).all() or not (counts > 0).any():
+        column, every = ("score", _weights(samples, kind)) if measure == "accuracy" else ("loss", samples.num_tokens)
+        counted = (every > 0).to_numpy()  # what has no part in the measure may have no number either
+        counts, clusters_of = every[counted].to_numpy(), of_what[counted]
+        each = counts if measure == "accuracy" else 1
+        values = samples[column][counted].to_numpy() * each
+        if not counted.any() or not np.isfinite(values).all():
             continue
         both = None
         if result.reference is not None:
-            other = result.reference[column].to_numpy() * (counts if measure == "accuracy" else 1)
-            both = estimate(other, counts, of_what), estimate(values - other, counts, of_what)
+            other = result.reference[column][counted].to_numpy() * each
+            both = estimate(other, counts, clusters_of), estimate(values - other, counts, clusters_of)
         name = f"{measure}, nats a token" if measure == "loss" else measure
-        number = f"{int((counts > 0).sum())} {kind.get('samples', 'questions')} of {of_what[counts > 0].nunique()} {clusters}"
-        found.append(Score(name, number, estimate(values, counts, of_what), *(both or (None, None))))
+        number = f"{len(values)} {kind.get('samples', 'questions')} of {clusters_of.nunique()} {clusters}"
+        found.append(Score(name, number, estimate(values, counts, clusters_of), *(both or (None, None))))
     return found
 
 
@@ -51,8 +54,10 @@ def estimate(totals: Sequence[float] | Any, counts: Any, clusters: pd.Series) ->
     return Estimate(value, value - _WIDTH * error, value + _WIDTH * error)
 
 
-def _type_weights(samples: pd.DataFrame, kind: Mapping[str, Any]) -> pd.Series:
-    """What each sample weighs in the headline: its type's share, dealt to the samples of the type."""
+def _weights(samples: pd.DataFrame, kind: Mapping[str, Any]) -> pd.Series:
+    """What each sample weighs in the headline: of benchmarks its task's share, else its type's, dealt to the samples of it."""
+    if kind.get("by_task"):
+        return 1 / samples.groupby("task").task.transform("size")
     types = kind.get("headline_types") or ()
     if not types:
         return pd.Series(1.0, samples.index)

@@ -30,6 +30,8 @@ VALUES = {
     "allocation=exact allocation.gap=1 grouping=score": "allocation.gap must lie in [0, 1)",
     "allocation=transfer grouping=score allocation.source=none.parquet": "none.parquet",
     "method=mgvq compensation.steps=[0.1,0.1]": "compensation.steps",
+    "method=mgvq compensation.steps=[0.0]": "compensation.steps",
+    "method=mgvq calibration.heldout_images=0": "calibration.heldout_images",
     "method=gptq compensation.damping=0": "compensation.damping must lie in (0, 1]",
     "method=mgvq calibration=none": "reads statistics of the activations: add a calibration set",
     "calibration=tiny_vqa": "calibration has no effect",

@@ -244,8 +244,8 @@ def test_the_gradient_term_is_all_that_parts_gradient_hessian_from_hessian(tmp_p
         Path(run_command(RUN, *few, *more, results=tmp_path).stdout.splitlines()[-1])
         for more in (
             [],
-            ["compensation=gradient_hessian", "compensation.steps=[0.0]", "compensation.sweeps=1"],
-            ["compensation=gradient_hessian", "refit=closed_form"],
+            ["compensation=gradient_hessian", "compensation.start=full_precision", "compensation.steps=[0.0]"],
+            ["compensation=gradient_hessian", "compensation.start=full_precision", "compensation.sweeps=2", "refit=closed_form"],
         )
     ]
     plain, still, moved = (checkpoint_bytes(run)["mgvq.safetensors"] for run in runs)

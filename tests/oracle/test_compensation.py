@@ -111,6 +111,8 @@ def test_damping_grows_until_it_helps_and_says_so() -> None:
     tokens = normal(2, 6)
     singular = tokens.T @ tokens - 0.2 * torch.eye(6)
     assert block_ldl(singular, torch.arange(6).view(3, 2), 0.01).damping > 0.01
+    indefinite = torch.tensor([[1.0, 1.5], [1.5, 1.0]])
+    assert block_ldl(indefinite, torch.arange(2).view(1, 2), 0.02).damping == 1, "the unit itself comes last, whatever came first"
     with pytest.raises(ValueError, match="not finite"):
         block_ldl(torch.full((2, 2), torch.nan), torch.arange(2).view(1, 2), 0.01)
     flags: list[str] = []

@@ -139,6 +139,8 @@ def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(
     blocks = list(by_block(sites))
     relayed = Teacher(model.model, sites, gradient, heldout, source, folder=tmp_path / "aside", relayed=True)
     plain = Teacher(model.model, sites, gradient, heldout, source)
+    left = tmp_path / "aside" / "activations-1"  # of a run of two processes that was killed
+    left.mkdir(parents=True)
     in_one_pass = []
     monkeypatch.setattr(relayed, "gradient", lambda sites: in_one_pass.append(sites[0].tower) or plain.gradient(sites))
     model.model.get_parameter(f"{blocks[-1][0].name}.weight").data.mul_(1.1)  # else the model is its own teacher
