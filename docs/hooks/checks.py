@@ -30,7 +30,7 @@ MOMENTS = {
     "calibration data and questions, before the model is loaded": ("calibration", "evaluation", "data"),
     "the model's files and processor, before its weights are read": (
         "model.files", "model.processor", "model.chat", "model.encode", "model.text", "model.fit", "model.family", "model.gguf",
-        "model.internvl2", "runs.method.check_images",
+        "model.internvl2", "runs.method.check_images", "runs.dry",
     ),
     "the shapes of the layers, before anything is collected": ("model.sites", "model.towers", "grouping", "allocation"),
     "weights and logits, when the model is loaded": ("model",),

@@ -104,9 +104,9 @@ def _words(words: list[str], *, sees: bool) -> tuple[str | None, str | None]:
 def _opened(read_image: Callable[[Any], Any], name: str) -> Any:
     from mgvq.checks import told_as
 
-    if not Path(name).is_file():
-        raise UserError(f"{name} is no file: give an image (png, jpg, ...), then the question in quotes.")
     with told_as(f"{name} cannot be read as an image", "Give a png, jpg or another that Pillow reads."):
+        if not Path(name).is_file():  # which raises for a text too long to be a name
+            raise UserError(f"{name} is no file: give an image (png, jpg, ...), then the question in quotes.")
         return read_image(Path(name))
 
 

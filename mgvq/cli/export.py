@@ -42,10 +42,12 @@ def main() -> None:
     arguments = parser.parse_args()
     with mistakes_told("mgvq-export"):
         from mgvq.export.folder import export  # here, with torch: help and bad arguments need none of it
+        from mgvq.runs.files import disk_faults_told
 
         path = checkpoint_folder(arguments.checkpoint)
         out = arguments.out or Path(f"{path.absolute().name}-{arguments.to}")
-        done = export(path, out, arguments.to, trust_remote_code=arguments.trust_remote_code)
+        with disk_faults_told(out):
+            done = export(path, out, arguments.to, trust_remote_code=arguments.trust_remote_code)
     what = f"codes of {done.num_coded} layers" if done.num_coded else "plain weights"
     print(f"{done.folder}: {what}, {done.num_bytes / 1e6:.1f} MB")
 

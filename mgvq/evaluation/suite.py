@@ -59,7 +59,8 @@ class Suite:
     def check(self) -> None:
         """Open every dataset, and read each question as it will be asked and scored, its image as far as its size.
 
-        Raises UserError for all datasets that fail. A question whose image cannot be read costs no more than itself, and is told.
+        Raises UserError for all datasets that fail. A question whose image cannot be read costs no more than itself, and is told;
+        but for the first of a dataset, which lmms-eval itself looks at before anything else.
         """
         problems = {}
         for name in self.tasks:

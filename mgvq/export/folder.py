@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from mgvq.checkpoint.load import load, load_processor, read
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 from mgvq.export import aqlm, vptq
 from mgvq.export.codes import Coded, narrow
@@ -42,14 +43,16 @@ def export(path: Path, out: Path, kind: str, *, trust_remote_code: bool = False)
 
     `bf16`: every weight decoded and rounded once to 16 bits, a model like any other. `aqlm`, `vptq`: the codes of these packages,
     without loss; embedding and head are decoded, exactly. Files with the model's terms, and Python files that came with it, go
-    along. `trust_remote_code` is that of `mgvq.load`. Raises UserError, before anything is written, where `out` is taken, and
-    with the layer and the reason where a layer cannot be represented.
+    along. `trust_remote_code` is that of `mgvq.load`. Raises UserError, before anything is written, where `out` is taken or
+    cannot be made, and with the layer and the reason where a layer cannot be represented.
     """
     if out.exists():
         raise UserError(f"{out} is there already: give a folder that is not (--out DIR).")
     if not out.parent.is_dir():
         raise UserError(f"{out.parent} is no folder, so {out.name} cannot be made in it.")
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+    with told_as(f"{out} cannot be made", "Give a folder in a place where you may write (--out DIR)."):
+        temporary = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+    with temporary as scratch:
         made = Path(scratch) / out.name
         if kind == "bf16":
             num_coded = _write_plain(path, made, trust_remote_code)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FEW = 8  # tokens up to which no kernel loses to decoding the layer (benchmarks/kernels.py); most win far beyond
+FEW = 8  # tokens up to which kernels beat decoding, most far beyond; `gather` loses a few per cent there (benchmarks/kernels.py)
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)  # what float32 holds exactly
 
 

@@ -7,7 +7,7 @@ from PIL.Image import Image
 from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
-from mgvq.model.chat import begins_itself
+from mgvq.model.chat import begins_itself, check_texts
 from mgvq.model.classes import is_text_only, num_positions
 from mgvq.model.generate import generate, greedy
 
@@ -18,6 +18,7 @@ def ask(model: PreTrainedModel, processor: Any, question: str, image: Image | No
     Raises UserError where the question cannot be asked (a special token in it, too many tokens, an image that the processor does
     not take), and where the model computes what is no number.
     """
+    check_texts(processor, "the question", [question])
     if is_text_only(model.config):
         return _continued(model, processor, question, max_new_tokens)
     assert image is not None, "the command asks for one"

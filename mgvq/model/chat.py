@@ -138,11 +138,12 @@ def begins_itself(processor: Any, text: str) -> dict[str, bool]:
 
 def check_texts(processor: Any, sample_id: str, texts: Iterable[str]) -> None:
     """Raises UserError where a text holds a special token of the tokenizer: the model would take it for an image, or an end."""
-    special = _special(processor.tokenizer, getattr(processor, "image_token", None))
+    tokenizer = getattr(processor, "tokenizer", processor)  # a language model has no other processor
+    special = _special(tokenizer, getattr(processor, "image_token", None))
     for text in texts:
         if found := special.search(text):
             raise UserError(
-                f"{sample_id}: {found[0]!r} in a text is a special token of {type(processor.tokenizer).__name__}, and the model "
+                f"{sample_id}: {found[0]!r} in a text is a special token of {type(tokenizer).__name__}, and the model "
                 f"would not read it as words. Take it out of {text[:60]!r}."
             )
 

@@ -74,9 +74,10 @@ def convert(original: Path, native: Path, out: Path) -> None:
             f"{original}: model_type {described.get('model_type')!r} with {llm.get('architectures')} is not InternVL2 with an "
             "InternLM2, which is what is converted here. For others take a repository whose name ends in -hf."
         )
-    processor = AutoProcessor.from_pretrained(native, local_files_only=True)
-    config = _config(described, image_token_id(processor))
+    with told_as(f"{native} has no processor that can be read", "Give the folder of the same model whose name ends in -hf."):
+        processor = AutoProcessor.from_pretrained(native, local_files_only=True)
     with told_as(f"{original} cannot be converted into {out}", "Nothing is left there: mend it, and start the same command."):
+        config = _config(described, image_token_id(processor))
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
             made = Path(scratch) / out.name

@@ -25,10 +25,12 @@ from mgvq.calibration.text import PassageSet
 from mgvq.checkpoint.ledger import Ledger
 from mgvq.checkpoint.load import load
 from mgvq.checkpoint.save import save
+from mgvq.checks import told_as, whole_number
 from mgvq.compiled import get_num_threads, set_num_threads
 from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
 from mgvq.model.chat import Chat
+from mgvq.model.classes import is_text_only
 from mgvq.model.fit import check_samples
 from mgvq.model.load import Described, Loaded, give_tokens, stored_dtype
 from mgvq.model.processor import check_processor, prepared
@@ -57,7 +59,9 @@ _ELSEWHERE = (
     "paths",
     "device",
     "threads",
+    "tf32",
     "dry",
+    "objective",
     "memory",
     "method",
     "seed",
@@ -81,10 +85,11 @@ class Quantized:
     _files: "_Files" = field(repr=False)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the checkpoint into a new folder, and return it. Raises UserError where there is one already."""
+        """Write the checkpoint into a new folder, and return it. Raises UserError where there is one already, or none can be."""
         if Path(folder).exists():
             raise UserError(f"{folder} is there already: give a folder that is not.")
-        return Path(shutil.copytree(self._files.checkpoint, folder, copy_function=shutil.copyfile))
+        with told_as(f"{folder} cannot be written", "Give a folder in a place where you may write, with room for it."):
+            return Path(shutil.copytree(self._files.checkpoint, folder, copy_function=shutil.copyfile))
 
 
 def quantize(
@@ -112,13 +117,21 @@ def quantize(
     Raises UserError for bad settings, before any work, and as a run does for models and samples that cannot be used.
     """
     cfg = _configuration(method, bits, seed, scope, settings or {}, _stand_in(samples))
+    whole_number("threads", threads, least=1)
     recipe = build_method(cfg)
     assert recipe is not None, "_configuration refuses methods that quantise nothing"
     drawn = _drawn(samples, seed)
+    if drawn is not None and (recipe.shift is not None or recipe.tuning is not None) and not drawn.heldout_examples:
+        raise UserError(
+            f"method={method} keeps what is best on held-out samples, and none is left of samples: give {_HELDOUT} or more, of "
+            "at least two images."
+        )
     with _as_in_a_run(threads):
         loaded = _loaded(model, processor)
         if drawn is not None:
             everything = [*drawn.examples, *drawn.heldout_examples, *further_examples(drawn)]
+            if is_text_only(loaded.model.config) and any(getattr(example, "images", ()) for example in everything):
+                raise UserError(f"{type(model).__name__} reads only text, and samples show it images: give texts.")
             check_samples(Described(loaded.model.config, loaded.processor), everything)
         sites = list_sites(loaded.model, cfg.scope)
         bank = {}
@@ -240,7 +253,10 @@ def _folder(model: PreTrainedModel) -> Path | None:
     lenient = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
     if not model.name_or_path:
         return None
-    found = cached_file(model.name_or_path, "config.json", local_files_only=True, revision=commit, **lenient)
+    try:
+        found = cached_file(model.name_or_path, "config.json", local_files_only=True, revision=commit, **lenient)
+    except OSError:  # the name of a folder that is gone, which it takes for one of the hub's
+        return None
     return Path(found).parent if found else None
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from mgvq.checks import told_as
 from mgvq.errors import UserError
 from mgvq.model.load import check_code
 from mgvq.model.shape import empty_model, stored_bytes
 from mgvq.model.sites import list_sites
 from mgvq.model.source import Source
 from mgvq.model.streamed import streamed_bytes
+from mgvq.protocols import ReadsData
 from mgvq.quantization.embeddings import embedding_storage_bits, embeddings
 from mgvq.quantization.method import Method
 from mgvq.quantization.tuning import tuning_bytes
@@ -35,12 +37,14 @@ def report(cfg: DictConfig) -> list[str]:
             part = _attempt(missing, lambda group=group: build(cfg, group))
             if group == "calibration" and part is not None:
                 _attempt(missing, part.draw)
+            elif isinstance(part, ReadsData):
+                _attempt(missing, part.check)
     source: Source = build(cfg, "model")
     lines = [f"model       {source.name}: {source.path}" + (f" at {source.revision}" if source.on_hub else "")]
     lines += [f"            {flag}" for flag in source.flags()]
     if _attempt(missing, source.identity) is not None and not source.is_made:
         _attempt(missing, lambda: check_code(source))
-    lines += _counted(cfg, source, method)
+    lines += _attempt(missing, lambda: _counted(cfg, source, method)) or []
     if tasks := cfg.evaluation.get("tasks"):
         lines.append(f"tasks       {', '.join(tasks)}")
     if not missing:
@@ -60,7 +64,8 @@ def _attempt(missing: list[str], step: Callable[[], Any]) -> Any:
 
 
 def _counted(cfg: DictConfig, source: Source, method: Method | None) -> list[str]:
-    model = empty_model(source)
+    with told_as(f"{source.path}: what its config.json describes cannot be made", "Mend the file, or download it again."):
+        model = empty_model(source)
     if model is None:
         return ["weights     unknown: model.shape is not given, and config.json is not here"]
     sites = list_sites(model, cfg.scope)

@@ -135,11 +135,13 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
+        if self._was_done:
+            pass
+        elif error is None:
+            self._finish()
+        else:
             with contextlib.suppress(OSError):  # on a full disk the error itself is what has to be told
                 self._write("FAILED", "".join(traceback.format_exception(kind, error, trace)).encode())
-        elif not self._was_done:
-            self._finish()
         self._lock.close()
 
     def _finish(self) -> None:

@@ -64,6 +64,8 @@ def test_a_line_ends_at_a_newline_alone(question: str, end: bytes, tmp_path: Pat
     assert first.content()["question"] == question
     assert rows.turns(first)[0].text == question
     before = data_digest(rows.path)  # the identity reads the same rows
+    assert data_digest(rows_of(tmp_path, row("what ?", image="data:image/png;base64," + 400 * "A")).path), "too long for a file"
+    rows_of(tmp_path, end.join([b"", row(question), b"  ", row("other")]) + end)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert data_digest(rows.path) != before
 

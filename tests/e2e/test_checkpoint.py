@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from mgvq.data.tiny_vqa.dataset import draw_test
 from mgvq.data.tiny_vqa.questions import TRAINING_MIX
 from mgvq.errors import UserError
 from mgvq.export.folder import export
+from mgvq.model import ask as single
 from mgvq.model.encode import chat_prompt
 from mgvq.model.files import INDEX
 from mgvq.model.sites import list_sites
@@ -134,6 +136,21 @@ def said(capsys, monkeypatch, *words: object) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+def test_a_question_in_the_place_of_an_image_is_told() -> None:
+    """However long it is: no file has such a name."""
+    for words in ("what is this?", 60 * "what is "):
+        with pytest.raises(UserError, match=r"is no file: give an image|cannot be read as an image"):
+            asking._opened(lambda _: pytest.fail("it is read"), words)
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<pad>", "<image>"])
+def test_a_question_with_a_special_token_is_not_asked(token: str, finished_runs: dict[str, Path]) -> None:
+    checkpoint = finished_runs["tiny_internvl"] / "checkpoint"
+    model, processor = mgvq.load(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    with pytest.raises(UserError, match=rf"the question: '{re.escape(token)}' in a text is a special token"):
+        single.ask(model, processor, f"what is {token} this?", Image.new("RGB", (64, 64)), 4)
+
+
 @pytest.mark.parametrize("name", map(one_of_them, FAMILIES))
 def test_the_command_answers_as_the_run_did(
     name: str, finished_runs: dict[str, Path], tmp_path: Path, capsys, monkeypatch
@@ -226,6 +243,9 @@ def test_with_samples_too_it_has_the_bytes_of_the_run(tmp_path: Path) -> None:
     assert by_rows.ledger.bits() == made.ledger.bits()
 
 
+FEW = [{"image": Image.new("RGB", (8, 8)), "question": "what ?", "answer": "red"}]
+
+
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
@@ -235,14 +255,36 @@ def test_with_samples_too_it_has_the_bytes_of_the_run(tmp_path: Path) -> None:
         ({"method": "magic"}, "magic"),
         ({"settings": {"model.dtype": "float16"}}, r"model\.dtype has no effect here"),
         ({"settings": {"codebook.magic": 1}}, "magic"),
+        ({"settings": {"objective": "loss/answer"}}, "objective has no effect here"),
+        ({"settings": {"tf32": True}}, "tf32 has no effect here"),
+        ({"threads": 0}, "threads must be a whole number >= 1, got 0"),
+        ({"threads": True}, "threads must be a whole number >= 1, got True"),
+        ({"method": "mgvq", "samples": FEW}, "none is left of samples: give 5 or more"),
     ],
-    ids=["row", "no rows", "method", "no method", "setting of the model", "no setting"],
+    ids=[
+        "row",
+        "no rows",
+        "method",
+        "no method",
+        "setting of the model",
+        "no setting",
+        "objective",
+        "tf32",
+        "no threads",
+        "true",
+        "nothing held out",
+    ],
 )
 def test_what_cannot_be_quantised_is_refused_before_any_work(given: dict, reason: str) -> None:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(SHIPPED / "tiny_internvl"))
     with pytest.raises(UserError, match=reason):
         mgvq.quantize(model, None, **{"method": "kmeans_ldlq", **given})
+
+
+def test_a_place_that_cannot_be_written_is_told(finished_runs: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="/proc/here cannot be made"):
+        export(finished_runs["tiny_internvl"] / "checkpoint", Path("/proc/here"), "bf16")
 
 
 def test_exported_it_is_a_model_like_any_other(finished_runs: dict[str, Path], tmp_path: Path) -> None:

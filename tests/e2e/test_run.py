@@ -78,6 +78,15 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
     assert folder.metrics() == {"bits": 2}
 
 
+def test_a_finished_folder_stays_as_it_is_whatever_fails_in_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "some")
+    with folder:
+        folder.write_json("metrics.json", {})
+    with pytest.raises(RuntimeError), folder:
+        raise RuntimeError("another process looks at it")
+    assert sorted(f.name for f in folder.path.iterdir()) == ["DONE", "metrics.json"]
+
+
 def test_a_failed_run_keeps_its_traceback_and_is_no_result(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "some")
 

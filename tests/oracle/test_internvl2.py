@@ -137,3 +137,15 @@ def test_what_is_no_internvl2_is_refused(tmp_path: Path) -> None:
         convert(NATIVE, NATIVE, tmp_path / "out")
     with pytest.raises(UserError, match="exists"):
         convert(NATIVE, NATIVE, tmp_path)
+
+
+def test_a_processor_that_is_not_there_is_told(tmp_path: Path) -> None:
+    original = tmp_path / "original"
+    original.mkdir()
+    config = {"model_type": "internvl_chat", "llm_config": {"architectures": ["InternLM2ForCausalLM"]}}
+    (original / "config.json").write_text(json.dumps(config))
+    save_file({"one": torch.zeros(1)}, original / "model.safetensors")
+    with pytest.raises(UserError, match="none has no processor that can be read"):
+        convert(original, tmp_path / "none", tmp_path / "out")
+    with pytest.raises(UserError, match=r"cannot be converted into .*vision_config"):
+        convert(original, NATIVE, tmp_path / "out")

@@ -218,6 +218,16 @@ def test_a_dry_run_counts_and_names_all_that_is_missing(capsys: pytest.CaptureFi
         assert words in said
 
 
+@pytest.mark.parametrize("content", ["{", '{"model_type": "nobody_knows"}'])
+def test_a_dry_run_names_a_config_that_cannot_be_read(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with composer() as compose:
+        cfg = compose("model=local", f"model.path={tmp_path}", "method=kmeans", "evaluation=suite", f"evaluation.data={tmp_path}")
+    missing = report(cfg)
+    assert any(str(tmp_path) in told and "config.json" in told for told in missing)
+    assert any("find no dataset that they can read" in told for told in missing), "the evaluation is looked at too"
+
+
 def test_a_dry_run_that_lacks_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with composer() as compose:
         cfg = compose("method=kmeans", "model.stress.sigma=0.7")
