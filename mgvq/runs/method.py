@@ -61,14 +61,11 @@ def _check_calibration(method: Method, cfg: DictConfig) -> None:
         raise UserError(
             f"tuning={cfg.variants.tuning} learns from samples: add a calibration set, such as calibration=tiny_vqa or text."
         )
-    chooses = {"tuning": method.tuning, "compensation": method.shift}
-    if choosing := [f"{group}={cfg.variants[group]}" for group, part in chooses.items() if part is not None]:
-        for held in ("heldout_images", "heldout_samples"):
-            if cfg.calibration.get(held) == 0:
-                raise UserError(
-                    f"{' and '.join(choosing)} keeps what is best on held-out samples, and calibration.{held}=0 leaves none: "
-                    "raise it."
-                )
+    choosing = [group for group, part in (("tuning", method.tuning), ("compensation", method.shift)) if part is not None]
+    for held in ("heldout_images", "heldout_samples"):
+        if choosing and cfg.calibration.get(held) == 0:
+            who = " and ".join(f"{group}={cfg.variants[group]}" for group in choosing)
+            raise UserError(f"{who} keeps what is best on held-out samples, and calibration.{held}=0 leaves none: raise it.")
     if calibration is not None and not readers and method.tuning is None:
         raise UserError(
             "calibration has no effect: no stage of this run reads statistics. Leave it out (calibration=none), or choose a "
