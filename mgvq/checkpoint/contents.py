@@ -21,8 +21,10 @@ from mgvq.formats.outliers import REST_FORMATS, OutlierWeight
 from mgvq.model.files import INDEX, OLD_INDEX
 
 FORMATS = {**REST_FORMATS, OutlierWeight.format: OutlierWeight}
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+# By their names in the header of a safetensors file.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+          "BOOL": torch.bool}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def _with_headers(folder: Path, index: Index) -> Contents:
                 part = stored.get_slice(key)
                 if key in headers:
                     raise UserError(f"{file} has {key}, which {shard[key].name} has too. {ADVICE}")
-                headers[key] = torch.empty(part.get_shape(), dtype=_DTYPES[part.get_dtype()], device="meta")
+                headers[key] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
                 shard[key] = file
     contents = Contents(folder, index, headers, shard)
     own = {f"{name}.{role}" for name, layer in index.layers.items() for role in layer.tensors}

@@ -59,15 +59,15 @@ class Suite:
     def check(self) -> None:
         """Open every dataset, and read each question as it will be asked and scored, its image as far as its size.
 
-        Raises UserError for all datasets that fail. A question whose image cannot be read costs no more than itself, and is told;
-        but for the first of a dataset, which lmms-eval itself looks at before anything else.
+        Raises UserError for all datasets that fail. A question whose image cannot be read costs no more than itself, and is told.
         """
         problems = {}
         for name in self.tasks:
             try:
                 task = self._load(name)
                 _check_rows(name, task)
-                task.doc_to_visual(task.task_docs[0])
+                if (first := task.first_readable()) is not None:
+                    task.doc_to_visual(first)
             except Exception as error:  # whatever the libraries raise on a folder that is no such dataset
                 problems[name] = f"\n  {name} reads {_place(name)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         if problems:

@@ -126,12 +126,12 @@ def quantize(
             f"method={method} keeps what is best on held-out samples, and none is left of samples: give {_HELDOUT} or more, of "
             "at least two images."
         )
+    everything = [] if drawn is None else [*drawn.examples, *drawn.heldout_examples, *further_examples(drawn)]
+    if is_text_only(model.config) and any(getattr(example, "images", ()) for example in everything):
+        raise UserError(f"{type(model).__name__} reads only text, and samples show it images: give texts.")
     with _as_in_a_run(threads):
         loaded = _loaded(model, processor)
         if drawn is not None:
-            everything = [*drawn.examples, *drawn.heldout_examples, *further_examples(drawn)]
-            if is_text_only(loaded.model.config) and any(getattr(example, "images", ()) for example in everything):
-                raise UserError(f"{type(model).__name__} reads only text, and samples show it images: give texts.")
             check_samples(Described(loaded.model.config, loaded.processor), everything)
         sites = list_sites(loaded.model, cfg.scope)
         bank = {}

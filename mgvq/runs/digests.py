@@ -19,7 +19,7 @@ def data_digest(path: str) -> str:
         content = data.read_bytes()
         digest.update(content)
         for line in content.split(b"\n") if data.suffix != ".json" else ():  # as calibration.rows.lines cuts them
-            with contextlib.suppress(ValueError, RecursionError, OSError):  # reported later, as missing images are
+            with contextlib.suppress(ValueError, RecursionError):  # reported later, as missing images are
                 for name in image_names(json.loads(line)):
                     digest.update(_bytes(data.parent / name))
     else:
@@ -28,4 +28,7 @@ def data_digest(path: str) -> str:
 
 
 def _bytes(file: Path) -> bytes:
-    return file.read_bytes() if file.is_file() else b""
+    """The content of the file; nothing where none can be read, as of a data URL, which is too long for a name."""
+    with contextlib.suppress(OSError):
+        return file.read_bytes() if file.is_file() else b""
+    return b""

@@ -12,21 +12,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from mgvq.checkpoint.contents import DTYPES
+
 _STRUCTURE = "structure"  # the one key of the metadata
-_DTYPES = {  # by their names in a safetensors header
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 
 
 def to_bytes(value: Any) -> bytes:
@@ -59,7 +47,7 @@ def from_bytes(content: bytes | memoryview) -> Any:
 def _tensor(told: Mapping[str, Any], data: memoryview) -> Tensor:
     """A tensor as the header tells it: the library's own reading makes two copies, of what can be a tenth of a gigabyte."""
     first, stop = told["data_offsets"]
-    dtype, own = _DTYPES[told["dtype"]], data[first:stop]
+    dtype, own = DTYPES[told["dtype"]], data[first:stop]
     if own.nbytes != stop - first:
         raise ValueError("not what was written: it is cut off")
     flat = torch.frombuffer(bytearray(own) if own.readonly else own, dtype=dtype) if own.nbytes else torch.empty(0, dtype=dtype)

@@ -1,9 +1,10 @@
 """Rows of benchmarks that are not what a task asks for: told before a model is loaded. A new input is a line in a table."""
 
+import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tests" / "e2e"))
@@ -18,6 +20,8 @@ from hub_copies import ROWS, write
 
 from mgvq.errors import UserError
 from mgvq.evaluation.suite import Suite
+from mgvq.model.generate import Reply
+from mgvq.model.image import Question, Unaskable
 
 TASK, DATASET = "mmstar", "Lin-Chen/MMStar"
 
@@ -38,9 +42,9 @@ def hurt(copies: Path, folder: Path, change: Callable[[pd.DataFrame], Any]) -> S
     return Suite(tasks=[TASK], max_new_tokens={TASK: 8}, limit=None, seed=0, batch_size=4, data=str(folder))
 
 
-def put(column: str, value: Any) -> Callable[[pd.DataFrame], Any]:
+def put(column: str, value: Any, row: int = 3) -> Callable[[pd.DataFrame], Any]:
     def change(rows: pd.DataFrame) -> None:
-        rows.at[3, column] = value
+        rows.at[row, column] = value
 
     return change
 
@@ -60,14 +64,60 @@ def test_a_row_that_would_end_the_evaluation_is_refused_before(case: str, copies
         hurt(copies, tmp_path, change).check()
 
 
+@pytest.mark.parametrize("row", [0, 3])
 @pytest.mark.parametrize("image", [b"", b"no image", b"\x89PNG\r\n\x1a\n\x00\x00"], ids=["empty", "text", "cut"])
 def test_an_image_that_cannot_be_read_costs_its_question(
-    image: bytes, copies: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    image: bytes, row: int, copies: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        hurt(copies, tmp_path, put("image", {"bytes": image, "path": None})).check()
+        hurt(copies, tmp_path, put("image", {"bytes": image, "path": None}, row)).check()
     assert f"mmstar: 1 of {ROWS} questions will count as not answered" in caplog.text
-    assert "the first is row 3" in caplog.text
+    assert f"the first is row {row}" in caplog.text
+
+
+def cut_short(rows: pd.DataFrame) -> None:
+    """The first image has its head, and no more."""
+    rows.at[0, "image"] = {"bytes": rows.at[0, "image"]["bytes"][:60], "path": None}
+
+
+def every_image(rows: pd.DataFrame) -> None:
+    rows["image"] = [{"bytes": b"no image", "path": None}] * len(rows)
+
+
+@pytest.mark.parametrize(("change", "number"), [(cut_short, 1), (every_image, ROWS)])
+def test_questions_whose_images_cannot_be_read_are_not_answered(
+    change: Callable[[pd.DataFrame], Any], number: int, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are, whichever comes first."""
+
+    def replies(_: Any, __: Any, asked: Sequence[Question], *___: Any) -> list[Reply]:
+        found = []
+        for at in range(len(asked)):
+            try:
+                found.append(Reply(f"A{asked[at][1]:.0}"))
+            except Unaskable as error:
+                found.append(Reply("", refused=str(error)))
+        return found
+
+    monkeypatch.setattr("mgvq.evaluation.harness.generate", replies)
+    hurt_suite = hurt(copies, tmp_path, change)
+    hurt_suite.check()
+    nobody: Any = torch.nn.Linear(1, 1)
+    result = hurt_suite(nobody, None, None, "no weights")
+    assert result.flags == (f"unanswered:{TASK}:{number}",)
+    assert (result.samples.prediction == "A").sum() == ROWS - number
+
+
+def test_a_column_of_images_under_another_name_is_refused_though_the_first_image_is_damaged(copies: Path, tmp_path: Path) -> None:
+    chosen = hurt(copies, tmp_path, cut_short)
+    file = next((tmp_path / DATASET).rglob("*.parquet"))
+    table = pq.read_table(file)
+    schema = json.loads(table.schema.metadata[b"huggingface"])
+    schema["info"]["features"] = {("picture" if k == "image" else k): v for k, v in schema["info"]["features"].items()}
+    table = table.rename_columns(["picture" if name == "image" else name for name in table.column_names])
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(schema)}), file)
+    with pytest.raises(UserError, match=r"mmstar reads .*KeyError: 'image'"):
+        chosen.check()
 
 
 def test_other_data_in_the_place_of_what_was_read_is_read_anew(copies: Path, tmp_path: Path) -> None:

@@ -64,8 +64,15 @@ def test_a_line_ends_at_a_newline_alone(question: str, end: bytes, tmp_path: Pat
     assert first.content()["question"] == question
     assert rows.turns(first)[0].text == question
     before = data_digest(rows.path)  # the identity reads the same rows
-    assert data_digest(rows_of(tmp_path, row("what ?", image="data:image/png;base64," + 400 * "A")).path), "too long for a file"
-    rows_of(tmp_path, end.join([b"", row(question), b"  ", row("other")]) + end)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert data_digest(rows.path) != before
+
+
+def test_an_image_that_is_no_file_hides_no_other_from_the_identity(tmp_path: Path) -> None:
+    """A data URL is longer than the name of a file may be."""
+    images = ["data:image/png;base64," + 400 * "A", "gone.png", "a.png"]
+    rows = rows_of(tmp_path, json.dumps({"images": images, "question": "q", "answer": "a"}).encode())
+    before = data_digest(rows.path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert data_digest(rows.path) != before
 

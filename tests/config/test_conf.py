@@ -460,6 +460,13 @@ def test_the_shipped_default_is_what_help_shows() -> None:
         assert word in done.stdout
 
 
+@pytest.mark.parametrize("model", sorted(f.stem for f in (CONF / "model").glob("tiny_*.yaml")))
+def test_every_shipped_model_takes_what_a_local_one_does(model: str) -> None:
+    own = identity(f"model={model}")
+    for setting in ("model.stress.sigma=0.7", "model.attention=eager"):
+        assert identity(f"model={model}", setting) != own
+
+
 def test_stress_is_nobodys_default() -> None:
     """It is off in the base of all models, and no other names it."""
     settings = {f.stem: yaml.safe_load(f.read_text()) for f in (CONF / "model").glob("*.yaml")}

@@ -9,13 +9,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES, ROOT, run_command
 from PIL import Image
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import mgvq
 from mgvq.checkpoint.index import read_index, to_bytes
@@ -30,6 +32,7 @@ from mgvq.model.encode import chat_prompt
 from mgvq.model.files import INDEX
 from mgvq.model.sites import list_sites
 from mgvq.model.source import SHIPPED
+from mgvq.runs.api import Quantized, _folder
 
 KEYS = {
     "tiny_vqa/accuracy", "tiny_vqa/unparsed", "loss/answer", "kl/full_precision", "bits/quantized_layers", "bits/language_model",
@@ -143,12 +146,14 @@ def test_a_question_in_the_place_of_an_image_is_told() -> None:
             asking._opened(lambda _: pytest.fail("it is read"), words)
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<pad>", "<image>"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<pad>", "</img>", "<image>"])
 def test_a_question_with_a_special_token_is_not_asked(token: str, finished_runs: dict[str, Path]) -> None:
     checkpoint = finished_runs["tiny_internvl"] / "checkpoint"
     model, processor = mgvq.load(checkpoint), AutoProcessor.from_pretrained(checkpoint)
     with pytest.raises(UserError, match=rf"the question: '{re.escape(token)}' in a text is a special token"):
         single.ask(model, processor, f"what is {token} this?", Image.new("RGB", (64, 64)), 4)
+    with pytest.raises(UserError, match=rf"the question: '{re.escape(token)}' in a text is a special token"):
+        single.ask(text_model(), processor.tokenizer, f"what is {token} this?", None, 4)
 
 
 @pytest.mark.parametrize("name", map(one_of_them, FAMILIES))
@@ -282,9 +287,33 @@ def test_what_cannot_be_quantised_is_refused_before_any_work(given: dict, reason
         mgvq.quantize(model, None, **{"method": "kmeans_ldlq", **given})
 
 
+def text_model() -> LlamaForCausalLM:
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+
+
+def test_images_for_a_model_of_text_are_refused_before_any_work() -> None:
+    with pytest.raises(UserError, match="LlamaForCausalLM reads only text, and samples show it images"):
+        mgvq.quantize(text_model(), None, FEW, method="kmeans_ldlq")
+
+
+def test_a_model_whose_folder_is_gone_is_one_without_a_folder(tmp_path: Path) -> None:
+    model = text_model()
+    for place, found in ((tmp_path, tmp_path), (tmp_path / "a" / "gone", None)):
+        (tmp_path / "config.json").write_text("{}")
+        model.name_or_path = str(place)
+        assert _folder(model) == found
+
+
 def test_a_place_that_cannot_be_written_is_told(finished_runs: dict[str, Path]) -> None:
+    checkpoint = finished_runs["tiny_internvl"] / "checkpoint"
+    made: Any = SimpleNamespace(_files=SimpleNamespace(checkpoint=checkpoint))
+    for place in ("/proc/here", "/sys/here"):
+        with pytest.raises(UserError, match=f"{place} cannot be written"):
+            Quantized.save(made, place)
     with pytest.raises(UserError, match="/proc/here cannot be made"):
-        export(finished_runs["tiny_internvl"] / "checkpoint", Path("/proc/here"), "bf16")
+        export(checkpoint, Path("/proc/here"), "bf16")
 
 
 def test_exported_it_is_a_model_like_any_other(finished_runs: dict[str, Path], tmp_path: Path) -> None:

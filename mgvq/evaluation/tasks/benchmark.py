@@ -1,5 +1,6 @@
 """A public benchmark as lmms-eval asks and scores it, over the questions that were chosen, with the settings of this run."""
 
+import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,6 +48,17 @@ class BenchmarkTask(ConfigurableTask):
         self.numbers = _chosen(whole[0][split], self.benchmark, self._limit, self._draw)
         self._questions, self._documents = (part[split].select(self.numbers) for part in whole)
         self.dataset, self.dataset_no_image = DatasetDict({split: self._questions}), DatasetDict({split: self._documents})
+
+    def test_docs(self) -> Dataset:
+        """Called by the base class, which looks at the first: without images, of which a damaged one would be raised."""
+        return self._documents
+
+    def first_readable(self) -> dict[str, Any] | None:
+        """The first question whose images can be decoded, with them; None where those of no question can be."""
+        for at in range(len(self._questions)):
+            with contextlib.suppress(Exception):  # whatever Pillow raises
+                return self._questions[at]
+        return None
 
     def rows(self) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """The document of every question without its images, and what the dataset stores of it, images as files' bytes."""
