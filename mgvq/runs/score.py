@@ -26,15 +26,15 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     found = []
     for measure in kind.get("measures", ()):
         column, every = ("score", _weights(samples, kind)) if measure == "accuracy" else ("loss", samples.num_tokens)
-        counted = (every > 0).to_numpy()  # what has no part in the measure may have no number either
-        counts, clusters_of = every[counted].to_numpy(), of_what[counted]
+        counted = np.asarray(every > 0)  # what has no part in the measure may have no number either
+        counts, clusters_of = np.asarray(every)[counted], of_what[counted]
         each = counts if measure == "accuracy" else 1
-        values = samples[column][counted].to_numpy() * each
+        values = np.asarray(samples[column])[counted] * each
         if not counted.any() or not np.isfinite(values).all():
             continue
         both = None
         if result.reference is not None:
-            other = result.reference[column][counted].to_numpy() * each
+            other = np.asarray(result.reference[column])[counted] * each
             both = estimate(other, counts, clusters_of), estimate(values - other, counts, clusters_of)
         name = f"{measure}, nats a token" if measure == "loss" else measure
         number = f"{len(values)} {kind.get('samples', 'questions')} of {clusters_of.nunique()} {clusters}"

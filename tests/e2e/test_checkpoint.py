@@ -168,7 +168,8 @@ def test_the_command_answers_as_the_run_did(
     places = samples.sample_id.str.rpartition("-")[0].unique()
     asked = [(place, picture.questions[0].text) for place, picture in zip(places, (first, second), strict=False)]
     a, b = (answers[key] for key in asked)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{asked[0][1]}\n@{tmp_path}/none.png\n@{tmp_path}/b.png\n{asked[1][1]}\n\n"))
+    images = "\n".join(f"@{place}" for place in (tmp_path / "none.png", 60 * "what is ", tmp_path / "b.png"))  # two are none
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{asked[0][1]}\n{images}\n{asked[1][1]}\n\n"))
     assert said(capsys, monkeypatch, run, tmp_path / "a.png") == [a, b]
 
     processor = AutoProcessor.from_pretrained(SHIPPED / name)
