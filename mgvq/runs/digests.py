@@ -28,7 +28,7 @@ def data_digest(path: str) -> str:
 
 
 def _bytes(file: Path) -> bytes:
-    """The content of the file; nothing where none can be read, as of a data URL, which is too long for a name."""
+    """The content of the file; nothing where none can be read, as of a data URL, which is too long for a path."""
     with contextlib.suppress(OSError):
         return file.read_bytes() if file.is_file() else b""
     return b""

@@ -75,16 +75,14 @@ def test_an_image_that_cannot_be_read_costs_its_question(
     assert f"the first is row {row}" in caplog.text
 
 
-def cut_short(rows: pd.DataFrame) -> None:
-    """The first image has its head, and no more."""
-    rows.at[0, "image"] = {"bytes": rows.at[0, "image"]["bytes"][:60], "path": None}
+first_image = put("image", {"bytes": b"no image", "path": None}, 0)
 
 
 def every_image(rows: pd.DataFrame) -> None:
     rows["image"] = [{"bytes": b"no image", "path": None}] * len(rows)
 
 
-@pytest.mark.parametrize(("change", "number"), [(cut_short, 1), (every_image, ROWS)])
+@pytest.mark.parametrize(("change", "number"), [(first_image, 1), (every_image, ROWS)], ids=["first", "all"])
 def test_questions_whose_images_cannot_be_read_are_not_answered(
     change: Callable[[pd.DataFrame], Any], number: int, copies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +108,7 @@ def test_questions_whose_images_cannot_be_read_are_not_answered(
 
 
 def test_a_column_of_images_under_another_name_is_refused_though_the_first_image_is_damaged(copies: Path, tmp_path: Path) -> None:
-    chosen = hurt(copies, tmp_path, cut_short)
+    chosen = hurt(copies, tmp_path, first_image)
     file = next((tmp_path / DATASET).rglob("*.parquet"))
     table = pq.read_table(file)
     schema = json.loads(table.schema.metadata[b"huggingface"])

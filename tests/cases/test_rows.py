@@ -69,8 +69,8 @@ def test_a_line_ends_at_a_newline_alone(question: str, end: bytes, tmp_path: Pat
 
 
 def test_an_image_that_is_no_file_hides_no_other_from_the_identity(tmp_path: Path) -> None:
-    """A data URL is longer than the name of a file may be."""
-    images = ["data:image/png;base64," + 400 * "A", "gone.png", "a.png"]
+    """A data URL is longer than a path may be."""
+    images = ["data:image/png;base64," + 5000 * "A", "gone.png", "a.png"]
     rows = rows_of(tmp_path, json.dumps({"images": images, "question": "q", "answer": "a"}).encode())
     before = data_digest(rows.path)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
