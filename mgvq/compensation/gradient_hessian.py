@@ -91,8 +91,8 @@ class GradientHessian:
             )
         if len(self.steps) == 1 and (self.start == "rounded" or self.sweeps > 1):
             raise UserError(
-                f"compensation.steps={self.steps} has no step to take: the model is rounded to its own weights first, and only "
-                "larger steps are tried then. Add one, such as 0.1; or compensation=hessian, which takes no gradient."
+                f"compensation.steps={self.steps} has no step to take: once a block is rounded, only steps larger than 0 are "
+                "tried. Add one, such as 0.1; or set compensation=hessian, which takes no gradient."
             )
         check_damping("shift_damping", self.shift_damping)
 

@@ -93,7 +93,7 @@ class Journal(MutableMapping[str, Any]):
         return sum(1 for _ in self)
 
     def close(self) -> None:
-        """Throw all of it away: the run is done."""
+        """Throw all of it away."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _file(self, name: str) -> Path:

@@ -46,7 +46,7 @@ class RunFolder:
         return self.path.parents[1] / "partial" / self.path.name
 
     def discard_partial(self) -> None:
-        """Throw away the finished blocks of a run that is done: one that was killed behind DONE has left them."""
+        """Throw away the finished blocks of a run that is done, also those that an earlier start has left."""
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def is_done(self) -> bool:
