@@ -1,10 +1,11 @@
 """Means over samples that never leave out the ones that went wrong: one sample without a finite number, and there is no mean."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 
 def mean(values: Any) -> float:
@@ -22,6 +23,20 @@ def weighted(totals: Any, counts: Any) -> float:
 def by_type(samples: pd.DataFrame, column: str) -> dict[str, float]:
     """The mean of a column for each `type` of sample."""
     return {str(kind): mean(group[column]) for kind, group in samples.groupby("type")}
+
+
+def headline_weights(samples: pd.DataFrame, types: Collection[str], *, by_task: bool) -> Float[np.ndarray, "samples"]:
+    """Weights under which the sum of all scores is the headline accuracy.
+
+    With `by_task` the tasks count alike, and samples of a task alike; else these `types` do, and samples of a type alike, the
+    others not at all. Without either all samples count alike.
+    """
+    if not (by_task or types):
+        return np.full(len(samples), 1 / len(samples))
+    label = samples.task if by_task else samples.type
+    counts = label.value_counts()
+    heads = [name for name in counts.index if by_task or name in types]
+    return label.isin(heads).to_numpy(float) / label.map(counts).to_numpy(float) / max(len(heads), 1)
 
 
 def num_broken(values: Any) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mgvq.checkpoint.card import Estimate, Score
+from mgvq.evaluation.means import headline_weights
 from mgvq.runs.declared import declared
 from mgvq.types import EvalResult
 
@@ -23,9 +24,10 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     kind = declared(evaluation).get("kind", {})
     samples, clusters = result.samples, kind.get("clusters", "pictures")
     of_what = samples.sample_id.str.rpartition("-")[0]
+    weights = headline_weights(samples, kind.get("headline_types") or (), by_task=bool(kind.get("by_task")))
     found = []
     for measure in kind.get("measures", ()):
-        column, every = ("score", _weights(samples, kind)) if measure == "accuracy" else ("loss", samples.num_tokens)
+        column, every = ("score", weights) if measure == "accuracy" else ("loss", samples.num_tokens)
         counted = np.asarray(every > 0)  # what has no part in the measure may have no number either
         counts, clusters_of = np.asarray(every)[counted], of_what[counted]
         each = counts if measure == "accuracy" else 1
@@ -52,13 +54,3 @@ def estimate(totals: Sequence[float] | Any, counts: Any, clusters: pd.Series) ->
         return Estimate(value, math.nan, math.nan)
     error = math.sqrt(number / (number - 1) * float((sums**2).sum())) / float(counts.sum())
     return Estimate(value, value - _WIDTH * error, value + _WIDTH * error)
-
-
-def _weights(samples: pd.DataFrame, kind: Mapping[str, Any]) -> pd.Series:
-    """What each sample weighs in the headline: of benchmarks its task's share, else its type's, dealt to the samples of it."""
-    if kind.get("by_task"):
-        return 1 / samples.groupby("task").task.transform("size")
-    types = kind.get("headline_types") or ()
-    if not types:
-        return pd.Series(1.0, samples.index)
-    return samples.type.isin(types) / samples.groupby("type").type.transform("size")

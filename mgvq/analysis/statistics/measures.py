@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from mgvq.evaluation.means import headline_weights
 from mgvq.studies.kinds import Kind
 
 
@@ -47,21 +48,12 @@ class Measure:
         return f"{value * self.factor:+.{self.decimals + more}f}"
 
 
-def headline_weights(asked: pd.DataFrame, kind: Kind) -> Float[np.ndarray, "questions"]:
-    """Weights under which the sum of all scores is the headline accuracy.
-
-    The types that make the headline count alike, and questions of a type alike; of benchmarks tasks alike, and questions of a
-    task alike. Without either all questions count alike.
-    """
-    if not (kind.by_task or kind.headline_types):
-        return np.full(len(asked), 1 / len(asked))
-    label = asked.task if kind.by_task else asked.type
-    counts = label.value_counts()
-    heads = [name for name in counts.index if kind.by_task or name in kind.headline_types]
-    return label.isin(heads).to_numpy(float) / label.map(counts).to_numpy(float) / max(len(heads), 1)
+def _headline_weights(asked: pd.DataFrame, kind: Kind) -> Float[np.ndarray, "questions"]:
+    """Weights under which the sum of all scores is the headline accuracy."""
+    return headline_weights(asked, kind.headline_types, by_task=kind.by_task)
 
 
-def token_weights(asked: pd.DataFrame, kind: Kind) -> Float[np.ndarray, "questions"]:
+def _token_weights(asked: pd.DataFrame, kind: Kind) -> Float[np.ndarray, "questions"]:
     """Weights under which the sum of all losses (each summed over its answer) is the loss of a token."""
     return np.full(len(asked), 1 / asked.num_tokens.sum())
 
@@ -69,7 +61,7 @@ def token_weights(asked: pd.DataFrame, kind: Kind) -> Float[np.ndarray, "questio
 ACCURACY = Measure(
     name="accuracy",
     column="scores",
-    weigh=headline_weights,
+    weigh=_headline_weights,
     noun="accuracy",
     unit="points",
     scale="%",
@@ -80,7 +72,7 @@ ACCURACY = Measure(
 LOSS = Measure(
     name="loss",
     column="losses",
-    weigh=token_weights,
+    weigh=_token_weights,
     noun="answer loss",
     unit="nats a token",
     scale="nats a token",
