@@ -343,6 +343,11 @@ class TargetShift(Protocol):
         """How often all blocks are gone through with gradients."""
         ...
 
+    @property
+    def racing(self) -> float | None:
+        """The p-value below which a step is given up once a part of the held-out samples says that it loses; None: never."""
+        ...
+
     def direction(self, metric: Metric, gradient: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """What targets move against, in float64; zeros for a gradient of 0. It is the same for all steps, and computed once."""
         ...

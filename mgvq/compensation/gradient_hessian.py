@@ -51,6 +51,9 @@ class GradientHessian:
     """The share of their diagonals that is added to both factors of N, in (0, 1], by `damping_of` as well."""
     damping_of: str = "mean"
     """What the dampings are shares of, as in `Hessian`."""
+    racing: float | None = None
+    """The p-value, in (0, 1), below which a step is given up as soon as a part of the held-out samples says that it loses. None:
+    every step is asked about all of them."""
     order: str = "score"
     """Which vector is rounded first, as in `Hessian`."""
     needs_metric: ClassVar[bool] = True
@@ -95,6 +98,10 @@ class GradientHessian:
                 "tried. Add one, such as 0.1; or set compensation=hessian, which takes no gradient."
             )
         check_damping("shift_damping", self.shift_damping)
+        if self.racing is not None and not 0 < self.racing < 1:
+            raise UserError(
+                f"compensation.racing must lie in (0, 1), got {self.racing!r}; null asks all samples about every step."
+            )
 
     @property
     def needs_output_metric(self) -> bool:

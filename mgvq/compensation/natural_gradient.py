@@ -37,6 +37,7 @@ class NaturalGradient(NoCompensation):
     start: ClassVar[str] = "full_precision"
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
+    racing: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:

@@ -37,6 +37,11 @@ def num_answers(batch: Batch | PackedBatch) -> int:
     return int(batch.loss_mask[:, 1:].sum())
 
 
+def answers_by_sample(batch: Batch | PackedBatch) -> list[int]:
+    """The same sample by sample, in the order of the states."""
+    return list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask[:, 1:].sum(1).tolist()
+
+
 def logits(model: Any, states: Float[Tensor, "answers hidden"]) -> Float[Tensor, "answers vocabulary"]:
     """What the head makes of its inputs, in float32."""
     return model.get_output_embeddings()(states).float()

@@ -21,6 +21,7 @@ from mgvq.model.weights import InModel, Weights
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
 from mgvq.quantization.codebooks import CodebookCache
+from mgvq.quantization.race import NOT_ASKED, HeldoutLoss, Race
 from mgvq.quantization.rounding import Draft, LayerRounder, Rounded
 from mgvq.quantization.teacher import Teacher
 from mgvq.ranks.ranks import ALONE, Ranks
@@ -60,7 +61,8 @@ def blockwise_rounding(
     its gradient would be rounding noise, so that none is taken and nothing is moved.
 
     Steps are tried from the smallest up, as far as a quadratic model of the loss looks for its minimum (`_leads_on`), which takes
-    two evaluations for most blocks, and never beyond one that is worse than the one before it. From sweep 1 on all blocks
+    two evaluations for most blocks, and never beyond one that is worse than the one before it. With `racing` a step that a part
+    of the samples shows to be worse is given up, and its loss in the table is an estimate. From sweep 1 on all blocks
     are quantised, and the gradient holds the errors of the block itself and of those behind it too: without its own, which
     rounding makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is
     there.
@@ -112,7 +114,7 @@ class _Trial:
     targets: Mapping[Site, Tensor]
     rounded: Rounded
     flags: Sequence[str]
-    loss: float  # on the held-out samples
+    loss: HeldoutLoss
     first_order: float  # the change of the loss that the gradient predicts for the rounded weights
 
 
@@ -122,6 +124,7 @@ class _Visit:
 
     chosen: _Trial | None  # None: what was there is better
     rows: Sequence[dict[str, Any]]
+    loss: HeldoutLoss = NOT_ASKED  # of the model as the visit leaves it
     num_ahead: int = 0  # of the blocks that follow, so many have their gradients already
 
 
@@ -130,15 +133,10 @@ def _entry(sweep: int, block: Block) -> str:
     return f"sweep-{sweep}-gradient-{block[0].name}"
 
 
-def _finite(loss: float) -> float:
-    """The loss, which counts as infinite where it is no number."""
-    return loss if math.isfinite(loss) else math.inf
-
-
 def _row(sweep: int, block: Block, trial: _Trial, norm: float, before: float, *, chosen: bool) -> dict[str, Any]:
     """What the table says of a trial."""
     where = {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": block[0].name}
-    losses = {"heldout_before": before, "heldout_loss": trial.loss}
+    losses = {"heldout_before": before, "heldout_loss": trial.loss.mean, "num_samples": trial.loss.num_samples}
     return where | {"step": trial.step, "gradient_norm": norm, "first_order": trial.first_order} | losses | {"chosen": chosen}
 
 
@@ -187,7 +185,7 @@ class _Loop:
     num_ahead: int = 0  # of the blocks that follow, so many have their gradients already
     chosen: dict[str, _Trial] = field(default_factory=dict)  # by the block's first layer
     rows: list[dict[str, Any]] = field(default_factory=list)  # one for every trial
-    loss: float = math.nan  # of the model as it is, on the held-out samples; NaN: it was not found yet
+    loss: HeldoutLoss = NOT_ASKED  # of the model as it is
 
     @property
     def starts_rounded(self) -> bool:
@@ -198,7 +196,7 @@ class _Loop:
         flags: list[str] = []
         draft = self.rounder.draft(self.cache, self.rates, block, flags)
         targets = {site: self.cache.problems[site].target.float() for site in block}
-        trial = _Trial(0.0, targets, draft.judged(), flags, loss=math.nan, first_order=0.0)
+        trial = _Trial(0.0, targets, draft.judged(), flags, loss=NOT_ASKED, first_order=0.0)
         return _Visit(trial, [_row(0, block, trial, norm=0.0, before=math.nan, chosen=True)])
 
     def visit(self, sweep: int, blocks: Sequence[Block]) -> _Visit:
@@ -213,37 +211,36 @@ class _Loop:
                 "compensation=hessian does without."
             )
         steps = self.shift.steps[:1] if untouched else self.shift.steps[1:] if sweep else self.shift.steps
-        if sweep and math.isnan(self.loss):
+        if sweep and math.isnan(self.loss.mean):
             self.loss = self.teacher.heldout_loss()
-        before = self.loss if sweep else math.nan
+        before = self.loss if sweep else NOT_ASKED
         with self.weights.unchanged(block) as present, factors_kept():
             tried, best, draft = list[_Trial](), None, None
             for trial, its_draft in self._trials(block, gradient, present, steps, before):
                 tried.append(replace(trial, targets={}, rounded=Rounded()))  # two sets of layers are there at a time, no more
-                if best is None or _finite(trial.loss) < _finite(best.loss):
+                if best is None or trial.loss.is_less_than(best.loss):
                     best, draft = trial, its_draft
                 del trial, its_draft
         assert best is not None, "there is a step"
         assert draft is not None
-        improves = math.isfinite(best.loss) and not best.loss >= before  # before is NaN in the first sweep: anything will do
-        if not improves and not math.isfinite(before):
+        # The loss before is NaN in the first sweep: anything will do.
+        improves = math.isfinite(best.loss.mean) and not best.loss.mean >= before.mean
+        if not improves and not math.isfinite(before.mean):
             raise UserError(
                 f"{name} and its block: the loss on the held-out samples is not finite, whatever step is taken. The model's "
                 "answers leave the range of its dtype: set model.dtype=float32; or compensation=hessian, which asks for no loss."
             )
-        rows = [_row(sweep, block, one, norm, before, chosen=improves and one.step == best.step) for one in tried]
+        rows = [_row(sweep, block, one, norm, before.mean, chosen=improves and one.step == best.step) for one in tried]
         if not improves:
-            return _Visit(None, rows, self.num_ahead)
-        return _Visit(replace(best, rounded=draft.judged()), rows, self.num_ahead)
+            return _Visit(None, rows, before, self.num_ahead)
+        return _Visit(replace(best, rounded=draft.judged()), rows, best.loss, self.num_ahead)
 
     def take_over(self, name: str, visit: _Visit, block: Block) -> None:
         """Go on behind the visit of that name: what it has chosen for the block is what the model has from here on."""
         self.rows += visit.rows
-        self.num_ahead = visit.num_ahead
+        self.num_ahead, self.loss = visit.num_ahead, visit.loss
         if (chosen := visit.chosen) is None:
-            self.loss = visit.rows[0]["heldout_before"]
             return
-        self.loss = chosen.loss
         self.weights.install(chosen.rounded.decoded, chosen.rounded.stored)
         if self.weights.streamed:
             self.visits |= dict.fromkeys(chosen.targets, name)
@@ -291,10 +288,10 @@ class _Loop:
         gradient: Mapping[Site, Tensor],
         present: Mapping[Site, Tensor],
         steps: Sequence[float],
-        before: float,
+        before: HeldoutLoss,
     ) -> Iterator[tuple[_Trial, Draft]]:
         """Step after step, as far as the quadratic model leads (`_leads_on`), with what the errors can be found from."""
-        last = _Point(0.0, before, 0.0)
+        last, least = _Point(0.0, before.mean, 0.0), before
         earlier = self._earlier_targets(block)
         aims = {site: self._aim(site, gradient.get(site), present, earlier.get(site)) for site in block}
         del earlier
@@ -311,13 +308,17 @@ class _Loop:
                 (float((g * (rounded.decoded[site] - present[site].float()).cpu()).sum()) for site, g in gradient.items()), 0.0
             )
             promised = sum((aim.promised(targets[site]) for site, aim in aims.items()), 0.0)
-            here = _Point(step, self.teacher.heldout_loss(), promised)
-            yield _Trial(step, targets, rounded, flags, here.loss, first_order), draft
+            loss = self.teacher.heldout_loss(self._race(least))
+            here = _Point(step, loss.mean, promised)
+            yield _Trial(step, targets, rounded, flags, loss, first_order), draft
             if larger is None or not _leads_on(last, here, larger):
                 return
             if math.isfinite(here.loss):
-                last = here
+                last, least = here, loss  # it would have ended here, were it not less than what was there
             del targets, cache, draft, rounded  # while the next trial is made
+
+    def _race(self, least: HeldoutLoss) -> Race | None:
+        return Race(least, self.shift.racing) if self.shift.racing is not None and math.isfinite(least.mean) else None
 
     def _earlier_targets(self, block: Block) -> Mapping[Site, Tensor]:
         """What the layers of the block were rounded to in earlier sweeps.

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.memory import in_file
-from mgvq.model.answers import answer_states, logits, logs_in_runs, vocabulary_of
+from mgvq.model.answers import answer_states, answers_by_sample, logits, logs_in_runs, vocabulary_of
 from mgvq.model.blocks import Block, block_name, by_block
 from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
 from mgvq.model.relay import Boundaries, Relay, relays
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.model.weights import Weights
+from mgvq.quantization.race import HeldoutLoss, Race, by_sample, heats
 from mgvq.ranks.ranks import ALONE, Ranks
 from mgvq.types import Site
 
@@ -97,6 +98,7 @@ class Teacher:
             )
         if both := {i for b in batches for i in b.sample_ids} & {i for b in heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
+        self._num_heldout, self._heldout_numbers = len(heldout), list(ranks.share(range(len(heldout))))
         self.batches, self.heldout = ([on_device(b, model) for b in ranks.share(part)] for part in (batches, heldout))
         self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
         self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
@@ -198,17 +200,34 @@ class Teacher:
         num_answers = sum(self._ranks.gather("answers", num_answers))
         return {site: (total / max(1, num_answers)).float() for site, total in self._ranks.total("gradient", sums).items()}
 
+    def heldout_loss(self, race: Race | None = None) -> HeldoutLoss:
+        """The mean loss over the answer tokens of the held-out samples; in a race it is an estimate where a part of the samples
+        shows it to be worse than the rival's."""
+        losses: dict[int, tuple[Float[Tensor, answers], Sequence[int]]] = {}
+        for heat in heats(self._num_heldout):
+            own = {number: self._heldout_losses(number) for number in heat if number in self._heldout_numbers}
+            for of_rank in self._ranks.gather("held-out losses", own):
+                losses |= of_rank
+            if race is None or len(losses) == self._num_heldout:
+                continue
+            estimate = race.given_up({number: by_sample(*one) for number, one in sorted(losses.items())})
+            if estimate is not None:
+                return estimate
+        ordered = dict(sorted(losses.items()))
+        mean = float(torch.cat([loss for loss, _ in ordered.values()]).double().mean())
+        return HeldoutLoss(mean, {number: by_sample(*one) for number, one in ordered.items()})
+
     @torch.inference_mode()
-    def heldout_loss(self) -> float:
-        """The mean loss over the answer tokens of the held-out samples."""
-        losses = []
-        for number, taught in enumerate(self._taught_heldout):
-            with self._heldout_walk.passing(number) as batch:
-                states = answer_states(self.model, batch)
-            loss_of = self._losses(batch, taught)
-            losses += [loss_of(logs, few) for few, logs in logs_in_runs(self.model, states)]
-        every = [loss for own in self._ranks.gather("held-out losses", losses) for loss in own]
-        return float(torch.cat(every).double().mean())
+    def _heldout_losses(self, number: int) -> tuple[Float[Tensor, "answers"], list[int]]:
+        """Of the held-out batch of that number, one of this process's own: the losses of its answer tokens, and how many of them
+        each sample has."""
+        place = self._heldout_numbers.index(number)
+        taught = self._taught_heldout[place]
+        with self._heldout_walk.passing(place) as batch:
+            states = answer_states(self.model, batch)
+        loss_of = self._losses(batch, taught)
+        losses = torch.cat([loss_of(logs, few) for few, logs in logs_in_runs(self.model, states)])
+        return losses, answers_by_sample(batch)
 
     def _losses(self, batch: AnyBatch, taught: _Taught) -> LossOf:
         if self.source == "sft":

@@ -17,6 +17,7 @@ from mgvq.quantization import blockwise
 from mgvq.quantization.blockwise import Samples, blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.outliers import find_outliers
+from mgvq.quantization.race import HeldoutLoss
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.teacher import Teacher
@@ -65,10 +66,10 @@ class Quadratic(Teacher):
         """In another unit than the metric's, if `unit` says so."""
         return {s: self.unit * (self.slopes[s] + self.metrics[s].gradient(self.error(s))) for s in sites}
 
-    def heldout_loss(self):
+    def heldout_loss(self, race=None):
         parts = [float((self.slopes[s] * self.error(s)).sum()) + self.metrics[s].loss(self.error(s)) for s in self.sites]
         self.losses.append(self.unit * sum(parts))
-        return self.losses[-1]
+        return HeldoutLoss(self.losses[-1])
 
     def settle(self, block): ...
     def unsettle(self): ...
@@ -169,8 +170,10 @@ def test_a_step_whose_loss_is_no_number_is_never_taken(none, monkeypatch) -> Non
         class Broken(Quadratic):
             broken = place
 
-            def heldout_loss(self):
-                return super().heldout_loss() if len(self.losses) != self.broken else self.losses.append(none) or none
+            def heldout_loss(self, race=None):
+                return (
+                    super().heldout_loss() if len(self.losses) != self.broken else self.losses.append(none) or HeldoutLoss(none)
+                )
 
         _, trials = swept(Broken(slope=0.3), monkeypatch)
         assert (~numpy.isfinite(trials.heldout_loss)).sum() == 1
@@ -180,8 +183,8 @@ def test_a_step_whose_loss_is_no_number_is_never_taken(none, monkeypatch) -> Non
 
 def test_a_block_that_no_step_leaves_with_a_loss_is_named(monkeypatch) -> None:
     class Broken(Quadratic):
-        def heldout_loss(self):
-            return super().heldout_loss() if not self.losses else math.nan
+        def heldout_loss(self, race=None):
+            return super().heldout_loss() if not self.losses else HeldoutLoss(math.nan)
 
     with pytest.raises(UserError, match=r"layers\.1 and its block: the loss on the held-out .* not finite.*dtype=float32"):
         swept(Broken(slope=0.3), monkeypatch, sweeps=1)
