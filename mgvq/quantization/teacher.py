@@ -203,7 +203,7 @@ class Teacher:
     def heldout_loss(self, race: Race | None = None) -> HeldoutLoss:
         """The mean loss over the answer tokens of the held-out samples; in a race it is an estimate where a part of the samples
         shows it to be worse than the rival's."""
-        losses: dict[int, tuple[Float[Tensor, answers], Sequence[int]]] = {}
+        losses: dict[int, tuple[Tensor, Sequence[int]]] = {}
         for heat in heats(self._num_heldout):
             own = {number: self._heldout_losses(number) for number in heat if number in self._heldout_numbers}
             for of_rank in self._ranks.gather("held-out losses", own):
