@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mgvq.formats.base import Stored
 from mgvq.formats.fit import rows_and_columns
-from mgvq.formats.vector import VectorWeight, centroids, index_width
+from mgvq.formats.vector import VectorWeight, centroids_by_one_thread, index_width
 from mgvq.kernels.gather import multiply_columns
 
 
@@ -64,6 +64,6 @@ class ColumnWeight(Stored):
         inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], stages: int
     ) -> Float[Tensor, "m out"]:
         """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.gather`)."""
-        tables, scale = centroids(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
+        tables, scale = centroids_by_one_thread(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
         width = index_width(tables.shape[1])
         return multiply_columns(inputs, tensors["codes"], width, tables, stages, shape[0]) * scale.float()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
@@ -113,7 +114,7 @@ class VectorWeight(Stored):
         inputs: Float[Tensor, "m in"], tensors: Mapping[str, Tensor], shape: list[int], stages: int
     ) -> Float[Tensor, "m out"]:
         """`inputs W^T` of the stored weight, float32 on the CPU, without decoding it (`mgvq.kernels.look_up`, `.gather`)."""
-        tables, scale = centroids(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
+        tables, scale = centroids_by_one_thread(tensors["table"], tensors.get("step")), tensors.get("scale", torch.ones(()))
         width = index_width(tables.shape[1])
         if tables.shape[1] <= min(_LOOKED_UP, shape[0]):
             lut = contributions(inputs, tables, stages, 2**width)
@@ -160,3 +161,9 @@ def store_table(table: Float[Tensor, "k d"], kind: str) -> tuple[Shaped[Tensor, 
 def centroids(table: Shaped[Tensor, "*t k d"], step: Float[Tensor, "*t"] | None) -> Float[Tensor, "*t k d"]:
     """Return what stored tables stand for, in float32."""
     return table.float() if step is None else table.float() * step.float()[..., None, None]
+
+
+def centroids_by_one_thread(table: Shaped[Tensor, "t k d"], step: Float[Tensor, "t"] | None) -> Float[Tensor, "t k d"]:
+    """The same of tables on the CPU, to the bit, for kernels: torch's threads would spin for a while where theirs are to run."""
+    values = table.numpy().astype(np.float32)
+    return torch.from_numpy(values if step is None else values * step.float().numpy()[:, None, None])
