@@ -1,4 +1,7 @@
-"""Products with centroids that are gathered code by code: tables too large to look products up in, and vectors along outputs."""
+"""Products with centroids that are gathered code by code: tables too large to look products up in, and vectors along outputs.
+
+Vectors along outputs of a small table are not gathered: what multiplies a centroid is summed up first, an addition a code.
+"""
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from mgvq.kernels.bits import code_at, padded
 from mgvq.kernels.workers import share_out
 
 _CHUNK = 64  # vectors that are put together in the nearest cache before they are multiplied
+_SUMS = 2**14  # sums of inputs that are kept at a time, which the nearest two caches hold
 
 
 def multiply_rows(
@@ -43,7 +47,8 @@ def multiply_columns(
     vectors = -(-num_out // length)
     outputs = torch.zeros(len(inputs), vectors * length)
     arguments = padded(packed), width, tables.contiguous().numpy(), stages, vectors, inputs.numpy(), outputs.numpy()
-    share_out(_columns, vectors, inputs.shape[1] * vectors * stages, *arguments)
+    summed = 2 * tables.shape[1] <= inputs.shape[1]  # half of the codes, or more, name a centroid that another one names too
+    share_out(_columns_summed if summed else _columns, vectors, inputs.shape[1] * vectors * stages, *arguments)
     return outputs[:, :num_out]
 
 
@@ -81,3 +86,24 @@ def _columns(first, last, packed, width, tables, stages, vectors, inputs, output
                 for token in range(len(inputs)):
                     for i in range(length):
                         outputs[token, v * length + i] += inputs[token, channel] * centroid[i]
+
+
+@njit(reorder=True)
+def _columns_summed(first, last, packed, width, tables, stages, vectors, inputs, outputs):
+    num_centroids, length, subspaces = tables.shape[1], tables.shape[2], len(tables) // stages
+    tile = max(1, _SUMS // num_centroids)
+    sums = np.empty((tile, num_centroids), np.float32)
+    for token in range(len(inputs)):
+        for stage in range(stages):
+            for start in range(first, last, tile):
+                stop = min(start + tile, last)
+                sums[:] = 0
+                for channel in range(inputs.shape[1]):
+                    x = inputs[token, channel]
+                    for v in range(start, stop):
+                        sums[v - start, code_at(packed, (channel * vectors + v) * stages + stage, width)] += x
+                for v in range(start, stop):
+                    table = tables[v % subspaces * stages + stage]
+                    for centroid in range(num_centroids):
+                        for i in range(length):
+                            outputs[token, v * length + i] += sums[v - start, centroid] * table[centroid, i]

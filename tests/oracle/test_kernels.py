@@ -102,6 +102,7 @@ WEIGHTS = {
     "product beyond look-up": vector((9, 61), 4, 16, "int8", subspaces=3, stages=2),
     "residual": vector((300, 61), 8, 256, stages=2),
     "columns": ColumnWeight(vector((72, 61), 8, 256)),
+    "columns of a small table": ColumnWeight(vector((1100, 61), 8, 16, subspaces=2)),
     "columns, two stages": ColumnWeight(vector((45, 30), 3, 16, "int8", subspaces=2, stages=2, scale=torch.tensor(2.0).half())),
     **{f"trellis {rate} bits, {bits}": trellis((35, 45), rate, bits) for rate in STEPS for bits in (8, 12)},
     "trellis of 16 bits": trellis((16, 40), 3.0, 16),
