@@ -23,6 +23,7 @@ METHODS = {
     "shared": ["method=kmeans_ldlq", "codebook.sample=64", "codebook.share=kind"],
     "tuned": ["method=kmeans_ldlq", "codebook.sample=64", "tuning=block"],
     "streamed_gradients": ["method=mgvq", "codebook.sample=64", "memory=streamed", "compensation.sweeps=2"],
+    "raced": ["method=mgvq", "codebook.sample=64", "calibration.heldout_images=130", "compensation.racing=0.3"],
 }  # fmt: skip
 CASES = [(family, method) for method in ("mgvq2", "mgvq") for family in FAMILIES]
 CASES += [("tiny_internvl", method) for method in list(METHODS)[2:]]
