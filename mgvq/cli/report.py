@@ -2,6 +2,7 @@
 READMEs; a report to read."""
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,13 +95,19 @@ def _write_records(study: Study, results: Path, recorded: "Recorded | None") -> 
 
 
 def _layers(runs: Sequence[PlannedRun], record: "StudyRecord | None", recorded: "Recorded | None") -> "pd.DataFrame":
+    """In the order of the study file, wherever the rows come from."""
     import pandas as pd
 
     from mgvq.analysis.records.layers import collect_layers
 
     layers = collect_layers(runs, record)
     parts = [part for part in (layers, recorded.layers(runs)) if len(part)] if recorded else []  # empty ones have no dtypes
-    return pd.concat(parts, ignore_index=True) if parts else layers
+    if not parts:
+        return layers
+    places = {cell: place for place, cell in enumerate(dict.fromkeys((json.dumps(run.point), run.arm) for run in runs))}
+    both = pd.concat(parts, ignore_index=True)
+    order = pd.Series([places[cell] for cell in zip(both.point, both.arm, strict=True)]).sort_values(kind="stable").index
+    return both.loc[order].reset_index(drop=True)
 
 
 def _write_report(study: Study, results: Path, *, html: bool) -> list[Path]:

@@ -24,12 +24,14 @@ from mgvq.analysis.html import write_html
 from mgvq.analysis.records import layers as layers_module
 from mgvq.analysis.records.collect import collect
 from mgvq.analysis.records.layers import codebook_usage, collect_layers, evenness, read_layers, write_layers
+from mgvq.analysis.records.recorded import Recorded
 from mgvq.analysis.records.records import RunRecord, StudyRecord
 from mgvq.analysis.report import write_figures
 from mgvq.analysis.tables.limits_table import limits_table, write_limits
 from mgvq.analysis.tables.table import rows
 from mgvq.analysis.two_studies import file_differences, shared_arms, write_two
 from mgvq.analysis.verdict import verdict
+from mgvq.cli import report as reporting
 from mgvq.errors import UserError
 from mgvq.evaluation.documents import documents, headline_accuracy
 from mgvq.formats.columns import ColumnWeight
@@ -309,3 +311,15 @@ def test_with_two_seeds_the_verdict_is_suggestive(record: StudyRecord) -> None:
     assert "suggestively better on 2 of 2 grid points" in summary
     assert "good is suggestively better: " in sentence
     assert warning.startswith("With 2 seeds the test is too lenient")
+
+
+def test_layers_stand_in_the_order_of_the_study_wherever_they_come_from(
+    runs: list[PlannedRun], record: StudyRecord, layers: pd.DataFrame, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of some arms are from folders, of the others from a record."""
+    here, recorded = layers[layers.arm == "good"], layers[layers.arm == "bad"]
+    assert set(layers.arm) == {"good", "bad"}
+    monkeypatch.setattr(layers_module, "collect_layers", lambda *_: here)
+    monkeypatch.setattr(Recorded, "layers", lambda *_: recorded)
+    found = reporting._layers(runs, record, object.__new__(Recorded))
+    pd.testing.assert_frame_equal(found, layers.reset_index(drop=True))
