@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from mgvq.model.answers import answer_states, logits, runs_of_answers, vocabulary_of
+from mgvq.model.answers import answer_states, answers_by_sample, logits, runs_of_answers, vocabulary_of
 from mgvq.model.pack import PackedBatch
 from mgvq.model.reference import Reference
 from mgvq.progress import progress
@@ -53,7 +53,7 @@ def score(
             for part in zip(targets.split(size), states.split(size), expected.split(size), strict=True)
         ]
         losses, divergence, chosen, expected_losses, expected_chosen = map(torch.cat, zip(*parts, strict=True))
-        sizes = list(batch.sizes) if isinstance(batch, PackedBatch) else batch.loss_mask.sum(1).tolist()
+        sizes = answers_by_sample(batch)
         columns = (t.split(sizes) for t in (losses, divergence, chosen, expected_losses, expected_chosen, targets))
         for sample_id, loss, kl, choice, expected_loss, expected_choice, target in zip(batch.sample_ids, *columns, strict=True):
             total = loss.sum().item()
