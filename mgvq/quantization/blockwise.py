@@ -314,7 +314,9 @@ class _Loop:
             if larger is None or not _leads_on(last, here, larger):
                 return
             if math.isfinite(here.loss):
-                last, least = here, loss  # it would have ended here, were it not less than what was there
+                last = here
+            if loss.is_less_than(least):
+                least = loss
             del targets, cache, draft, rounded  # while the next trial is made
 
     def _race(self, least: HeldoutLoss) -> Race | None:

@@ -1,6 +1,6 @@
 """Held-out losses, and races between them: a step that is clearly worse on a part of the samples is asked about no more.
 
-Most steps that lose do so by far more than samples differ, and a loss on all of them is what the block loop takes longest for
+Most steps that lose do so by far more than samples differ, and a loss on all of them is what a trial takes longest for
 (Maron and Moore, Hoeffding Races, 1994; here with Student's t of paired differences, docs/method.md, eq. (race)).
 """
 

@@ -98,7 +98,8 @@ class Teacher:
             )
         if both := {i for b in batches for i in b.sample_ids} & {i for b in heldout for i in b.sample_ids}:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
-        self._num_heldout, self._heldout_numbers = len(heldout), list(ranks.share(range(len(heldout))))
+        self._num_heldout = len(heldout)
+        self._places = {number: place for place, number in enumerate(ranks.share(range(len(heldout))))}  # of the own batches
         self.batches, self.heldout = ([on_device(b, model) for b in ranks.share(part)] for part in (batches, heldout))
         self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
         self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
@@ -205,7 +206,7 @@ class Teacher:
         shows it to be worse than the rival's."""
         losses: dict[int, tuple[Tensor, Sequence[int]]] = {}
         for heat in heats(self._num_heldout):
-            own = {number: self._heldout_losses(number) for number in heat if number in self._heldout_numbers}
+            own = {number: self._heldout_losses(number) for number in heat if number in self._places}
             for of_rank in self._ranks.gather("held-out losses", own):
                 losses |= of_rank
             if race is None or len(losses) == self._num_heldout:
@@ -221,7 +222,7 @@ class Teacher:
     def _heldout_losses(self, number: int) -> tuple[Float[Tensor, "answers"], list[int]]:
         """Of the held-out batch of that number, one of this process's own: the losses of its answer tokens, and how many of them
         each sample has."""
-        place = self._heldout_numbers.index(number)
+        place = self._places[number]
         taught = self._taught_heldout[place]
         with self._heldout_walk.passing(place) as batch:
             states = answer_states(self.model, batch)

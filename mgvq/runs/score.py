@@ -24,10 +24,12 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     kind = declared(evaluation).get("kind", {})
     samples, clusters = result.samples, kind.get("clusters", "pictures")
     of_what = samples.sample_id.str.rpartition("-")[0]
-    weights = headline_weights(samples, kind.get("headline_types") or (), by_task=bool(kind.get("by_task")))
     found = []
     for measure in kind.get("measures", ()):
-        column, every = ("score", weights) if measure == "accuracy" else ("loss", samples.num_tokens)
+        column, every = "loss", samples.num_tokens
+        if measure == "accuracy":
+            types, by_task = kind.get("headline_types") or (), bool(kind.get("by_task"))
+            column, every = "score", headline_weights(samples, types, by_task=by_task)
         counted = np.asarray(every > 0)  # what has no part in the measure may have no number either
         counts, clusters_of = np.asarray(every)[counted], of_what[counted]
         each = counts if measure == "accuracy" else 1

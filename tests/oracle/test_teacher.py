@@ -52,14 +52,19 @@ def drift(loaded, request):
     layer.weight.data.copy_(kept)
 
 
+def ask_own_samples(drift):
+    """Held-out losses are those of the gradient's own samples."""
+    drift._heldout_walk, drift._taught_heldout, drift._num_heldout = drift._walk, drift._taught, len(drift._taught)
+    drift._places = {number: number for number in range(len(drift._taught))}
+
+
 def later_block(model):
     return list(by_block(list_sites(model, "language")))[2]
 
 
 @pytest.mark.parametrize("drift", ["kl", "sft"], indirect=True)
 def test_gradients_are_finite_differences_of_the_loss(loaded, drift) -> None:
-    drift._heldout_walk, drift._taught_heldout = drift._walk, drift._taught  # the loss of the gradient's own samples
-    drift._num_heldout, drift._heldout_numbers = len(drift._taught), list(range(len(drift._taught)))
+    ask_own_samples(drift)
     block = later_block(loaded.model)
     gradient = drift.gradient(block)
     for site in block[::3]:
@@ -128,7 +133,7 @@ def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
 
 
 def test_a_small_step_against_the_gradient_lowers_the_loss(loaded, drift) -> None:
-    drift._heldout_walk, drift._taught_heldout = drift._walk, drift._taught
+    ask_own_samples(drift)
     block, before = later_block(loaded.model), drift.heldout_loss().mean
     gradient = drift.gradient(block)
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in block}
