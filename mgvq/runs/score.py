@@ -26,10 +26,11 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     of_what = samples.sample_id.str.rpartition("-")[0]
     found = []
     for measure in kind.get("measures", ()):
-        column, every = "loss", samples.num_tokens
         if measure == "accuracy":
             types, by_task = kind.get("headline_types") or (), bool(kind.get("by_task"))
             column, every = "score", headline_weights(samples, types, by_task=by_task)
+        else:
+            column, every = "loss", samples.num_tokens  # a column that evaluations without losses lack
         counted = np.asarray(every > 0)  # what has no part in the measure may have no number either
         counts, clusters_of = np.asarray(every)[counted], of_what[counted]
         each = counts if measure == "accuracy" else 1
