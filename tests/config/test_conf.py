@@ -176,7 +176,7 @@ def test_a_variant_whose_code_has_moved_numbers_names_its_own_runs_anew() -> Non
     moved = "++codebook._declares_.numerics=1"
     assert identity("method=kmeans", moved) != identity("method=kmeans")
     assert identity("method=kmeans", moved) != identity("method=kmeans", "++codebook._declares_.numerics=2")
-    assert scientific_settings(composed("method=mgvq"))["refit"]["numerics"] == 1.0
+    assert scientific_settings(composed("method=mgvq"))["refit"]["numerics"] == 2.0
 
 
 def test_settings_outside_of_the_groups_that_came_later_count_off_their_neutral_values() -> None:
