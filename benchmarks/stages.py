@@ -22,6 +22,7 @@ from mgvq.model.source import SHIPPED, Source
 from mgvq.model.walk import BlockWalk
 from mgvq.prefix.quantized import QuantizedPrefix
 from mgvq.quantization.sequential import _by_input, _Streams
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.teacher import Teacher
 from mgvq.rng import generator
 from mgvq.runs.api import quantize
@@ -95,7 +96,7 @@ def _of_a_model() -> Pairs:
     loaded = load(source, torch.device("cpu"))
     drawn = TinyVQA(num_images=16, questions_per_image=8, heldout_images=0, shown="both", seed=0, label_seed=0).draw()
     sites, batches = list_sites(loaded.model, "language"), list(drawn.batches(loaded.processor))
-    teacher, block = Teacher(loaded.model, sites, [], batches, "kl"), next(iter(by_block(sites)))
+    teacher, block = Teacher(Subject(loaded.model, sites, Samples([], batches)), "kl"), next(iter(by_block(sites)))
     walk = BlockWalk(loaded.model, sites, batches)
     weights = quantize(loaded.model, loaded.processor, method="rtn", scope="language").report.weights
     scratch = tempfile.TemporaryDirectory(prefix="mgvq-benchmark-")  # as long as what is measured

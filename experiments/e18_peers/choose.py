@@ -84,7 +84,8 @@ def judge(method: Method, loaded: Loaded, sites: Sequence[Site], banks: Sequence
             for s, p in problems.items()
         }
         cache = cache.with_targets(targets)
-    rounded = LayerRounder(method.compensation, method.refit, ids).round(cache, [table.rates[r] for r in chosen], sites, [])
+    rates = [table.rates[r] for r in chosen]
+    rounded = LayerRounder(cache, rates, method.compensation, method.refit, ids).round(sites, [])
     logs = []
     for site, problem in problems.items():
         metric = held_out[site].metric

@@ -5,51 +5,32 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mgvq.compensation.direction import without_own_error
 from mgvq.compensation.ldl import factors_kept
 from mgvq.errors import SharedFault, UserError
 from mgvq.model.blocks import Block, by_block
-from mgvq.model.walk import AnyBatch
-from mgvq.model.weights import InModel, Weights
+from mgvq.model.weights import Weights
 from mgvq.progress import progress
 from mgvq.protocols import TargetShift
-from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.race import NOT_ASKED, HeldoutLoss, Race
 from mgvq.quantization.rounding import Draft, LayerRounder, Rounded
+from mgvq.quantization.subject import Subject
 from mgvq.quantization.teacher import Teacher
-from mgvq.ranks.ranks import ALONE, Ranks
-from mgvq.types import Metric, Rate, Site, StatsBank
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The calibration samples of the block loop; the two parts share none."""
-
-    batches: Sequence[AnyBatch]  # for gradients
-    heldout: Sequence[AnyBatch]  # for choosing between steps
-    folder: Path | None = None  # for files of what the loop keeps and memory need not hold; None: memory holds it
+from mgvq.types import Metric, Site, StatsBank
 
 
 def blockwise_rounding(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     bank: StatsBank,
     shift: TargetShift,
-    samples: Samples,
-    cache: CodebookCache,
-    rates: Sequence[Rate],
     rounder: LayerRounder,
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
-    weights: Weights | None = None,
-    ranks: Ranks = ALONE,
 ) -> tuple[Rounded, pd.DataFrame]:
     """At every block: take the gradient of the model as it is, try the steps, keep the best on held-out samples.
 
@@ -67,7 +48,7 @@ def blockwise_rounding(
     rounding makes anew, it moves the target that the block was rounded to once more, and the result has to beat the one that is
     there.
 
-    Codebooks are fitted to the moved targets, or left to the refit where there is one. `model` has its own weights again in the
+    Codebooks are fitted to the moved targets, or left to the refit where there is one. The model has its own weights again in the
     end. The table has a row for every sweep, block and step that was tried: the gradient's norm, the change of the loss that it
     predicts to first order, the loss on the held-out samples before the block was rounded (NaN in sweep 0) and after (NaN in a
     sweep 0 without gradient, where nobody asks). Flag `no_step`: all steps that were chosen are 0. Raises UserError for a
@@ -75,14 +56,14 @@ def blockwise_rounding(
 
     `finished` is given an entry for every block of every sweep; those that it has already are taken over instead of being
     computed again, so that a loop which was stopped goes on from there, to the same bits. Gradients that wait for their blocks
-    are entries too, until those are finished. `weights` says where those of the layers are; None: in the model. Where they are
-    streamed, gradients, and the targets of a sweep in the next one, are read back from `finished`. Several processes (`ranks`)
-    run their own shares of the samples; the losses by which steps are chosen are those of all.
+    are entries too, until those are finished. Where weights are streamed, gradients, and the targets of a sweep in the next one,
+    are read back from `finished`. Several processes run their own shares of the samples; the losses by which steps are chosen
+    are those of all.
     """
-    blocks, finished, weights = list(by_block(sites)), {} if finished is None else finished, weights or InModel(model)
-    teacher = Teacher(model, sites, samples.batches, samples.heldout, shift.source, weights, ranks, samples.folder)
-    with weights.unchanged(sites):
-        loop = _Loop(weights, bank, shift, teacher, cache, rates, rounder, finished)
+    blocks, finished = list(by_block(subject.sites)), {} if finished is None else finished
+    teacher = Teacher(subject, shift.source)
+    with subject.weights.unchanged(subject.sites):
+        loop = _Loop(subject.weights, bank, shift, teacher, rounder, finished)
         sweeps = shift.sweeps + loop.starts_rounded
         visits = [(sweep, number) for sweep in range(sweeps) for number in range(len(blocks))]
         for sweep, number in progress(visits, "blocks" if sweeps == 1 else f"blocks in {sweeps} sweeps"):
@@ -175,8 +156,6 @@ class _Loop:
     bank: StatsBank
     shift: TargetShift
     teacher: Teacher
-    cache: CodebookCache
-    rates: Sequence[Rate]
     rounder: LayerRounder
     finished: MutableMapping[str, Any]  # the visits of blocks by their names, and gradients that wait for theirs
     targets: dict[Site, Tensor] = field(default_factory=dict)  # of the layers whose chosen trial has moved theirs
@@ -194,8 +173,8 @@ class _Loop:
     def plain(self, block: Block) -> _Visit:
         """The block rounded to its own weights, without a gradient; the model as it was."""
         flags: list[str] = []
-        draft = self.rounder.draft(self.cache, self.rates, block, flags)
-        targets = {site: self.cache.problems[site].target.float() for site in block}
+        draft = self.rounder.draft(block, flags)
+        targets = {site: self.rounder.problems[site].target.float() for site in block}
         trial = _Trial(0.0, targets, draft.judged(), flags, loss=NOT_ASKED, first_order=0.0)
         return _Visit(trial, [_row(0, block, trial, norm=0.0, before=math.nan, chosen=True)])
 
@@ -298,10 +277,10 @@ class _Loop:
         for step, larger in zip(steps, [*steps[1:], None], strict=True):
             targets = {site: self.teacher.put(aim.moved(step)) for site, aim in aims.items()}
             flags: list[str] = []
-            cache, name = self.cache, "feedback"
+            rounder, name = self.rounder, "feedback"
             if step:  # a refit moves the tables anyway, to where the codes of the moved target want them
-                cache, name = cache.with_targets(targets, fit=self.rounder.refit is None), "shifted"
-            draft = self.rounder.draft(cache, self.rates, block, flags, name)
+                rounder, name = rounder.with_targets(targets, fit=rounder.refit is None), "shifted"
+            draft = rounder.draft(block, flags, name)
             rounded = draft.rounded
             self.weights.install(rounded.decoded, rounded.stored)
             first_order = sum(
@@ -317,7 +296,7 @@ class _Loop:
                 last = here
             if loss.is_less_than(least):
                 least = loss
-            del targets, cache, draft, rounded  # while the next trial is made
+            del targets, rounder, draft, rounded  # while the next trial is made
 
     def _race(self, least: HeldoutLoss) -> Race | None:
         return Race(least, self.shift.racing) if self.shift.racing is not None and math.isfinite(least.mean) else None
@@ -338,7 +317,7 @@ class _Loop:
         return found
 
     def _aim(self, site: Site, gradient: Tensor | None, present: Mapping[Site, Tensor], earlier: Tensor | None) -> "_Aim":
-        problem = self.cache.problems[site]
+        problem = self.rounder.problems[site]
         assert problem.metric is not None, "the method's checks ask for a metric"
         target = problem.target
         if gradient is None:

@@ -18,7 +18,7 @@ from mgvq.model.sites import site_weights
 from mgvq.model.streamed import StreamedWeights
 from mgvq.progress import progress
 from mgvq.protocols import LayerTransform
-from mgvq.quantization.blockwise import Samples, blockwise_rounding
+from mgvq.quantization.blockwise import blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache, rate_table
 from mgvq.quantization.limits import Limits
 from mgvq.quantization.method import Method
@@ -28,6 +28,7 @@ from mgvq.quantization.report import QuantReport, allocation_table, channels_tab
 from mgvq.quantization.rounding import LayerRounder, Rounded
 from mgvq.quantization.sequential import sequential_rounding
 from mgvq.quantization.storage import bits_by_layer, group_ids, held_bits, held_by
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.tuning import BlockTuner, tuned
 from mgvq.ranks.ranks import ALONE, Ranks
@@ -82,29 +83,27 @@ def quantize(
 
     limits = Limits(bits_by_layer(held, table_groups, table, chosen))
     # What blocks that are rounded one by one have in common would be an object of its own in each process.
-    rounder = LayerRounder(method.compensation, method.refit, ids, limits, ALONE if method.is_blockwise and between else ranks)
+    dealt_to = ALONE if method.is_blockwise and between else ranks
+    rounder = LayerRounder(cache, rates, method.compensation, method.refit, ids, limits, dealt_to)
     blocks = pd.DataFrame()
     tuner = None
     if not method.is_blockwise:
         rounded = Rounded()
         for part in [sites] if between else progress(list(by_block(sites)), "blocks"):
-            own = rounder.round(cache, rates, part, flags)
+            own = rounder.round(part, flags)
             rounded |= own.packed() if streamed else own
     else:
         assert samples is not None, "runs/method.py asks for a calibration set"
         if between:
             finished = None  # a table is one object in all layers that share it, which files of single blocks cannot tell
+        subject = Subject(model, sites, samples, streamed, ranks)
         if method.shift is not None:
-            rounded, blocks = blockwise_rounding(
-                model, sites, bank, method.shift, samples, cache, rates, rounder, flags, finished, streamed, ranks
-            )
+            rounded, blocks = blockwise_rounding(subject, bank, method.shift, rounder, flags, finished)
         else:
             if method.tuning is not None and method.tunes_blocks:
                 finished = None
                 tuner = BlockTuner(model, sites, method.tuning, table_groups, stored_dtype)
-            rounded = sequential_rounding(
-                model, sites, method.prefix, samples, cache, rates, rounder, flags, finished, tuner, streamed, ranks
-            )
+            rounded = sequential_rounding(subject, method.prefix, rounder, flags, finished, tuner)
     report = QuantReport(
         weights={site: rounded.stored[site] for site in sites},
         stored_bits=stored_bits,

@@ -115,28 +115,39 @@ class Draft:
 
 @dataclass(frozen=True)
 class LayerRounder:
-    """Rounds layers to their fitted codebooks."""
+    """Rounds layers to their fitted codebooks, at chosen rates."""
 
+    cache: CodebookCache
+    rates: Sequence[Rate]  # of the cache's table groups
     compensation: Compensation
     refit: Refit | None
     ids: Mapping[str, UInt8[Tensor, "_"]]  # by `Site.reads`: the packed group ids of layers with several channel groups
     limits: Limits | None = None  # None: nobody asks for them
     ranks: Ranks = ALONE  # the processes that layers are dealt to, those with a common table to one
 
-    def round(
-        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
-    ) -> Rounded:
-        """Round `sites` to their targets; `cache` and `rates` are of all table groups.
+    @property
+    def problems(self) -> Mapping[Site, LayerProblem]:
+        """What each layer is rounded to, and by which metric."""
+        return self.cache.problems
+
+    def with_targets(self, targets: Mapping[Site, Float[Tensor, "_ _"]], *, fit: bool = True) -> "LayerRounder":
+        """The same towards other targets of some layers (`CodebookCache.with_targets`)."""
+        return replace(self, cache=self.cache.with_targets(targets, fit=fit))
+
+    def with_problems(self, problems: Mapping[Site, LayerProblem]) -> "LayerRounder":
+        """The same for other problems of some layers (`CodebookCache.with_problems`)."""
+        return replace(self, cache=self.cache.with_problems(problems))
+
+    def round(self, sites: Sequence[Site], flags: list[str], step: str = "feedback") -> Rounded:
+        """Round `sites` to their targets.
 
         The proxy error of a layer is its metric's loss of the error over that of the weight, both against full precision. It is
         noted after `nearest` (no compensation), after `step` (the compensation's codes) and after `refit`; a layer without a
         metric has none, and a codebook that codes rows together no `nearest`, which would take as long as all the rest.
         """
-        return self._round(cache, rates, sites, flags, step, lambda part: part.errors(self.limits))
+        return self._round(sites, flags, step, lambda part: part.errors(self.limits))
 
-    def draft(
-        self, cache: CodebookCache, rates: Sequence[Rate], sites: Sequence[Site], flags: list[str], step: str = "feedback"
-    ) -> Draft:
+    def draft(self, sites: Sequence[Site], flags: list[str], step: str = "feedback") -> Draft:
         """The same without errors, which can be asked for afterwards; what they are found from is kept until then."""
         parts: list[_Part] = []
 
@@ -144,23 +155,15 @@ class LayerRounder:
             parts.append(part)
             return _Errors()
 
-        return Draft(self._round(cache, rates, sites, flags, step, keep), self.limits, self.ranks, parts)
+        return Draft(self._round(sites, flags, step, keep), self.limits, self.ranks, parts)
 
-    def _round(
-        self,
-        cache: CodebookCache,
-        rates: Sequence[Rate],
-        sites: Sequence[Site],
-        flags: list[str],
-        step: str,
-        judge: Callable[[_Part], _Errors],
-    ) -> Rounded:
+    def _round(self, sites: Sequence[Site], flags: list[str], step: str, judge: Callable[[_Part], _Errors]) -> Rounded:
         """Layers that share tables are dealt together, rounded and judged; then every process has all of them."""
-        together = list(_sharing(cache.table_groups, sites))
+        together = list(_sharing(self.cache.table_groups, sites))
         whose = self.ranks.deal([sum(map(_cost, part)) for part in together])
         made = {}
         for number in progress([n for n, rank in enumerate(whose) if rank == self.ranks.rank], "layers"):
-            part = self._part(cache, together[number], rates, step)
+            part = self._part(together[number], step)
             made[number] = part.layers(), part.flags, judge(part)
         found = {number: part for of_rank in self.ranks.gather("rounded layers", made) for number, part in of_rank.items()}
         rounded = Rounded()
@@ -168,27 +171,27 @@ class LayerRounder:
             layers, taken, _ = found[number]
             flags += taken
             for site, (slices, decoded) in layers.items():
-                rounded.stored[site], rounded.decoded[site] = self._store(cache.problems[site], slices), decoded
+                rounded.stored[site], rounded.decoded[site] = self._store(self.problems[site], slices), decoded
         return _with_errors(rounded, [errors for _, _, errors in found.values()])
 
-    def _part(self, cache: CodebookCache, sites: Sequence[Site], rates: Sequence[Rate], step: str) -> _Part:
+    def _part(self, sites: Sequence[Site], step: str) -> _Part:
         """Layers that share tables, rounded: all steps but `nearest`, which no other needs, are done when this returns."""
-        problems, flags = {site: cache.problems[site] for site in sites}, list[str]()
-        fitted = _fitted(cache, rates, sites, flags)
+        problems, flags = {site: self.problems[site] for site in sites}, list[str]()
+        fitted = _fitted(self.cache, self.rates, sites, flags)
         if isinstance(self.compensation, FitsTargets) and self.compensation.fits_targets:
             met = {site: self.compensation.met(p.target, _metric(p), fitted[site], p.score) for site, p in problems.items()}
-            fitted = _fitted(cache.with_targets(met), rates, sites, flags)
+            fitted = _fitted(self.cache.with_targets(met), self.rates, sites, flags)
         steps: dict[str, Callable[[], Mapping[Site, _Coded]]] = {}
-        if not cache.codebook.spans_rows:
+        if not self.cache.codebook.spans_rows:
             plain = replace(self, compensation=NoCompensation())
             steps["nearest"] = lambda: {site: plain._compensated(problems[site], own, []) for site, own in fitted.items()}
         first = coded = {site: self._compensated(problems[site], own, flags) for site, own in fitted.items()}
         steps[step] = lambda: first
         if self.refit is not None:
-            coded = self._refitted(cache, coded)
+            coded = self._refitted(coded)
             for _ in range(self.refit.rounds - 1):
                 again = {site: self._compensated(problems[site], own.slices, []) for site, own in coded.items()}
-                again = self._refitted(cache, again)
+                again = self._refitted(again)
                 if not _loss(problems, again) < _loss(problems, coded):
                     break
                 coded = again
@@ -199,22 +202,22 @@ class LayerRounder:
     def _compensated(self, problem: LayerProblem, slices: list[FittedSlice], flags: list[str]) -> _Coded:
         return _Coded(slices, list(self.compensation.round(problem.target, problem.metric, slices, problem.score, flags)))
 
-    def _refitted(self, cache: CodebookCache, coded: Mapping[Site, _Coded]) -> dict[Site, _Coded]:
+    def _refitted(self, coded: Mapping[Site, _Coded]) -> dict[Site, _Coded]:
         """The tables of one table group after the other, each given the others.
 
         A table group in which layers outside of `coded` have slices stays as it is.
         """
         assert self.refit is not None
         moved = {site: replace(own, slices=list(own.slices)) for site, own in coded.items()}
-        targets = {site: cache.problems[site].target.float() for site in coded}
+        targets = {site: self.problems[site].target.float() for site in coded}
         values = {site: own.decode(targets[site]) for site, own in moved.items()}
-        for table_group in cache.table_groups:
+        for table_group in self.cache.table_groups:
             if any(channel_slice.site not in moved for channel_slice in table_group.slices):
                 continue
             parts = []
             for channel_slice in table_group.slices:
                 site, own = channel_slice.site, moved[channel_slice.site]
-                metric = _metric(cache.problems[site])
+                metric = _metric(self.problems[site])
                 columns = channel_slice.columns.to(values[site].device).long()
                 lacking = targets[site] - values[site]
                 lacking[:, columns] = targets[site][:, columns]

@@ -8,47 +8,36 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mgvq.model.blocks import Block, by_block
 from mgvq.model.walk import BlockPass, BlockWalk, Visit, on_device
-from mgvq.model.weights import InModel, Weights
 from mgvq.progress import progress
 from mgvq.protocols import Lacking, Prefix
-from mgvq.quantization.blockwise import Samples
-from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder, Rounded
+from mgvq.quantization.subject import Subject
 from mgvq.quantization.tuning import BlockTuner
 from mgvq.ranks.ranks import ALONE, Ranks
-from mgvq.types import LayerProblem, Metric, Rate, Site
+from mgvq.types import LayerProblem, Metric, Site
 
 
 def sequential_rounding(
-    model: PreTrainedModel,
-    sites: Sequence[Site],
+    subject: Subject,
     prefix: Prefix | None,
-    samples: Samples,
-    cache: CodebookCache,
-    rates: Sequence[Rate],
     rounder: LayerRounder,
     flags: list[str],
     finished: MutableMapping[str, Any] | None = None,
     tuner: BlockTuner | None = None,
-    weights: Weights | None = None,
-    ranks: Ranks = ALONE,
 ) -> Rounded:
     """Block by block, and in a block the layers that read the same activations together, in the order of the data.
 
     The metric of a layer has `E[x~ x~^T]` for its input factor, x~ its input behind everything that is quantised so far; an
     output factor stays. `prefix` says how its target is moved before it is rounded; without one layers are rounded as they are.
     A `tuner` has the block once it is rounded. `finished` is as in `blockwise_rounding`, and not for tuned blocks, since an entry
-    lacks what a tuner moves beside the layers. `weights` says where those of the layers are; None: in the model, which has its
-    own parameters again in the end. Several processes (`ranks`) are all given all samples, and run their own shares; but for a
-    tuner, which has all of them in each.
+    lacks what a tuner moves beside the layers. The model has its own parameters again in the end. Several processes run their
+    own shares of the samples; but for a tuner, which has all of them in each.
     """
-    finished, weights = {} if finished is None else finished, weights or InModel(model)
-    if tuner is not None:
-        ranks = ALONE
+    finished, ranks = {} if finished is None else finished, ALONE if tuner else subject.ranks
+    model, sites, samples, weights = subject.model, subject.sites, subject.samples, subject.weights
     walks, aside = list[BlockWalk](), samples.folder if weights.streamed else None
     for part in (samples.batches, samples.heldout):
         share = [on_device(batch, model) for batch in ranks.share(part)]
@@ -59,7 +48,7 @@ def sequential_rounding(
             own, taken, name = Rounded(), list[str](), f"block-{number:04}"
             if prefix is None:
                 visits = [_at_full_precision(walk, block, originals) for walk in walks]
-                own |= rounder.round(cache, rates, block, taken)
+                own |= rounder.round(block, taken)
                 weights.install(own.decoded, own.stored)
             else:
                 streams = [_Streams(walks[0], block, originals, ranks)]
@@ -72,8 +61,8 @@ def sequential_rounding(
                     weights.install(own.decoded, own.stored)
                 else:
                     for together in _by_input(block):
-                        problems = _problems(together, cache, originals, prefix, streams)
-                        now = rounder.round(cache.with_problems(problems), rates, together, taken)
+                        problems = _problems(together, rounder.problems, originals, prefix, streams)
+                        now = rounder.with_problems(problems).round(together, taken)
                         weights.install(now.decoded, now.stored)
                         own |= now
                         del problems, now  # while the next ones are made
@@ -90,7 +79,7 @@ def sequential_rounding(
 
 def _problems(
     together: Sequence[Site],
-    cache: CodebookCache,
+    problems: Mapping[Site, LayerProblem],
     originals: Mapping[Site, Tensor],
     prefix: Prefix,
     streams: Sequence["_Streams"],
@@ -100,7 +89,7 @@ def _problems(
     Their inputs have one basis, and so they have one input factor.
     """
     moments, heldout = (stream.moments(together) for stream in streams)
-    found = {site: _without_input_factor(cache.problems[site]) for site in together}
+    found = {site: _without_input_factor(problems[site]) for site in together}
     for site, problem in found.items():
         target = _target(problem, originals[site], prefix, moments[site], heldout[site])
         found[site] = replace(problem, target=target)

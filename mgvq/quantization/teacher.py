@@ -1,6 +1,6 @@
 """The full-precision model as a teacher: gradients of the divergence from it, and losses on held-out samples."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,6 @@ from shutil import disk_usage
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.memory import in_file
@@ -19,9 +18,8 @@ from mgvq.model.hooks import outputs_of
 from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
 from mgvq.model.relay import Boundaries, Relay, relays
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
-from mgvq.model.weights import Weights
 from mgvq.quantization.race import HeldoutLoss, Race, by_sample, heats
-from mgvq.ranks.ranks import ALONE, Ranks
+from mgvq.quantization.subject import Subject
 from mgvq.types import Site
 
 _IN_MEMORY = 2**28  # log-probabilities, a gigabyte: of a large vocabulary a few thousand answer tokens
@@ -68,30 +66,17 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
-    `batches` for gradients and `heldout` for losses must share no sample. `weights`: see `BlockWalk`. `folder`: where files hold
-    log-probabilities of the model; None: memory does, and fewer of them. `relayed`: gradients go from block to block, and those
-    files hold activations too, else they take passes with a graph through all blocks; None: where the weights are streamed.
-    Several processes (`ranks`) are all given all batches, and run their own shares. Raises UserError where there is no held-out
-    sample.
+    Where the samples have a folder, files in it hold log-probabilities of the model, else memory does, and fewer of them.
+    `relayed`: gradients go from block to block, and those files hold activations too, else they take passes with a graph through
+    all blocks; None: where the weights are streamed. Raises UserError where there is no held-out sample.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sites: Sequence[Site],
-        batches: Iterable[AnyBatch],
-        heldout: Iterable[AnyBatch],
-        source: str,
-        weights: Weights | None = None,
-        ranks: Ranks = ALONE,
-        folder: Path | None = None,
-        relayed: bool | None = None,
-    ) -> None:
-        relayed = weights is not None and weights.streamed if relayed is None else relayed
-        aside = folder if relayed else None
-        self.model, self.source, self._ranks, self._folder, self._aside = model, source, ranks, folder, aside
+    def __init__(self, subject: Subject, source: str, *, relayed: bool | None = None) -> None:
+        model, sites, weights, ranks = subject.model, subject.sites, subject.weights, subject.ranks
+        self.model, self.source, self._ranks, self._folder = model, source, ranks, subject.samples.folder
+        self._aside = aside = self._folder if (weights.streamed if relayed is None else relayed) else None
         self._by_block: list[Block] = list(by_block(sites))
-        batches, heldout = list(batches), list(heldout)
+        batches, heldout = subject.samples.batches, subject.samples.heldout
         if not heldout:
             raise UserError(
                 "the step of the gradient is chosen on held-out samples, and there are none: raise calibration.heldout_images."

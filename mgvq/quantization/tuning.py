@@ -19,10 +19,10 @@ from mgvq.model.load import as_stored
 from mgvq.model.towers import find_towers
 from mgvq.model.walk import AnyBatch, Visit, on_device
 from mgvq.protocols import Descended, QuantizedWeight, Tuning
-from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.embeddings import embeddings
 from mgvq.quantization.report import QuantReport
 from mgvq.quantization.rounding import Rounded
+from mgvq.quantization.subject import Samples
 from mgvq.quantization.table_groups import TableGroup
 from mgvq.types import Site, Tower
 

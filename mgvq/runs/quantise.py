@@ -22,10 +22,10 @@ from mgvq.model.load import Loaded, load
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import list_sites
 from mgvq.protocols import CalibrationSet
-from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.report import QuantReport
+from mgvq.quantization.subject import Samples
 from mgvq.ranks.ranks import Ranks
 from mgvq.runs.build import build
 from mgvq.runs.cache import statistics, statistics_by_block

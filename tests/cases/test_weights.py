@@ -8,10 +8,10 @@ from variants import built, each
 from mgvq.curvature.statistics import collect
 from mgvq.errors import UserError
 from mgvq.model.sites import site_weights
-from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
 from mgvq.quantization.preflight import constant_layers
+from mgvq.quantization.subject import Samples
 from mgvq.types import Batch, Needs, Site
 
 CODEBOOKS = each("codebook")

@@ -175,5 +175,5 @@ def proxy(problem, outliers, codebook):
     problems = {problem.site: replace(problem, outliers=outliers)}
     cache = CodebookCache(cut_table_groups(problems, codebook), codebook, problems)
     (rate,) = [rate for rate in codebook.rates() if rate.index_bits == 2]
-    rounded = LayerRounder(Hessian(damping=0.01), None, {}).round(cache, [rate], [problem.site], [])
+    rounded = LayerRounder(cache, [rate], Hessian(damping=0.01), None, {}).round([problem.site], [])
     return rounded.proxy[problem.site]["feedback"]

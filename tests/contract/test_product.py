@@ -9,9 +9,9 @@ from variants import built, variants
 
 from mgvq.curvature.statistics import collect
 from mgvq.model.sites import site_weights
-from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.method import Method
 from mgvq.quantization.pipeline import quantize
+from mgvq.quantization.subject import Samples
 from mgvq.refit.closed_form import ClosedForm
 from mgvq.types import Batch, Needs, Site
 

@@ -12,9 +12,10 @@ from mgvq.errors import SharedFault, UserError
 from mgvq.model.pack import packed_batches
 from mgvq.model.sites import list_sites, site_weights
 from mgvq.model.weights import InModel
-from mgvq.quantization.blockwise import Samples, blockwise_rounding
+from mgvq.quantization.blockwise import blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.teacher import Teacher
 from mgvq.runs.journal import Journal
@@ -58,9 +59,9 @@ def loop(loaded):
 
     def run(bank=None, finished=None, **settings):
         shift, flags = GradientHessian(**GRADIENT | settings), []
-        rounder, cache = LayerRounder(shift, None, {}), CodebookCache(table_groups, codebook, problems)
-        samples = Samples(batches, heldout)
-        return *blockwise_rounding(model, sites, bank or {}, shift, samples, cache, rates, rounder, flags, finished), flags
+        rounder = LayerRounder(CodebookCache(table_groups, codebook, problems), rates, shift, None, {})
+        subject = Subject(model, sites, Samples(batches, heldout))
+        return *blockwise_rounding(subject, bank or {}, shift, rounder, flags, finished), flags
 
     run.sites, run.model = sites, model
     return run

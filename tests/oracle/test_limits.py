@@ -49,8 +49,8 @@ def rounded(codebook, bits, metric=None, compensation=None, site=SITE):
     table = rate_table(cache, None)
     (chosen,) = [r for r, rate in enumerate(table.rates) if rate.index_bits == bits]
     limits = Limits(bits_by_layer({}, table_groups, table, [chosen]))
-    rounder = LayerRounder(compensation or NoCompensation(), None, {}, limits)
-    (row,) = layers_table(problems, rounder.round(cache, [table.rates[chosen]], [site], [])).itertuples()
+    rounder = LayerRounder(cache, [table.rates[chosen]], compensation or NoCompensation(), None, {}, limits)
+    (row,) = layers_table(problems, rounder.round([site], [])).itertuples()
     return row
 
 

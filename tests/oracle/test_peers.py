@@ -117,8 +117,8 @@ def quantized(method, *layers, bits=2.0, rate=None):
             {s: shift.target(p.weight, shift.direction(p.metric, bank[s].gradient), shift.steps[-1]) for s, p in problems.items()}
         )
     # Without a refit: that of GPTVQ and others has its own oracle (test_refit.py).
-    rounder = LayerRounder(method.compensation, None, storage.group_ids(problems))
-    stored = rounder.round(cache, [rate] * len(table_groups), sites, []).stored
+    rounder = LayerRounder(cache, [rate] * len(table_groups), method.compensation, None, storage.group_ids(problems))
+    stored = rounder.round(sites, []).stored
     return [stored[s].decode().double() for s in sites], [cache(u, rate)[0][0] for u in range(len(table_groups))]
 
 
@@ -579,8 +579,8 @@ def test_lnq_tables_are_the_least_squares_solution():
     problems = pipeline.layer_problems({site: item.weight}, {site: item.stats(method)}, method)
     cache = CodebookCache(cut_table_groups(problems, method.codebook), method.codebook, problems)
     rate = next(r for r in method.codebook.rates() if r.index_bits == 2)
-    rounder = LayerRounder(method.compensation, method.refit, {})
-    stored = rounder.round(cache, [rate], [site], []).stored[site]
+    rounder = LayerRounder(cache, [rate], method.compensation, method.refit, {})
+    stored = rounder.round([site], []).stored[site]
     codes, left, right = (
         stored.codes[:, :, 0].long(),
         torch.zeros(32, 32, dtype=torch.float64),

@@ -19,10 +19,10 @@ from mgvq.model.sites import linear, list_sites, site_weights
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import InModel
 from mgvq.prefix.quantized import QuantizedPrefix
-from mgvq.quantization.blockwise import Samples
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.rounding import LayerRounder
 from mgvq.quantization.sequential import _Streams, sequential_rounding
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.runs import quantise
 from mgvq.types import Batch, Metric
@@ -174,8 +174,8 @@ def rounded(loaded, shifts, scope="language"):
     problems = layer_problems(sites, weights=weights, metrics=metrics)
     cache = CodebookCache(cut_table_groups(problems, codebook), codebook, problems)
     rates = [codebook.rates()[2]] * len(cache.table_groups)
-    rounder = LayerRounder(NoCompensation(), None, {})
-    return sequential_rounding(model, sites, shifts, samples(loaded, 4), cache, rates, rounder, [])
+    rounder = LayerRounder(cache, rates, NoCompensation(), None, {})
+    return sequential_rounding(Subject(model, sites, samples(loaded, 4)), shifts, rounder, [])
 
 
 def test_the_model_is_left_as_it_was_and_each_kind_of_shift_brings_it_nearer(loaded) -> None:

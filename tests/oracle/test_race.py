@@ -12,6 +12,7 @@ from mgvq.model.load import load
 from mgvq.model.sites import linear, list_sites
 from mgvq.model.source import SHIPPED, Source
 from mgvq.quantization.race import NOT_ASKED, HeldoutLoss, Race, by_sample, difference, heats
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.teacher import Teacher
 
 
@@ -104,7 +105,7 @@ def model():
 def test_a_ruined_model_is_asked_a_quarter_of_the_samples(model, size: float, asked: int) -> None:
     drawn = TinyVQA(num_images=1, questions_per_image=4, heldout_images=16, shown="both", seed=0, label_seed=0).draw()
     parts = [list(batches(model.processor, part, 8)) for part in (drawn.examples, drawn.heldout_examples)]
-    teacher = Teacher(model.model, list_sites(model.model, "language"), *parts, "kl")
+    teacher = Teacher(Subject(model.model, list_sites(model.model, "language"), Samples(*parts)), "kl")
     weight = linear(model.model, list_sites(model.model, "language")[0]).weight
     kept, noise = weight.detach().clone(), torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * weight.std()
     try:

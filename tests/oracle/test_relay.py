@@ -19,6 +19,7 @@ from mgvq.model.sites import list_sites
 from mgvq.model.source import SHIPPED, Source
 from mgvq.model.walk import BlockWalk
 from mgvq.model.weights import InModel
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.teacher import Teacher
 from mgvq.runs.cache import statistics_by_block
 from mgvq.types import Kronecker, Needs
@@ -137,8 +138,8 @@ def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(
     model = loaded(family, streamed=False)
     sites, (gradient, heldout) = list_sites(model.model, "all"), batches(model)
     blocks = list(by_block(sites))
-    relayed = Teacher(model.model, sites, gradient, heldout, source, folder=tmp_path / "aside", relayed=True)
-    plain = Teacher(model.model, sites, gradient, heldout, source)
+    relayed = Teacher(Subject(model.model, sites, Samples(gradient, heldout, tmp_path / "aside")), source, relayed=True)
+    plain = Teacher(Subject(model.model, sites, Samples(gradient, heldout)), source)
     left = tmp_path / "aside" / "activations-1"  # of a run of two processes that was killed
     left.mkdir(parents=True)
     in_one_pass = []

@@ -45,7 +45,7 @@ def problem(share="layer", seed=0):
 
 def rounded(parts, compensation, refit):
     sites, cache, rates = parts
-    return LayerRounder(compensation, refit, ids_of(sites)).round(cache, rates, sites, [])
+    return LayerRounder(cache, rates, compensation, refit, ids_of(sites)).round(sites, [])
 
 
 def ids_of(sites):

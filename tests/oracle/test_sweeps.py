@@ -14,11 +14,12 @@ from mgvq.compensation.direction import without_own_error
 from mgvq.compensation.gradient_hessian import GradientHessian
 from mgvq.errors import UserError
 from mgvq.quantization import blockwise
-from mgvq.quantization.blockwise import Samples, blockwise_rounding
+from mgvq.quantization.blockwise import blockwise_rounding
 from mgvq.quantization.codebooks import CodebookCache
 from mgvq.quantization.outliers import find_outliers
 from mgvq.quantization.race import HeldoutLoss
 from mgvq.quantization.rounding import LayerRounder
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.table_groups import cut_table_groups
 from mgvq.quantization.teacher import Teacher
 from mgvq.types import Metric, Site
@@ -96,8 +97,8 @@ def swept(teacher, monkeypatch, sweeps=2, steps=STEPS, outliers=0, start="full_p
         problems = {site: without_outliers(problem, outliers) for site, problem in problems.items()}
     table_groups = cut_table_groups(problems, codebook)
     rates = [next(r for r in codebook.rates() if r.index_bits == 2.0)] * len(table_groups)
-    rounder, cache = LayerRounder(shift, None, {}), CodebookCache(table_groups, codebook, problems)
-    return blockwise_rounding(teacher.model, teacher.sites, {}, shift, Samples([], []), cache, rates, rounder, [])
+    rounder = LayerRounder(CodebookCache(table_groups, codebook, problems), rates, shift, None, {})
+    return blockwise_rounding(Subject(teacher.model, teacher.sites, Samples([], [])), {}, shift, rounder, [])
 
 
 @pytest.mark.parametrize("unit", [1.0, 100.0])

@@ -12,6 +12,7 @@ from mgvq.model.encode import batches
 from mgvq.model.pack import can_pack, packed_batches
 from mgvq.model.sites import linear, list_sites
 from mgvq.quantization import teacher
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.teacher import Teacher
 from mgvq.types import Metric
 
@@ -37,8 +38,8 @@ def noise(shape, size, seed=0):
 def drift_of(loaded, source):
     examples = draw()
     batched = packed_batches if can_pack(loaded.model) else batches
-    parts = (batched(loaded.processor, part, 2) for part in (examples.examples, examples.heldout_examples))
-    return Teacher(loaded.model, list_sites(loaded.model, "language"), *parts, source)
+    parts = (list(batched(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
+    return Teacher(Subject(loaded.model, list_sites(loaded.model, "language"), Samples(*parts)), source)
 
 
 @pytest.fixture(params=["kl"])
@@ -124,8 +125,8 @@ def test_the_gradient_of_a_block_is_a_finite_difference_of_its_drift(loaded, dri
 @pytest.mark.parametrize("drift", ["sft"], indirect=True)
 def test_packed_and_single_rows_give_the_same_gradient(loaded, drift) -> None:
     examples = draw()
-    parts = (batches(loaded.processor, part, 5) for part in (examples.examples, examples.heldout_examples))
-    single = Teacher(loaded.model, list_sites(loaded.model, "language"), *parts, "sft")
+    parts = (list(batches(loaded.processor, part, 5)) for part in (examples.examples, examples.heldout_examples))
+    single = Teacher(Subject(loaded.model, list_sites(loaded.model, "language"), Samples(*parts)), "sft")
     block = later_block(loaded.model)
     one, other = drift.gradient(block), single.gradient(block)
     for site in block:
@@ -152,11 +153,11 @@ def test_the_divergence_of_an_undisturbed_model_is_zero(loaded) -> None:
 
 
 def test_gradient_and_heldout_samples_are_apart(loaded) -> None:
-    examples = draw()
+    part = list(packed_batches(loaded.processor, draw().examples, 2))
     with pytest.raises(AssertionError, match="held out"):
-        Teacher(loaded.model, [], *(packed_batches(loaded.processor, examples.examples, 2) for _ in range(2)), "kl")
+        Teacher(Subject(loaded.model, [], Samples(part, part)), "kl")
     with pytest.raises(UserError, match="heldout_images"):
-        Teacher(loaded.model, [], packed_batches(loaded.processor, examples.examples, 2), [], "kl")
+        Teacher(Subject(loaded.model, [], Samples(part, [])), "kl")
 
 
 def test_the_target_completes_the_square() -> None:
@@ -202,7 +203,7 @@ def test_log_probabilities_that_are_kept_are_those_of_the_head(
     examples, sites = draw(), list_sites(loaded.model, "language")
     parts = [list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples)]
     monkeypatch.setattr(teacher, "_IN_FILES", room * vocabulary_of(loaded.model) * num_answers(parts[1][0]))
-    in_files, in_memory = Teacher(loaded.model, sites, *parts, "kl", folder=tmp_path), Teacher(loaded.model, sites, *parts, "kl")
+    in_files, in_memory = (Teacher(Subject(loaded.model, sites, Samples(*parts, place)), "kl") for place in (tmp_path, None))
     kept = [bool(taught.logs) for taught in (*in_files._taught_heldout, *in_files._taught)]
     assert kept == [room > number for number in range(len(kept))] if room < 2 else all(kept)
     assert all(taught.logs for taught in (*in_memory._taught_heldout, *in_memory._taught))
@@ -222,7 +223,8 @@ def test_log_probabilities_that_are_kept_are_those_of_the_head(
 def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: str) -> None:
     examples, sites = draw(), list_sites(loaded.model, scope)
     parts = (list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
-    made, plain = (Teacher(loaded.model, sites, *p, "kl") for p in zip(*(2 * [part] for part in parts), strict=True))
+    subject = Subject(loaded.model, sites, Samples(*parts))
+    made, plain = Teacher(subject, "kl"), Teacher(subject, "kl")
     kept = {site: linear(loaded.model, site).weight.detach().clone() for site in sites}
     try:
         for _ in range(2):

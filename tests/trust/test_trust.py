@@ -1,6 +1,8 @@
 """A seeded sample of what `make trust` tries, and that a kind of trial that fails, breaks or is missing is told as that."""
 
+import importlib
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +25,14 @@ def test_a_sample_of_every_kind_holds(name: str, tmp_path: Path) -> None:
     outcomes = list(kind.trials(tmp_path, kind.SAMPLE))
     assert len(outcomes) == kind.SAMPLE
     assert all(outcome.holds for outcome in outcomes), [outcome for outcome in outcomes if not outcome.holds]
+
+
+def test_faults_strike_functions_that_are_there() -> None:
+    ended, dying = kinds()["ended runs"], kinds()["dying workers"]
+    faults = dying.IN_A_RUN, dying.IN_A_WORKER, dying.IN_WANDB
+    for at in (*(at for at, *_ in ended.STAGES.values()), *(fault["at"] for fault in faults)):
+        module, _, name = at.partition(":")
+        assert callable(attrgetter(name)(importlib.import_module(module))), at
 
 
 def made_up(**members: object) -> ModuleType:

@@ -24,6 +24,7 @@ from mgvq.model.chat import Chat, Turn
 from mgvq.model.encode import Example, encode
 from mgvq.model.passes import Rows
 from mgvq.model.sites import linear, list_sites
+from mgvq.quantization.subject import Samples, Subject
 from mgvq.quantization.teacher import Teacher
 from mgvq.types import Batch, Needs, Site
 
@@ -344,7 +345,7 @@ def test_texts_between_images_only_thin_the_gradient_of_the_vision_tower(source:
     block = [site for site in sites if site.tower == "vision" and site.block == 1]
     found = []
     for part in (batches, [*texts, *batches]):
-        drift = Teacher(loaded.model, sites, part, heldout, source)
+        drift = Teacher(Subject(loaded.model, sites, Samples(part, heldout)), source)
         weight = linear(loaded.model, block[0]).weight
         kept = weight.detach().clone()
         weight.data.mul_(0.5)

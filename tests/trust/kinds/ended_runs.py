@@ -15,7 +15,7 @@ from trials import Outcome
 STAGES: dict[str, tuple[str, str, int]] = {
     "settings are checked": ("mgvq.runs.execute:build_method", "before", 1),
     "the model is loaded": ("mgvq.runs.execute:load", "after", 1),
-    "statistics are collected": ("mgvq.runs.execute:collect", "before", 1),
+    "statistics are collected": ("mgvq.runs.quantise:collect", "before", 1),
     "statistics are written": ("mgvq.runs.cache:seal", "after", 1),
     "layers are rounded": ("mgvq.compensation.hessian:Hessian.round", "after", 3),
     "a table is written": ("pandas:DataFrame.to_parquet", "after", 2),
