@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from mgvq.model.hooks import after_forward
+from mgvq.model.hooks import after_forward, before_forward
 from mgvq.model.sites import linear
 from mgvq.types import Site
 
@@ -58,14 +58,10 @@ def modules_before(model: torch.nn.Module, sites: Sequence[Site]) -> Iterator[li
     calls: list[str] = []
     before: list[str] = []
     parts = [f"{prefix}.{name}" for name, _ in base.named_children()]
-    hooks = {name: lambda *_, name=name: calls.append(name) for name in parts}
-    handles = [linear(model, s).register_forward_pre_hook(lambda *_: calls.append("")) for s in sites]
-    try:
-        with after_forward(model, hooks):
-            yield before
-    finally:
-        for handle in handles:
-            handle.remove()
+    begun = {site.name: lambda *_: calls.append("") for site in sites}
+    done = {name: lambda *_, name=name: calls.append(name) for name in parts}
+    with before_forward(model, begun), after_forward(model, done):
+        yield before
     first = calls.index("") if "" in calls else 0
     before += [name for name in dict.fromkeys(calls[:first]) if name not in calls[first:]]
 

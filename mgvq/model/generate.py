@@ -16,6 +16,7 @@ from mgvq.errors import UserError
 from mgvq.model.chat import begins_itself, check_texts, end_token
 from mgvq.model.classes import num_positions
 from mgvq.model.encode import chat_prompt
+from mgvq.model.hooks import after_forward
 from mgvq.model.image import Question, Unaskable, prefix_inputs, split_prompt, tokens
 from mgvq.model.pack import can_pack
 
@@ -139,11 +140,8 @@ def _watch_logits(model: PreTrainedModel, num_rows: int) -> Iterator[list[Tensor
         finite[0] = finite[0] & torch.isfinite(output[:, -1]).all(-1)
 
     head: Any = model.get_output_embeddings()
-    handle = head.register_forward_hook(look)
-    try:
+    with after_forward(head, {"": look}):
         yield finite
-    finally:
-        handle.remove()
 
 
 def _runs(questions: Sequence[Question], num_images: int, replies: list[Reply]) -> Iterator[dict[int, Question]]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mgvq.checks import told_as
 from mgvq.errors import UserError
+from mgvq.model.hooks import after_forward
 
 _PLAIN = ("F64", "F32", "F16", "BF16")  # as safetensors names them
 _SHOWN = 3  # names in a message; the rest are counted
@@ -89,13 +90,9 @@ def first_non_finite(model: torch.nn.Module, run: Any) -> str | None:
 
         return hook
 
-    leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
-    handles = [module.register_forward_hook(look(name)) for name, module in leaves]
-    try:
+    leaves = [name for name, module in model.named_modules() if not any(True for _ in module.children())]
+    with after_forward(model, {name: look(name) for name in leaves}):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return found[0] if found else None
 
 

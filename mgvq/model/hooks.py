@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AfterForward = Callable[[nn.Module, tuple[Any, ...], Any], None]
+AfterForward = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 BeforeForward = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 @contextmanager
 def after_forward(model: nn.Module, hooks: Mapping[str, AfterForward]) -> Iterator[None]:
-    """Call `hook(module, args, output)` after the forward pass of the submodule of each name."""
+    """Call `hook(module, args, output)` after the forward pass of the submodule of each name, the model's own for "".
+
+    What it returns, but None, takes the place of the output.
+    """
     with ExitStack() as stack:
         for name, hook in hooks.items():
             stack.callback(model.get_submodule(name).register_forward_hook(hook).remove)

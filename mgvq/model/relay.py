@@ -158,7 +158,7 @@ class Relay:
         """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
         walk, last = self.walk, self.row[-1]
         walk.settle(last)
-        module, found = walk.model.get_submodule(self.names[-1]), dict[int, Gradients]()
+        found = dict[int, Gradients]()
         for number, losses_of in enumerate(progress(losses, "batches of losses")):
             leaves: list[Tensor] = []
 
@@ -167,12 +167,13 @@ class Relay:
                 leaves.append(hidden.detach().requires_grad_())
                 return leaves[-1] if isinstance(output, Tensor) else (leaves[-1], *output[1:])
 
-            with self._looking(last), walk.passing(number) as batch, torch.enable_grad():
-                handle = module.register_forward_hook(begin)
-                try:
-                    states = answer_states(walk.model, batch)
-                finally:
-                    handle.remove()
+            with (
+                self._looking(last),
+                walk.passing(number) as batch,
+                torch.enable_grad(),
+                after_forward(walk.model, {self.names[-1]: begin}),
+            ):
+                states = answer_states(walk.model, batch)
             at_states = through_head(walk.model, states, losses_of())
             if leaves:
                 kinds = list(at_states)

@@ -9,7 +9,7 @@ about natural models.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from mgvq.errors import UserError
 from mgvq.model.answers import answer_logits
+from mgvq.model.hooks import after_forward
 from mgvq.model.sites import linear, list_sites
 from mgvq.model.source import Stress
 from mgvq.model.towers import block_numbers, find_towers
@@ -88,7 +89,7 @@ def find_pairs(model: PreTrainedModel, probe: Batch) -> tuple[list[Pair], Float[
         for name, module in model.get_submodule(block).named_modules(prefix=block)
         if _is_norm(module)
     }
-    with _watch({**norms, **linears}) as seen:
+    with _watch(model, [*norms, *linears]) as seen:
         logits = answer_logits(model, probe)
     pairs = []
     for name in norms:
@@ -123,18 +124,14 @@ class _Seen:
 
 
 @contextmanager
-def _watch(modules: dict[str, nn.Module]) -> Iterator[_Seen]:
+def _watch(model: nn.Module, names: Sequence[str]) -> Iterator[_Seen]:
     seen = _Seen({}, {})
 
     def note(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         seen.inputs[name], seen.outputs[name] = inputs[0], output
 
-    handles = [module.register_forward_hook(functools.partial(note, name)) for name, module in modules.items()]
-    try:
+    with after_forward(model, {name: functools.partial(note, name) for name in names}):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _text(pairs: list[Pair]) -> str:

@@ -86,10 +86,15 @@ class Quantized:
 
     def save(self, folder: str | Path) -> Path:
         """Write the checkpoint into a new folder, and return it. Raises UserError where there is one already, or none can be."""
-        if Path(folder).exists():
+        folder = Path(folder)
+        if folder.exists():
             raise UserError(f"{folder} is there already: give a folder that is not.")
         with told_as(f"{folder} cannot be written", "Give a folder in a place where you may write, with room for it."):
-            return Path(shutil.copytree(self._files.checkpoint, folder, copy_function=shutil.copyfile))
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:  # whole, or not at all
+                made = Path(scratch) / folder.name
+                shutil.copytree(self._files.checkpoint, made, copy_function=shutil.copyfile)
+                return made.rename(folder)
 
 
 def quantize(

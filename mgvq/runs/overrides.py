@@ -32,6 +32,11 @@ def parsed(word: str) -> Override:
         ) from error
 
 
+def key_of(word: str) -> str:
+    """What the word sets: `a.b` of `a.b=1`, of `+a.b=1`, which adds it, and of `~a.b`, which drops it."""
+    return word.partition("=")[0].strip().lstrip("+~")
+
+
 def override(key: str, value: Any) -> str:
     """The word that sets `key` to a value out of a YAML file.
 

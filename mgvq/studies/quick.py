@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mgvq.errors import UserError
-from mgvq.runs.overrides import parsed
+from mgvq.runs.overrides import key_of, parsed
 from mgvq.studies.spec import Study
 
 SUFFIX = "_quick"
@@ -30,7 +30,7 @@ def quick_pass(study: Study, words: Sequence[str]) -> tuple[Study, list[str]]:
             grid[key] = _values(word)
         elif key == "seed":
             seeds = _values(word)
-        elif arms := [arm for arm, own in study.arms.items() if key in {w.partition("=")[0].lstrip("+~") for w in own}]:
+        elif arms := [arm for arm, own in study.arms.items() if key in map(key_of, own)]:
             raise UserError(f"{word}: arms of study {study.name} differ in {key} ({', '.join(arms)}), and would be alike.")
         elif override.is_sweep_override():
             raise UserError(f"{word}: a quick pass has one value of {key} for all runs; give one.")

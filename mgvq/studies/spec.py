@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mgvq.errors import UserError
-from mgvq.runs.overrides import override
+from mgvq.runs.overrides import key_of, override
 from mgvq.studies.yaml_file import read_settings
 
 METRICS = ("accuracy", "loss", "perplexity")
@@ -108,7 +108,7 @@ class Study:
             **{f"the arm {arm!r}": words for arm, words in self.arms.items()},
         }
         for place, words in lists.items():
-            if "seed" in (word.lstrip("+").partition("=")[0].strip() for word in words):
+            if "seed" in map(key_of, words):
                 raise UserError(f"study {self.name}: {place} sets seed, which would have no effect: seeds has the runs' seeds.")
 
     def _check_lists(self) -> None:
@@ -184,7 +184,7 @@ class Study:
 
     def overrides(self, arm: str, point: dict[str, Any]) -> list[str]:
         """The overrides of one arm at one combination of the grid's values."""
-        own = {word.partition("=")[0].lstrip("+~") for word in self.arms[arm]}
+        own = set(map(key_of, self.arms[arm]))
         values = [override(key, value) for key, value in point.items() if key not in own]
         return [*self.common, *values, *self.arms[arm]]
 

@@ -1,6 +1,8 @@
 """`mgvq.quantize`: a model that is loaded already, quantised in Python."""
 
+import errno
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,3 +124,25 @@ def test_a_place_that_cannot_be_written_is_told(finished_runs: dict[str, Path]) 
             Quantized.save(made, place)
     with pytest.raises(UserError, match="/proc/here cannot be made"):
         export(checkpoint, Path("/proc/here"), "bf16")
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(
+    finished_runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: Any = SimpleNamespace(_files=SimpleNamespace(checkpoint=finished_runs["tiny_internvl"] / "checkpoint"))
+    copied, copy = list[Path](), shutil.copyfile
+
+    def full(source: Path, target: Path) -> Path:
+        if copied:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copied.append(copy(source, target))
+        return target
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(UserError, match="model cannot be written"):
+        Quantized.save(made, tmp_path / "new" / "model")
+    assert copied
+    assert not list((tmp_path / "new").iterdir())
+    monkeypatch.undo()
+    assert (Quantized.save(made, tmp_path / "new" / "model") / "config.json").is_file()
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["model"]

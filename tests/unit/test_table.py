@@ -23,6 +23,7 @@ from mgvq.analysis.tables.arms import arms_table
 from mgvq.analysis.tables.render import latex, markdown
 from mgvq.analysis.tables.table import rows
 from mgvq.errors import UserError
+from mgvq.runs.overrides import key_of
 from mgvq.runs.places import conf_folder
 from mgvq.runs.store import RunFolder
 from mgvq.studies.plan import PlannedRun
@@ -258,6 +259,11 @@ def test_seeds_may_differ_between_values_of_the_grid() -> None:
     assert study.overrides("a", point) == ["model=n", "x=1", "budget=3"], "the arm's own word wins over the grid's"
     with pytest.raises(UserError, match="no key of the grid"):
         Study(**settings, seeds={"m": [0]})
+
+
+@pytest.mark.parametrize("word", ["a.b=1", "+a.b=x=y", "++a.b={c: 1}", "~a.b", "~a.b=1", " a.b=1"])
+def test_a_word_sets_one_key_however_it_is_written(word: str) -> None:
+    assert key_of(word) == "a.b"
 
 
 def test_a_stress_variant_and_a_moving_revision_stand_in_the_tables(tmp_path: Path) -> None:
