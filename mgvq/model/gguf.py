@@ -62,6 +62,11 @@ class Gguf(Source):
             bring_terms(Path(self.path).parent, folder)  # also to one that was unpacked without them
         return folder
 
+    def check(self) -> None:
+        """Raises UserError where the model is not unpacked yet, and neither the file nor what reads it is here."""
+        if not (Path(self.cache) / self.identity()).is_dir():
+            self._check_readable()
+
     def provenance(self) -> dict[str, Any]:
         """The path, the revision as it was asked for, and the digest of the file."""
         return {"path": self.path, "revision": self.revision, "sha256": self.identity()}
@@ -70,13 +75,17 @@ class Gguf(Source):
         return f"`{self.setup}` installs it" if self.setup else "give the path of a .gguf file"
 
     def _unpack(self, folder: Path) -> None:
-        file = Path(self.path)
-        _check_file(file, self._how())
+        file = self._check_readable()
         if (found := file_digest(file)) != self.identity():
             raise UserError(f"{file} is not the file that model.revision={self.revision} names; its SHA-256 is {found}.")
+        unpack(file, folder)
+
+    def _check_readable(self) -> Path:
+        file = Path(self.path)
+        _check_file(file, self._how())
         if find_spec("gguf") is None:
             raise UserError(f"model.path={file} is a GGUF file, and the package gguf is not installed: {_READER}.")
-        unpack(file, folder)
+        return file
 
 
 def unpacked(folder: Path, write: Any) -> Path:

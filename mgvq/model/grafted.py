@@ -72,6 +72,11 @@ class Grafted(Source):
         """The model in the hub's format. Raises UserError where a part is missing, or the whole is not what the revision says."""
         return unpacked(Path(self.cache) / self.identity(), self._assemble)
 
+    def check(self) -> None:
+        """Raises UserError where the model is not put together yet, and its language model is not here."""
+        if not (Path(self.cache) / self.identity()).is_dir():
+            self.language.check()
+
     def _assemble(self, folder: Path) -> None:
         assemble(self.language.folder, SHIPPED / self.tower, Path(self.path) / ADAPTERS, folder)
         bring_terms(self.language.folder, folder)

@@ -112,6 +112,10 @@ class Source:
             raise self._not_here(f"is incomplete in {found} ({', '.join(missing[:3])} missing)")
         return found
 
+    def check(self) -> None:
+        """Raises UserError where the files are missing, as `folder` does; makes none."""
+        assert self.folder
+
     def _not_here(self, why: str) -> UserError:
         from mgvq.model.shape import download_size  # here: it imports torch, which planning needs none of
 

@@ -119,8 +119,8 @@ def _plan(
 
 
 def build_components(runs: Sequence[PlannedRun]) -> None:
-    """Build what every missing run is made of, once for each cell, so that a bad value, or test data that is missing, shows
-    before the first of them starts.
+    """Build what every missing run is made of, once for each cell, so that a bad value, or a model or test data that is missing,
+    shows before the first of them starts.
 
     Raises UserError, naming the arm.
     """
@@ -140,7 +140,8 @@ def build_components(runs: Sequence[PlannedRun]) -> None:
     for run in missing.values():
         with _naming_the_arm(run):
             build_method(run.cfg)
-            for group in ("model", "calibration", "evaluation", "tracker"):
+            build(run.cfg, "model").check()
+            for group in ("calibration", "evaluation", "tracker"):
                 part = build(run.cfg, group)
                 if isinstance(part, ReadsData) and part not in checked:
                     part.check()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgvq.errors import UserError
@@ -16,6 +17,8 @@ from mgvq.model.load import load
 from mgvq.model.terms import licence_of, term_files
 from mgvq.runs.compose import composer
 from mgvq.runs.identity import run_id
+from mgvq.studies.plan import build_components, expand
+from mgvq.studies.spec import read_study
 
 CONTENT = b"GGUF\x03\x00\x00\x00, but no more of it"
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -102,6 +105,19 @@ def test_a_run_is_planned_without_the_file(model: str) -> None:
             for more in ([], ["model.path=/nowhere/x.gguf", "paths.results=/nowhere"])
         )
     assert run_id(first) == run_id(moved)
+
+
+@pytest.mark.parametrize("model", ["smollm2", "gemma3_270m", "smollm2_vlm"])
+def test_a_study_of_a_model_that_is_not_here_starts_no_run(tmp_path: Path, model: str) -> None:
+    file, study = tmp_path / "nowhere.gguf", tmp_path / "study.yaml"
+    own = f"model{'.language' if model == 'smollm2_vlm' else ''}.path={file}"
+    common = [f"model={model}", "evaluation=perplexity", own, f"paths.results={tmp_path}"]
+    study.write_text(
+        yaml.safe_dump({"name": "s", "question": "q", "common": common, "arms": {"rtn": ["method=rtn"]}, "seeds": [0]})
+    )
+    runs = expand(read_study(study))
+    with pytest.raises(UserError, match=rf"arm rtn .*{file} is missing: `make (smollm2|gemma3)` installs it"):
+        build_components(runs)
 
 
 @pytest.mark.parametrize("digest", ["main", DIGEST[:40]])
