@@ -21,7 +21,7 @@ INTRODUCTION = (
     "small budget to choose its settings (damping, order, refit), on held-out samples alone: `experiments/e18_peers/choose.py` "
     "and the `chosen.csv` beside it. Lengths of vectors are chosen by the bytes that their tables take. What the methods' own "
     "papers print: [Numbers](numbers.md). Tests hold each of them against a slow version of its published formulas "
-    "(`tests/oracle/test_peers.py`).\n"
+    "(`tests/textbook.py`, `tests/oracle/test_peers_*.py`).\n"
 )
 
 
