@@ -79,10 +79,13 @@ def judge(method: Method, loaded: Loaded, sites: Sequence[Site], banks: Sequence
     beside, size = held_bits(held_by(problems, ids)), sum(s.num_weights for s in sites)
     chosen = method.allocation(table, int(BITS * size) - beside).tolist()
     if shift := method.shift:
-        targets = {
-            s: shift.target(p.weight, p.metric, _gradient(p, banks[0][s].gradient), shift.steps[-1])  # type: ignore[arg-type]
-            for s, p in problems.items()
-        }
+        targets = {}
+        for site, problem in problems.items():
+            gradient = banks[0][site].gradient
+            assert gradient is not None, "the preset's needs have it"
+            assert problem.metric is not None, "the method's checks ask for a metric"
+            direction = shift.direction(problem.metric, _gradient(problem, gradient))
+            targets[site] = shift.target(problem.weight, direction, shift.steps[-1])
         cache = cache.with_targets(targets)
     rates = [table.rates[r] for r in chosen]
     rounded = LayerRounder(cache, rates, method.compensation, method.refit, ids).round(sites, [])

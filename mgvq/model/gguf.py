@@ -63,7 +63,7 @@ class Gguf(Source):
         return folder
 
     def check(self) -> None:
-        """Raises UserError where the model is not unpacked yet, and neither the file nor what reads it is here."""
+        """Raises UserError where the model is not unpacked yet, and the file, or what reads it, is not here."""
         if not (Path(self.cache) / self.identity()).is_dir():
             self._check_readable()
 

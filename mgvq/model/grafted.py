@@ -73,9 +73,10 @@ class Grafted(Source):
         return unpacked(Path(self.cache) / self.identity(), self._assemble)
 
     def check(self) -> None:
-        """Raises UserError where the model is not put together yet, and its language model is not here."""
+        """Raises UserError where the model is not put together yet, and its language model or its adapters are not here."""
         if not (Path(self.cache) / self.identity()).is_dir():
             self.language.check()
+            _check_adapters(Path(self.path) / ADAPTERS)
 
     def _assemble(self, folder: Path) -> None:
         assemble(self.language.folder, SHIPPED / self.tower, Path(self.path) / ADAPTERS, folder)
@@ -88,13 +89,17 @@ class Grafted(Source):
             )
 
 
+def _check_adapters(adapters: Path) -> None:
+    if not adapters.is_file():
+        raise UserError(f"{adapters} is missing: it holds the projector and the adapters of the model. Get the repository again.")
+
+
 def assemble(language: Path, tower: Path, adapters: Path, folder: Path) -> None:
     """Write the model and its processor, in bfloat16. Raises UserError where the adapters are missing or fit another model."""
     import torch
     from safetensors.torch import load_file, save_file
 
-    if not adapters.is_file():
-        raise UserError(f"{adapters} is missing: it holds the projector and the adapters of the model. Get the repository again.")
+    _check_adapters(adapters)
     with_scale = _metadata(adapters)
     learned, words, sees = (load_file(file) for file in (adapters, language / "model.safetensors", tower / "model.safetensors"))
     merge(words, {name: t for name, t in learned.items() if name.startswith("layers.")}, float(with_scale["scale"]))

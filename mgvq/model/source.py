@@ -114,7 +114,7 @@ class Source:
 
     def check(self) -> None:
         """Raises UserError where the files are missing, as `folder` does; makes none."""
-        assert self.folder
+        _ = self.folder
 
     def _not_here(self, why: str) -> UserError:
         from mgvq.model.shape import download_size  # here: it imports torch, which planning needs none of

@@ -83,6 +83,7 @@ def execute(cfg: DictConfig, folder: RunFolder, ranks: Ranks = ALONE) -> dict[st
         if other is not None:
             log.info("taking over the checkpoint of %s, which differs in the evaluation alone", other.path)
             made = take_over(other, folder)
+            give_back()
         else:
             report = job.quantise(loaded, sites, origin, clock) if job.method is not None else None
             give_back()
@@ -98,6 +99,9 @@ def execute(cfg: DictConfig, folder: RunFolder, ranks: Ranks = ALONE) -> dict[st
         digest = file_digest(folder.checkpoint / FIRST_SHARD)
         result = job.evaluate(loaded, model, digest)
         clock.lap("evaluate")
+        folder.write_table("samples.parquet", result.samples)
+        write_card(folder.checkpoint, loaded.licence, scores(result, cfg.evaluation))
+        write_digests(folder.checkpoint)
         broken = [name for name, value in result.metrics.items() if not math.isfinite(value)]
         seconds = {**made["seconds"], "evaluate": clock.seconds["evaluate"]}
         metrics = {
@@ -226,14 +230,10 @@ class _Job:
         return model
 
     def evaluate(self, loaded: Loaded, model: PreTrainedModel, digest: str) -> EvalResult:
-        """The model asked, beside the one at full precision; samples and the checkpoint's card written."""
+        """The model asked, beside the one at full precision."""
         shared = {name: self.identity.get(name) for name in ("model", "evaluation", "threads", "device", "tf32", "numerics")}
         with reference(Path(self.cfg.paths.results) / "cache" / "teacher", shared, loaded.model) as asked:
-            result = self.task(model, asked, load_processor(self.folder.checkpoint, **self._trusted), digest)
-        self.folder.write_table("samples.parquet", result.samples)
-        write_card(self.folder.checkpoint, loaded.licence, scores(result, self.cfg.evaluation))
-        write_digests(self.folder.checkpoint)
-        return result
+            return self.task(model, asked, load_processor(self.folder.checkpoint, **self._trusted), digest)
 
     @property
     def _trusted(self) -> dict[str, bool]:
