@@ -15,6 +15,7 @@ from mgvq.model.source import FLAG
 from mgvq.runs.build import SCOPES, build
 from mgvq.runs.compose import composer
 from mgvq.runs.early import check_group
+from mgvq.runs.overrides import key_of
 from mgvq.runs.places import conf_folder, results_folder
 
 _EXAMPLE = "mgvq-sensitivity local model.path=DIR calibration=image_text calibration.path=rows.jsonl"
@@ -54,6 +55,10 @@ def _compare(arguments: argparse.Namespace) -> Sequence[Path]:
     if idle := [s for s in arguments.settings if not s.startswith(("model.", "calibration.", "calibration="))]:
         raise UserError(
             f"{' '.join(idle)} has no effect here; settings are those of model.* and calibration. Example: {_EXAMPLE}"
+        )
+    if fixed := [s for s in arguments.settings if key_of(s) in ("calibration.seed", "calibration.label_seed")]:
+        raise UserError(
+            f"{' '.join(fixed)} would be the seed of all {arguments.seeds} calibrations, which --seeds draws; leave it out."
         )
     cfg = _composed(f"model={arguments.model}", "calibration=tiny_vqa", *arguments.settings)
     for group in ("model", "calibration"):

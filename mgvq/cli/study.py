@@ -145,7 +145,8 @@ def _plan(study: Study, arguments: argparse.Namespace) -> _Plan:
     if arguments.overrides:
         quick = told_quick(study, arguments.overrides)
         study, last = quick_pass(study, arguments.overrides)
-    runs = expand(study, *([f"tracker={arguments.tracker}"] if arguments.tracker else []), last=last)
+    tracker = [f"tracker={arguments.tracker}"] if arguments.tracker else []
+    runs = expand(study, last=[*last, *tracker])
     return _Plan(study, runs, Recorded(results_folder(), study.name) if arguments.recorded else None, quick)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,9 +61,13 @@ def _check_variants(override: Override) -> None:
 def _values(override: Override) -> list[str]:
     if override.is_interval_sweep():
         return [str(override.value().start)]  # type: ignore[union-attr]
+    value = override.value()
+    if isinstance(value, Glob):
+        if not (found := value.filter(_groups().get(override.key_or_group, []))):
+            raise UserError(f"{override.input_line}: glob chooses among the variants of a group, and none is chosen.")
+        return found
     if override.is_sweep_override():
         return list(override.sweep_string_iterator())
-    value = override.value()
     return [value] if isinstance(value, str) else ["null" if value is None else override.get_value_element_as_str()]
 
 

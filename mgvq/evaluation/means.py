@@ -39,6 +39,15 @@ def headline_weights(samples: pd.DataFrame, types: Collection[str], *, by_task: 
     return label.isin(heads).to_numpy(float) / label.map(counts).to_numpy(float) / max(len(heads), 1)
 
 
+def clusters_of(sample_ids: pd.Series, noun: str) -> pd.Series:
+    """What each sample belongs to, whose samples are not independent: its id without the last part, an image or a topic.
+
+    Passages of one text alone (`noun` is topics) are taken for independent, as its windows are: else nothing could be tested.
+    """
+    found = sample_ids.str.rpartition("-")[0]
+    return sample_ids if noun == "topics" and found.nunique() == 1 else found
+
+
 def num_broken(values: Any) -> int:
     """How many of the values are NaN or infinite."""
     return int((~np.isfinite(np.asarray(values, float))).sum())

@@ -65,7 +65,7 @@ def check(cfg: DictConfig) -> None:
         least = 0 if key == "seed" else 1
         if not (type(cfg[key]) is int and cfg[key] >= least):
             raise UserError(f"{key} must be a whole number >= {least}, got {cfg[key]!r}")
-    if cfg.tf32 not in (True, False):
+    if type(cfg.tf32) is not bool:
         raise UserError(f"tf32 must be true or false, got {cfg.tf32!r}")
     if device_type(cfg.device) == "cpu" and cfg.tf32:
         raise UserError("tf32=true has no effect on device=cpu: leave it out.")
@@ -80,6 +80,8 @@ def check(cfg: DictConfig) -> None:
     for group in GROUPS:
         if cfg[group] is None:
             raise UserError(f"{group}=null is no variant; {group}=none is the one that leaves it out.")
+        if not isinstance(cfg[group], DictConfig):
+            raise UserError(f"{group}={cfg[group]}: {group} has settings, of which one is given as {group}.NAME=VALUE.")
     if chosen(cfg, "codebook"):
         _check_quantising(cfg)
     else:

@@ -18,7 +18,8 @@ def data_digest(path: str) -> str:
     elif data.is_file():
         content = data.read_bytes()
         digest.update(content)
-        for line in content.split(b"\n") if data.suffix != ".json" else ():  # as calibration.rows.lines cuts them
+        lines = () if content.lstrip().startswith(b"[") else content.split(b"\n")  # one list; else as calibration.rows cuts them
+        for line in lines:
             with contextlib.suppress(ValueError, RecursionError):  # reported later, as missing images are
                 for name in image_names(json.loads(line)):
                     digest.update(_bytes(data.parent / name))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mgvq.checkpoint.card import Estimate, Score
-from mgvq.evaluation.means import headline_weights
+from mgvq.evaluation.means import clusters_of, headline_weights
 from mgvq.runs.declared import declared
 from mgvq.types import EvalResult
 
@@ -23,7 +23,7 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
     """
     kind = declared(evaluation).get("kind", {})
     samples, clusters = result.samples, kind.get("clusters", "pictures")
-    of_what = samples.sample_id.str.rpartition("-")[0]
+    of_what = clusters_of(samples.sample_id, clusters)
     found = []
     for measure in kind.get("measures", ()):
         if measure == "accuracy":
@@ -32,7 +32,7 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
         else:
             column, every = "loss", samples.num_tokens  # a column that evaluations without losses lack
         counted = np.asarray(every > 0)  # what has no part in the measure may have no number either
-        counts, clusters_of = np.asarray(every)[counted], of_what[counted]
+        counts, of_these = np.asarray(every)[counted], of_what.loc[counted]
         each = counts if measure == "accuracy" else 1
         values = np.asarray(samples[column])[counted] * each
         if not counted.any() or not np.isfinite(values).all():
@@ -40,10 +40,10 @@ def scores(result: EvalResult, evaluation: Mapping[str, Any]) -> list[Score]:
         both = None
         if result.reference is not None:
             other = np.asarray(result.reference[column])[counted] * each
-            both = estimate(other, counts, clusters_of), estimate(values - other, counts, clusters_of)
+            both = estimate(other, counts, of_these), estimate(values - other, counts, of_these)
         name = f"{measure}, nats a token" if measure == "loss" else measure
-        number = f"{len(values)} {kind.get('samples', 'questions')} of {clusters_of.nunique()} {clusters}"
-        found.append(Score(name, number, estimate(values, counts, clusters_of), *(both or (None, None))))
+        number = f"{len(values)} {kind.get('samples', 'questions')} of {of_these.nunique()} {clusters}"
+        found.append(Score(name, number, estimate(values, counts, of_these), *(both or (None, None))))
     return found
 
 

@@ -53,8 +53,8 @@ class PlannedRun:
         return kind_of_config(self.cell.evaluation)
 
 
-def expand(study: Study, *more: str, last: Sequence[str] = ()) -> list[PlannedRun]:
-    """All runs in the order of the file, with `more` overrides, over which the study's win, and `last`, which win over these.
+def expand(study: Study, last: Sequence[str] = ()) -> list[PlannedRun]:
+    """All runs in the order of the file, with the overrides `last`, which win over the study's.
 
     Raises UserError for a frozen study, and, naming the arm, for what does not compose.
     """
@@ -65,7 +65,7 @@ def expand(study: Study, *more: str, last: Sequence[str] = ()) -> list[PlannedRu
         )
     with composer() as compose:
         cells = [(arm, point) for point in study.points() for arm in study.arms_at(point)]
-        runs = [run for arm, point in cells for run in _plan(study, compose, more, arm, point, last)]
+        runs = [run for arm, point in cells for run in _plan(study, compose, arm, point, last)]
     _check_primary(study, runs)
     return runs
 
@@ -90,10 +90,10 @@ def distinct(runs: Sequence[PlannedRun]) -> list[PlannedRun]:
 
 
 def _plan(
-    study: Study, compose: Callable[..., DictConfig], more: Sequence[str], arm: str, point: dict[str, Any], last: Sequence[str]
+    study: Study, compose: Callable[..., DictConfig], arm: str, point: dict[str, Any], last: Sequence[str]
 ) -> list[PlannedRun]:
     """A cell at all its seeds: composed and checked once, which takes longer than all the rest."""
-    overrides = [*more, *study.overrides(arm, point), *last]
+    overrides = [*study.overrides(arm, point), *last]
     planned = []
     try:
         for word in overrides:

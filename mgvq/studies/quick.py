@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import Glob
 
 from mgvq.errors import UserError
 from mgvq.runs.overrides import key_of, parsed
@@ -30,6 +31,8 @@ def quick_pass(study: Study, words: Sequence[str]) -> tuple[Study, list[str]]:
             grid[key] = _values(word)
         elif key == "seed":
             seeds = _values(word)
+        elif key == "dry":
+            raise UserError(f"{word} runs nothing; mgvq-study --dry shows what would be run.")
         elif arms := [arm for arm, own in study.arms.items() if key in map(key_of, own)]:
             raise UserError(f"{word}: arms of study {study.name} differ in {key} ({', '.join(arms)}), and would be alike.")
         elif override.is_sweep_override():
@@ -60,6 +63,8 @@ def told_quick(study: Study, words: Sequence[str]) -> str:
 def _values(word: str) -> list[Any]:
     """The values of a word, as YAML has them."""
     override = parsed(word)
+    if isinstance(override.value(), Glob):
+        raise UserError(f"{word}: a quick pass takes no glob; give the values, as in {override.key_or_group}=a,b.")
     if override.is_sweep_override():
         return [yaml.safe_load(value) for value in override.sweep_string_iterator()]
     return [override.value()]

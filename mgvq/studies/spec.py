@@ -101,7 +101,7 @@ class Study:
             raise UserError(f"study {self.name}: two arms look like {same[0]!r}, written in different characters: rename one.")
 
     def _check_overrides(self) -> None:
-        """A seed that is set otherwise than by `seeds` would have no effect."""
+        """A seed that is set otherwise than by `seeds` would have no effect, and a dry run leaves nothing to tabulate."""
         lists = {
             "common": self.common,
             "grid": list(self.grid),
@@ -110,15 +110,21 @@ class Study:
         for place, words in lists.items():
             if "seed" in map(key_of, words):
                 raise UserError(f"study {self.name}: {place} sets seed, which would have no effect: seeds has the runs' seeds.")
+            if "dry" in map(key_of, words):
+                raise UserError(
+                    f"study {self.name}: {place} sets dry, which runs nothing; mgvq-study --dry shows what would be run."
+                )
 
     def _check_lists(self) -> None:
         """Nothing is named twice, and every point has seeds."""
         if isinstance(self.seeds, dict):
-            names = list(self.seeds)
-            if not any(len(values) == len(names) and all(name in values for name in names) for values in self.grid.values()):
-                raise UserError(
-                    f"study {self.name}: seeds names {', '.join(map(str, names))}, which no key of the grid has as values."
-                )
+            named, keys = f"study {self.name}: seeds names {', '.join(map(str, self.seeds))}", self._keys_of_seeds(self.seeds)
+            if not keys:
+                raise UserError(f"{named}, which no key of the grid has as values.")
+            if len(keys) > 1:
+                raise UserError(f"{named}, which {' and '.join(keys)} of the grid both have as values: give a list of seeds.")
+            if self.trainings is not None and len({len(own) for own in self.seeds.values()}) > 1:
+                raise UserError(f"{named} with different numbers of seeds: with trainings each value needs as many.")
         own = list(self.seeds.items()) if isinstance(self.seeds, dict) else [("the study", self.seeds)]
         for name, seeds in own:
             if bad := [seed for seed in seeds if not (type(seed) is int and seed >= 0)]:
@@ -170,7 +176,13 @@ class Study:
         """The seeds at one combination of the grid's values."""
         if isinstance(self.seeds, list):
             return self.seeds
-        return next(own for value, own in self.seeds.items() if value in point.values())
+        (key,) = self._keys_of_seeds(self.seeds)
+        return next(own for value, own in self.seeds.items() if value == point[key])
+
+    def _keys_of_seeds(self, seeds: dict[Any, list[int]]) -> list[str]:
+        """The keys of the grid whose values are those that `seeds` names."""
+        names = list(seeds)
+        return [key for key, values in self.grid.items() if len(values) == len(names) and all(name in values for name in names)]
 
     @property
     def least_seeds(self) -> int:

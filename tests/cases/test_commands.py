@@ -36,6 +36,8 @@ TYPOS = {
     "evaluation.num_questions=[": "'evaluation.num_questions=\"[\"'",
     "model=tiny_internvl,tiny_intern": "model=tiny_intern: there is no such variant",
     "evaluation=null": "evaluation=null: no run is without this group; evaluation=none",
+    "model=glob(huge_*)": "model=glob(huge_*): glob chooses among the variants of a group, and none is chosen.",
+    "seed=glob(*)": "seed=glob(*): glob chooses among the variants of a group, and none is chosen.",
     "method=null": "method=null: no run is without this group; leave the word out.",
     "~codebook": "~codebook: no run is without this group",
 }  # fmt: skip
@@ -54,6 +56,7 @@ GOOD = [
     ["--help"],
     ["method=kmeans", "--cfg", "job", "--resolve"],
     ["-m", "method=rtn,kmeans", "seed=0,1", "hydra/launcher=basic"],
+    ["-m", "model=glob(tiny_*)", "method=glob([g*,r*],exclude=rsavq*)"],
     ["-m", "seed=range(0,3)", "+codebook.new=1"],
     ["model=local", 'model.path="/a/b=c, (d)"'],
     ["experiment=paper_table2", "dry=true"],
@@ -90,6 +93,8 @@ VALUES: dict[str, tuple[list[str], str]] = {
     "budget text": (["budget.bits_per_weight=many"], "budget.bits_per_weight=many"),
     "device": (["device=gpu"], "device must be"),
     "seed": (["seed=-1"], "seed must be"),
+    "group": (["budget=2"], "budget=2: budget has settings, of which one is given as budget.NAME=VALUE."),
+    "truth": (["tf32=0"], "tf32 must be true or false, got 0"),
     "scope": (["scope=everything"], "scope must be"),
 }
 

@@ -5,6 +5,7 @@ import io
 import random
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from mgvq.analysis.records.layers import collect_layers
 from mgvq.analysis.records.records import read_record, write_record
 from mgvq.analysis.report import write_figures, write_tables
 from mgvq.cli import report
+from mgvq.cli.study import _plan
 from mgvq.errors import UserError
 from mgvq.runs.compose import _composed, composer, with_variants
 from mgvq.runs.identity import run_id
@@ -99,6 +101,15 @@ BAD = {
     "a seed in an arm": (GOOD.replace("[method=rtn]", "[method=rtn, seed=3]"), "the arm 'first' sets seed, which would have no"),
     "a seed in common": (GOOD + "common: [seed=1]\n", "common sets seed, which would have no effect"),
     "a seed in the grid": (GOOD + "grid: {seed: [1, 2]}\n", "grid sets seed, which would have no effect"),
+    "a dry arm": (GOOD.replace("[method=rtn]", "[method=rtn, dry=true]"), "the arm 'first' sets dry, which runs nothing"),
+    "seeds of two keys": (
+        GOOD.replace("[0, 1]", "{2: [0], 3: [1]}") + "grid: {budget.bits_per_weight: [2, 3], codebook.vector_length: [3, 2]}\n",
+        "seeds names 2, 3, which budget.bits_per_weight and codebook.vector_length of the grid both have",
+    ),
+    "seeds of no key": (GOOD.replace("[0, 1]", "{2: [0], 3: [1]}") + "grid: {threads: [2, 4]}\n", "no key of the grid has"),
+    "trainings with unlike seeds": (
+        GOOD.replace("[0, 1]", "{a: [0, 1], b: [1]}") + "grid: {model: [a, b]}\ntrainings: model\n", "each value needs as many",
+    ),
     "seeds that are texts": (GOOD.replace("[0, 1]", "['0', '1']"), "seeds must be whole numbers >= 0, got '0'"),
     "arms of one look": (GOOD.replace("first:", "\u00fc:").replace("second:", "u\u0308:"), "two arms look like"),
     "code": (GOOD.replace("quick", "!!python/object/apply:os.system [ls]"), "could not determine a constructor"),
@@ -106,6 +117,21 @@ BAD = {
     "brackets without end": ("name: " + "[" * 3000, "cannot be read as YAML"),
     "spread that is a number": (GOOD + "spread: 1\n", "spread must be text"),
 }  # fmt: skip
+
+
+def test_the_tracker_of_the_command_line_wins_over_the_files() -> None:
+    study = Study(name="s", question="?", common=["method=rtn", "tracker=wandb"], arms={"a": []}, seeds=[0])
+    for named, found in ((None, "wandb"), ("csv", "csv")):
+        plan = _plan(study, Namespace(overrides=[], dry=True, tracker=named, recorded=False))
+        assert [run.cfg.variants.tracker for run in plan.runs] == [found]
+
+
+def test_seeds_are_those_of_the_key_that_has_the_values() -> None:
+    """Whatever other keys have."""
+    grid = {"codebook.vector_length": [2, 4], "budget.bits_per_weight": [2, 3]}
+    study = Study(name="s", question="?", arms={"a": []}, seeds={2: [0, 1, 2], 3: [0]}, grid=grid)
+    found = {tuple(point.values()): study.seeds_at(point) for point in study.points()}
+    assert found == {(2, 2): [0, 1, 2], (2, 3): [0], (4, 2): [0, 1, 2], (4, 3): [0]}
 
 
 @pytest.mark.parametrize("content", BAD.values(), ids=list(BAD))

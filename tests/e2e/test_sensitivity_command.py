@@ -118,6 +118,7 @@ def test_the_command_writes_two_tables_and_two_figures(family: str, tmp_path: Pa
         (("tiny_internvl", "calibration=hearsay"), "hearsay"),
         (("tiny_internvl", "calibration.num_images=0"), "calibration.num_images"),
         (("tiny_internvl", "seed=3"), "seed=3"),
+        (("tiny_internvl", "calibration.seed=0"), "calibration.seed=0 would be the seed of all 3 calibrations"),
         (("tiny_internvl", "calibration.gram_samples=200", "--metrics", "uniform"), "none of uniform reads a Gram"),
     ],
 )

@@ -43,6 +43,14 @@ def test_a_true_null_is_rejected_five_times_in_a_hundred(parts: Components, seed
     assert 0.035 <= (p_value(mean, se, df) < 0.05).mean() <= 0.065
 
 
+@pytest.mark.parametrize(("seeds", "samples"), [(5, 2), (5, 3), (2, 5)])
+def test_a_few_samples_or_seeds_do_not_pass_for_many(seeds: int, samples: int) -> None:
+    """All spread may be that of the fewer of the two, of two texts say: so many degrees of freedom and no more."""
+    few = Components(seed=float(seeds < samples), sample=float(samples < seeds), residual=1e-4)
+    mean, se, df = two_way(studies(4000, seeds, samples, few))
+    assert (p_value(mean, se, df) < 0.05).mean() <= 0.065
+
+
 @pytest.mark.parametrize("parts", [TYPICAL, MUCH_SEED], ids=["typical", "much seed"])
 def test_the_interval_covers_the_true_difference(parts: Components) -> None:
     d = studies(1000, 5, 100, parts, mean=0.03)
@@ -129,7 +137,7 @@ def test_the_result_moves_with_the_numbers(seed: int, seeds: int, samples: int, 
     assert larger.high == pytest.approx(scale * effect.high)
     assert (swapped.low, swapped.p) == pytest.approx((-effect.high, effect.p))
     assert (mixed.low, mixed.p, larger.p) == pytest.approx((effect.low, effect.p, effect.p))
-    assert effect.df >= seeds - 1 - 1e-9
+    assert effect.df >= min(seeds, samples) - 1 - 1e-9
 
 
 def test_the_weighted_mean_is_the_headline() -> None:

@@ -42,6 +42,8 @@ def test_without_a_setting_that_counts_the_runs_are_the_studys() -> None:
         ("method=rtn", "arms of study x differ in method"),
         ("scope=all,language", "has one value of scope"),
         ("scope", "is no setting"),
+        ("dry=true", "dry=true runs nothing"),
+        ("model=glob(tiny_*)", "takes no glob; give the values, as in model=a,b"),
         ("seed=-1", "seeds must be whole numbers"),
     ],
 )

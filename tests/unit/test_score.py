@@ -5,6 +5,7 @@ import math
 import pandas as pd
 import pytest
 
+from mgvq.evaluation.means import clusters_of
 from mgvq.runs.score import scores as scores_of
 from mgvq.types import EvalResult
 
@@ -29,6 +30,18 @@ def test_tasks_and_types_count_alike_whatever_their_number(column: str, kind: di
     samples = asked(column, {"few": 10, "many": 90}, {"few": 1.0, "many": 0.0})
     assert card(samples, **kind) == pytest.approx(0.5)
     assert card(samples) == pytest.approx(0.1)
+
+
+def test_an_evaluation_without_losses_has_a_card() -> None:
+    samples = asked("task", {"few": 10}, {"few": 0.5}).drop(columns=["num_tokens", "loss"])
+    assert card(samples, by_task=True) == pytest.approx(0.5)
+
+
+def test_passages_of_one_text_are_clusters_and_questions_about_one_image_are_not() -> None:
+    ids = pd.Series([f"book-{i}" for i in range(4)])
+    assert clusters_of(ids, "topics").nunique() == 4
+    assert clusters_of(ids, "pictures").nunique() == 1
+    assert clusters_of(pd.concat([ids, pd.Series(["other-0"])]), "topics").nunique() == 2
 
 
 def test_a_type_outside_of_the_headline_may_have_no_number() -> None:

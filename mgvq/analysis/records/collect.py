@@ -14,6 +14,7 @@ import pandas as pd
 from mgvq.analysis.records.recorded import Recorded
 from mgvq.analysis.records.records import Cell, MissingRun, Point, RunRecord, StudyRecord, read_parquet, seeds_in_words
 from mgvq.errors import UserError
+from mgvq.evaluation.means import clusters_of
 from mgvq.model.source import FLAG
 from mgvq.runs.store import RunFolder
 from mgvq.studies.kinds import Kind
@@ -42,10 +43,11 @@ def collect(study: Study, runs: Sequence[PlannedRun], *, partial: bool = False, 
     by_samples = {run.samples: run.run for run in found}
     if len(by_samples) > 1:
         raise UserError(f"the runs answered different test questions: {by_samples}")
+    kind = _kind(runs[0])
     return StudyRecord(
         cells=tuple(_labelled(cells)),
-        kind=_kind(runs[0]),
-        questions=_questions(found[0].run, runs, recorded),
+        kind=kind,
+        questions=_questions(found[0].run, runs, recorded, kind),
         baselines=tuple(study.baselines),
         baseline=next(iter(study.baselines), None),
         primary=study.primary,
@@ -170,18 +172,18 @@ def _scores(samples: pd.DataFrame, kind: Kind) -> np.ndarray:
     return (samples.score > 0).to_numpy()
 
 
-def _questions(name: str, runs: Sequence[PlannedRun], recorded: Recorded | None) -> pd.DataFrame:
+def _questions(name: str, runs: Sequence[PlannedRun], recorded: Recorded | None, kind: Kind) -> pd.DataFrame:
     """What the run of that name answered, from its folder, or where that is gone from a record."""
     folder = next(run.folder for run in runs if run.folder.path.name == name)
     if recorded and name in recorded and _why_missing(folder):
         return recorded.questions(name)
-    return _described(_samples(folder.path))
+    return _described(_samples(folder.path), kind)
 
 
-def _described(samples: pd.DataFrame) -> pd.DataFrame:
+def _described(samples: pd.DataFrame, kind: Kind) -> pd.DataFrame:
     """A row a question: its type and the tokens of its answer, or its task where there is no loss; and the number of its image
-    or topic, which is its sample id without the last part."""
-    clusters, _ = pd.factorize(samples.sample_id.str.rpartition("-")[0])
+    or topic (`clusters_of`)."""
+    clusters, _ = pd.factorize(clusters_of(samples.sample_id, kind.clusters))
     known = {"type": samples.type, "num_tokens": samples.num_tokens} if "loss" in samples else {"task": samples.task}
     return pd.DataFrame({**known, "picture": clusters})
 

@@ -130,8 +130,10 @@ def _readable(path: Path) -> StudyRecord | None:
 
 
 def _median_components(record: StudyRecord, measure: str) -> Components | None:
-    """The components of the median arm over all grid points; None where no arm has several seeds and all its values."""
-    found = [variance_components(d) for _, _, d in differences(record, MEASURES[measure]) if len(d) > 1 and np.isfinite(d).all()]
+    """The components of the median arm over all grid points; None where no arm has several seeds, clusters and all values."""
+    found = [
+        variance_components(d) for _, _, d in differences(record, MEASURES[measure]) if min(d.shape) > 1 and np.isfinite(d).all()
+    ]
     if not found:
         return None
     return Components(**{f.name: float(np.median([getattr(c, f.name) for c in found])) for f in fields(Components)})

@@ -109,7 +109,8 @@ def _spread(ms_seed: Any, ms_sample: Any, ms_residual: Any, seeds: int, samples:
     total = np.where(total > 0, total, np.maximum(ms_seed, ms_sample))  # an estimate may come out negative, a variance cannot
     of_seed, of_sample = max(seeds - 1, 1), max(samples - 1, 1)
     scatter = ms_seed**2 / of_seed + ms_sample**2 / of_sample + ms_residual**2 / (of_seed * of_sample)
-    least = samples - 1 if seeds == 1 else seeds - 1  # without a floor a small `total` makes the interval as wide as one likes
+    # Without a floor a small `total` makes the interval as wide as one likes; all spread may be that of the fewer of the two.
+    least = max(seeds, samples) - 1 if 1 in (seeds, samples) else min(seeds, samples) - 1
     with np.errstate(invalid="ignore"):
         df = np.where(scatter > 0, np.maximum(total**2 / scatter, least), least)
     return np.sqrt(total / (seeds * samples)), df

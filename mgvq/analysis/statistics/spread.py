@@ -56,9 +56,11 @@ def _spread(values: Float[np.ndarray, "seeds clusters"]) -> Spread:
     seeds, samples = values.shape
     if not np.isfinite(values).all():
         return Spread(runs=np.nan, low=np.nan, high=np.nan, seeds=np.nan, questions=np.nan, num_runs=seeds)
-    components = variance_components(values)
     sd = float(np.std(values.mean(1), ddof=1))
     low, high = (sd * np.sqrt((seeds - 1) / stats.chi2.ppf(q, seeds - 1)) for q in (0.975, 0.025))
+    if samples == 1:  # what is the questions' share of it cannot be told
+        return Spread(runs=sd, low=float(low), high=float(high), seeds=np.nan, questions=np.nan, num_runs=seeds)
+    components = variance_components(values)
     of_questions = np.sqrt((components.sample + components.residual) / samples)
     return Spread(
         runs=sd, low=float(low), high=float(high), seeds=components.seed**0.5, questions=float(of_questions), num_runs=seeds
