@@ -35,7 +35,8 @@ class Kind:
     """The word for the samples of the evaluation."""
 
     clusters: str = "pictures"
-    """The word for what samples belong to that are not independent: samples whose ids differ in their last part alone."""
+    """The word for what samples belong to that are not independent: samples whose ids differ in their last part alone.
+    Of `topics`, the passages of one text alone are independent (`clusters_of`)."""
 
     number: str | None = None
     """The setting that says how many samples there are; None where no setting does."""
