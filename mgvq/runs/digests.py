@@ -1,5 +1,6 @@
 """Digests of the data that settings name: what is in it counts, not where it lies."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -18,7 +19,8 @@ def data_digest(path: str) -> str:
     elif data.is_file():
         content = data.read_bytes()
         digest.update(content)
-        lines = () if content.lstrip().startswith(b"[") else content.split(b"\n")  # one list; else as calibration.rows cuts them
+        is_list = content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")  # which names no files beside it
+        lines = () if is_list else content.split(b"\n")  # as calibration.rows.lines cuts them
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):  # reported later, as missing images are
                 for name in image_names(json.loads(line)):
