@@ -79,7 +79,8 @@ def test_an_image_that_is_no_file_hides_no_other_from_the_identity(tmp_path: Pat
 
 def test_images_of_lines_count_whatever_the_file_is_called(tmp_path: Path) -> None:
     """Of a file .json too, which for other calibrations is one list and names none."""
-    for name, content in (("rows.json", json.dumps({"image": "a.png", "question": "q", "answer": "a"})), ("list.json", '\ufeff[{"image": "a.png"}]')):
+    row = json.dumps({"image": "a.png", "question": "q", "answer": "a"})
+    for name, content in (("rows.json", row), ("list.json", f"\ufeff[{row}]")):
         (tmp_path / name).write_text(content, encoding="utf-8")
     before = {name: data_digest(str(tmp_path / name)) for name in ("rows.json", "list.json")}
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
