@@ -270,7 +270,7 @@ def test_a_study_names_its_runs_and_a_later_tracker_gets_the_finished_ones(
 
 def test_labels_are_no_part_of_a_runs_identity() -> None:
     study = Study(name="s", question="?", arms={"a": ["method=kmeans"]}, seeds=[0])
-    assert expand(study)[0].folder.path == expand(study, "tracker=wandb")[0].folder.path
+    assert expand(study)[0].folder.path == expand(study, ["tracker=wandb"])[0].folder.path
 
 
 def test_variants_are_what_was_done_not_what_was_asked_for() -> None:
