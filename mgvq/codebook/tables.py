@@ -67,11 +67,9 @@ class FittedTables:
             weight = self.channel_weight[first::subspaces][: targets.shape[1]].repeat(len(targets), 1)
         if self.beam and weight is None:
             codes = list(beam_search(rest, torch.stack([table for table, _ in own]), root, self.beam).unbind(1))
+            values = sum((table[code] for (table, _), code in zip(own, codes, strict=True)), torch.zeros(()))
         else:
-            codes = _stage_by_stage(own, rest, weight, root)
-        values = torch.zeros((), device=targets.device)
-        for (table, _), code in zip(own, codes, strict=True):
-            values = values + table[code]
+            codes, values = _stage_by_stage(own, rest, weight, root)
         values = values.view_as(targets) if self.scale is None else values.view_as(targets) * self.scale.float()
         return torch.stack(codes, 1).int().view(*targets.shape[:2], -1), values
 
@@ -89,12 +87,13 @@ def _stage_by_stage(
     rest: Float[Tensor, "n d"],
     weight: Float[Tensor, "n d"] | None,
     root: Float[Tensor, "d d"] | None,
-) -> list[Int[Tensor, "n"]]:
-    """Each stage's centroid nearest to what the stages before it leave."""
+) -> tuple[list[Int[Tensor, "n"]], Float[Tensor, "n d"]]:
+    """Each stage's centroid nearest to what the stages before it leave, and the sum of these."""
     wide = None if root is None else root.double()
     metric = None if wide is None else wide.T @ wide
-    codes, values = [], torch.zeros((), device=rest.device)
+    codes, values = list[Tensor](), None
     for table, find in tables:
-        codes.append(find(rest if not codes else rest - values, weight, metric))
-        values = values + table[codes[-1]]
-    return codes
+        codes.append(find(rest if values is None else rest - values, weight, metric))
+        values = table[codes[-1]] if values is None else values + table[codes[-1]]
+    assert values is not None, "there is a stage"
+    return codes, values

@@ -103,6 +103,24 @@ def test_one_vector_at_a_time_gets_the_codes_of_all_at_once(kind):
     assert alone == find(vectors, weight, metric).tolist()
 
 
+@pytest.mark.parametrize("kind", ["plain", "weighted", "metric"])
+@pytest.mark.parametrize("d", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_centroids", [1, 5, 256])
+def test_a_compiled_search_and_a_product_find_the_same(kind, d, num_centroids, monkeypatch):
+    """On one thread and on several, of vectors of a few sizes and some far out."""
+    vectors, weight = points(5000, d)
+    vectors[::7] *= 1e3
+    weight = weight if kind == "weighted" else None
+    root = torch.randn(d, d, generator=stream(1)).double()
+    metric = root.T @ root if kind == "metric" else None
+    find = Nearest(points(num_centroids, d, seed=1)[0])
+    looped = find(vectors, weight, metric)
+    monkeypatch.setattr(search, "_SHARED", 1)
+    assert torch.equal(find(vectors, weight, metric), looped)
+    monkeypatch.setattr(search, "_MOST", 0)
+    assert torch.equal(find(vectors, weight, metric), looped)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(("n", "d"), [(7, 1), (8, 2), (7, 3)])
 @pytest.mark.parametrize("seed", [0, 1])
