@@ -334,6 +334,11 @@ class TargetShift(Protocol):
         ...
 
     @property
+    def minibatches(self) -> int:
+        """How many parts the samples are dealt to; gradients take these in turn."""
+        ...
+
+    @property
     def steps(self) -> Sequence[float]:
         """The steps to try, as shares of a layer's norm."""
         ...

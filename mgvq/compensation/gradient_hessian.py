@@ -51,6 +51,9 @@ class GradientHessian:
     """The share of their diagonals that is added to both factors of N, in (0, 1], by `damping_of` as well."""
     damping_of: str = "mean"
     """What the dampings are shares of, as in `Hessian`."""
+    minibatches: int = 1
+    """The calibration samples are dealt to so many parts, batch by batch, and each gradient is taken of the next part: with 4 of
+    a quarter of the samples, another one each time. There are at most as many as batches; 1: every gradient sees all."""
     racing: float | None = None
     """The p-value, in (0, 1), below which a step is given up as soon as a part of the held-out samples says that it loses. None:
     every step is asked about all of them."""
@@ -96,6 +99,13 @@ class GradientHessian:
             raise UserError(
                 f"compensation.steps={self.steps} has no step to take: once a block is rounded, only steps larger than 0 are "
                 "tried. Add one, such as 0.1; or set compensation=hessian, which takes no gradient."
+            )
+        if not (type(self.minibatches) is int and self.minibatches >= 1):
+            raise UserError(f"compensation.minibatches must be a whole number >= 1, got {self.minibatches!r}")
+        if self.minibatches > 1 and not self.refresh:
+            raise UserError(
+                f"compensation.minibatches={self.minibatches} has no effect with refresh=false, whose gradient is taken once, "
+                "with the statistics: set it to 1, or compensation.refresh=true."
             )
         check_damping("shift_damping", self.shift_damping)
         if self.racing is not None and not 0 < self.racing < 1:

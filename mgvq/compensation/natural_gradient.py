@@ -38,6 +38,7 @@ class NaturalGradient(NoCompensation):
     refresh: ClassVar[bool] = False
     sweeps: ClassVar[int] = 1
     racing: ClassVar[float | None] = None
+    minibatches: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         if not 0 < self.step <= 1:

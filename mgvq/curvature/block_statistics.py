@@ -54,7 +54,7 @@ def collect_by_block(
     behind, behind_more = _Behind(walk, range(len(first))), _Behind(walk, range(len(first), len(held)))
     reached = {site for block in by_block(sites) if is_finished(block) for site in block}  # an earlier start has found that
 
-    asked = [partial(losses, needs, batch, seed) for batch in first]
+    asked = {number: partial(losses, needs, batch, seed) for number, batch in enumerate(first)}
 
     def receiver(_: Block) -> _Received:
         sums = StatisticsSums(needs, walk.put)
@@ -67,7 +67,8 @@ def collect_by_block(
         elif len(row) > 1:
             with Boundaries(scratch, ranks) as boundaries:
                 missing = [block for block in row if not is_finished(block)]
-                for block, received in Relay(walk, row, boundaries, Watch).received(asked, missing, receiver):
+                relay = Relay(walk, row, boundaries, Watch)
+                for block, received in relay.received(asked, missing, receiver, alone=range(len(first), len(held))):
                     received.sums.add_up(ranks)
                     bank = {site: received.sums.stats(site, None) for site in block}
                     del received  # while the next ones are made

@@ -7,7 +7,7 @@ what is made of the gradients has the bits that it has by `passes.forward`.
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -112,19 +112,23 @@ class Relay:
         self.names = [block_name(block) for block in row]
 
     def received(
-        self, losses: Sequence[Callable[[], Mapping[str, LossOf]]], wanted: Collection[Block], receiver: Callable[[Block], R]
+        self,
+        losses: Mapping[int, Callable[[], Mapping[str, LossOf]]],
+        wanted: Collection[Block],
+        receiver: Callable[[Block], R],
+        alone: Iterable[int] = (),
     ) -> Iterator[tuple[Block, R]]:
         """The wanted blocks of the row, from the last to the first, with what has received them; the walk is then as it was.
 
-        The first batches of the walk have `losses`, each asked for when it is taken; the others are seen alone. Raises
-        RuntimeError for a block that is called several times in a pass.
+        `losses` of batches by their numbers in the walk, each asked for when it is taken; the batches `alone` run forward, and
+        are seen. Raises RuntimeError for a block that is called several times in a pass.
         """
-        walk, begin = self.walk, self.names[0]
+        walk, begin, numbers = self.walk, self.names[0], sorted({*losses, *alone})
         if walk.kept(begin)[0]:  # blocks of the tower before the row: what they put out is computed once, and kept
-            for number in range(len(walk.batches)):
+            for number in numbers:
                 walk.run_until(number, begin)
         before = walk.kept(begin)
-        reached = self._forward()
+        reached = self._forward(numbers)
         gradients = self._behind(losses)
         first = min((place for place, block in enumerate(self.row) if block in wanted), default=len(self.row))
         try:
@@ -132,7 +136,7 @@ class Relay:
                 receives = receiver(self.row[place]) if self.row[place] in wanted else None
                 block = _Backward(self, place, before, receives)
                 for number in reached:
-                    found = block.run(number, gradients.get(number, {}), graph=number < len(losses))
+                    found = block.run(number, gradients.get(number, {}), graph=number in losses)
                     gradients[number] = {kind: walk.put(gradient) for kind, gradient in found.items()}
                 del block
                 if receives is not None:
@@ -141,9 +145,9 @@ class Relay:
         finally:
             walk.rewind(begin, *before)
 
-    def _forward(self) -> list[int]:
-        """Run every block but the last, and keep what it puts out; the numbers of the batches that come to the row."""
-        walk, reached = self.walk, list(range(len(self.walk.batches)))
+    def _forward(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Run every block but the last, and keep what it puts out; those of the batches that come to the row."""
+        walk, reached = self.walk, numbers
         for place, block in enumerate(progress(self.row[:-1], "blocks of activations")):
             walk.settle(block)
             for number in reached:
@@ -154,12 +158,12 @@ class Relay:
             reached = [number for number in reached if walk.outputs(number, self.names[place])]
         return reached
 
-    def _behind(self, losses: Sequence[Callable[[], Mapping[str, LossOf]]]) -> dict[int, Gradients]:
+    def _behind(self, losses: Mapping[int, Callable[[], Mapping[str, LossOf]]]) -> dict[int, Gradients]:
         """The gradients with respect to what the row's last block puts out, by batch, none where it is not called."""
         walk, last = self.walk, self.row[-1]
         walk.settle(last)
         found = dict[int, Gradients]()
-        for number, losses_of in enumerate(progress(losses, "batches of losses")):
+        for number in progress(list(losses), "batches of losses"):
             leaves: list[Tensor] = []
 
             def begin(_module: nn.Module, _args: Any, output: Any, leaves: list[Tensor] = leaves) -> Any:
@@ -174,7 +178,7 @@ class Relay:
                 after_forward(walk.model, {self.names[-1]: begin}),
             ):
                 states = answer_states(walk.model, batch)
-            at_states = through_head(walk.model, states, losses_of())
+            at_states = through_head(walk.model, states, losses[number]())
             if leaves:
                 kinds = list(at_states)
                 found[number] = {

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from mgvq.memory import in_file
 from mgvq.model.answers import answer_states
 from mgvq.model.blocks import Block, block_name, modules_before, rows_of_blocks
-from mgvq.model.hooks import before_forward, outputs_of
+from mgvq.model.hooks import after_forward, before_forward, outputs_of
 from mgvq.model.lazy import Lazy
 from mgvq.model.pack import PackedBatch
 from mgvq.model.weights import InModel, Weights
@@ -171,6 +171,11 @@ class BlockWalk:
     def run_until(self, number: int, name: str) -> None:
         """Run the batch of that number from behind what is settled to where the block `name` begins."""
         with self.passing(number) as batch, before_forward(self.model, {name: _stop}), suppress(_Stop):
+            answer_states(self.model, batch)
+
+    def run_through(self, number: int, name: str) -> None:
+        """Run it to where the first call of `name` ends, with a graph where the caller wants one."""
+        with self.passing(number) as batch, after_forward(self.model, {name: _stop}), suppress(_Stop):
             answer_states(self.model, batch)
 
     def outputs(self, number: int, name: str) -> list[Any]:

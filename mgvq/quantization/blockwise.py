@@ -61,9 +61,9 @@ def blockwise_rounding(
     are those of all.
     """
     blocks, finished = list(by_block(subject.sites)), {} if finished is None else finished
-    teacher = Teacher(subject, shift.source)
+    teacher = Teacher(subject, shift.source, minibatches=shift.minibatches)
     with subject.weights.unchanged(subject.sites):
-        loop = _Loop(subject.weights, bank, shift, teacher, rounder, finished)
+        loop = _Loop(subject.weights, bank, shift, teacher, rounder, finished, len(blocks))
         sweeps = shift.sweeps + loop.starts_rounded
         visits = [(sweep, number) for sweep in range(sweeps) for number in range(len(blocks))]
         for sweep, number in progress(visits, "blocks" if sweeps == 1 else f"blocks in {sweeps} sweeps"):
@@ -114,6 +114,10 @@ def _entry(sweep: int, block: Block) -> str:
     return f"sweep-{sweep}-gradient-{block[0].name}"
 
 
+def _norm(gradient: Mapping[Site, Tensor]) -> float:
+    return sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+
+
 def _row(sweep: int, block: Block, trial: _Trial, norm: float, before: float, *, chosen: bool) -> dict[str, Any]:
     """What the table says of a trial."""
     where = {"sweep": sweep, "tower": block[0].tower, "block": block[0].block, "site": block[0].name}
@@ -158,6 +162,7 @@ class _Loop:
     teacher: Teacher
     rounder: LayerRounder
     finished: MutableMapping[str, Any]  # the visits of blocks by their names, and gradients that wait for theirs
+    num_blocks: int
     targets: dict[Site, Tensor] = field(default_factory=dict)  # of the layers whose chosen trial has moved theirs
     visits: dict[Site, str] = field(default_factory=dict)  # the latest that moved the targets of a layer, where none are kept
     waiting: dict[str, Mapping[Site, Tensor]] = field(default_factory=dict)  # gradients, by entry, where they are in memory
@@ -183,7 +188,12 @@ class _Loop:
         block, name = blocks[0], blocks[0][0].name
         untouched = not self.chosen and self.shift.source != "sft"  # nothing is quantised yet: any gradient is rounding noise
         gradient = {} if untouched else self._gradient(sweep, blocks)
-        norm = sum(float(g.square().sum()) for g in gradient.values()) ** 0.5
+        norm = _norm(gradient)
+        others = range(self.shift.minibatches) if self.shift.minibatches > 1 and not untouched else ()
+        for turn in others:
+            if norm == 0:  # no sample of its minibatch reaches the block: a vision tower's, and none has an image
+                ((_, gradient),) = self.teacher.gradients([block], turn)
+                norm = _norm(gradient)
         if norm == 0 and not untouched:
             raise UserError(
                 f"{name} and its block: the gradient is zero, so a gradient-aware compensation has nothing to go by; "
@@ -220,6 +230,7 @@ class _Loop:
         self.num_ahead, self.loss = visit.num_ahead, visit.loss
         if (chosen := visit.chosen) is None:
             return
+        self.teacher.model_changes()
         self.weights.install(chosen.rounded.decoded, chosen.rounded.stored)
         if self.weights.streamed:
             self.visits |= dict.fromkeys(chosen.targets, name)
@@ -238,13 +249,18 @@ class _Loop:
             self.num_ahead -= 1
             return self._left(_entry(sweep, blocks[0]))
         together, found = blocks[: int(self.shift.refresh)], dict[Site, Tensor]()
-        for block, gradient in self.teacher.gradients(together):  # the first block comes last
+        for block, gradient in self.teacher.gradients(together, self._turn(sweep, blocks)):  # the first block comes last
             if block == blocks[0]:
                 found = gradient
             else:
                 self._leave(_entry(sweep, block), gradient)
         self.num_ahead = len(together) - 1
         return found
+
+    def _turn(self, sweep: int, blocks: Sequence[Block]) -> int:
+        """How many gradients have been taken before that of the first of these blocks, which follow each other to the end."""
+        in_turn = -(-self.num_blocks // int(self.shift.refresh))
+        return sweep * in_turn + (self.num_blocks - len(blocks)) // int(self.shift.refresh)
 
     def _leave(self, entry: str, gradient: Mapping[Site, Tensor]) -> None:
         """Keep it until its block is visited, in memory too unless that is scarce."""

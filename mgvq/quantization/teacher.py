@@ -1,6 +1,8 @@
 """The full-precision model as a teacher: gradients of the divergence from it, and losses on held-out samples."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,8 @@ from mgvq.errors import UserError
 from mgvq.memory import in_file
 from mgvq.model.answers import answer_states, answers_by_sample, logits, logs_in_runs, vocabulary_of
 from mgvq.model.blocks import Block, block_name, by_block
-from mgvq.model.hooks import outputs_of
-from mgvq.model.passes import LossOf, back, forward, right_losses, through_head
+from mgvq.model.hooks import BeforeForward, before_forward, outputs_of
+from mgvq.model.passes import LossOf, back, forward, right_losses, seen, through_head
 from mgvq.model.relay import Boundaries, Relay, relays
 from mgvq.model.walk import AnyBatch, BlockWalk, on_device
 from mgvq.quantization.race import HeldoutLoss, Race, by_sample, heats
@@ -41,9 +43,10 @@ class _Taught:
 
 
 class _Sums:
-    """The sums over batches of the gradients of a block's weights, which a relay gives."""
+    """The sums over batches of the gradients of the weights of a block, or of several."""
 
     def __init__(self, block: Block) -> None:
+        self.num_answers = 0
         self.sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in block}
 
     def see(self, number: int, site: Site, inputs: Tensor) -> None:
@@ -57,6 +60,18 @@ def _of_weight(inputs: Float[Tensor, "... in"], gradient: Float[Tensor, "... out
     return (gradient.flatten(0, -2).T @ inputs.flatten(0, -2)).double().cpu()
 
 
+@contextmanager
+def _calls(model: torch.nn.Module, names: Sequence[str]) -> Iterator[Counter[str]]:
+    """How often each of the modules is called."""
+    found = Counter[str]()
+
+    def counted(name: str) -> BeforeForward:
+        return lambda *_: found.update([name])
+
+    with before_forward(model, {name: counted(name) for name in names}):
+        yield found
+
+
 class Teacher:
     """Keeps what the model says at the time when this is made; the model may then be quantised block by block.
 
@@ -66,16 +81,20 @@ class Teacher:
     in no special direction (docs/method.md, eq. (block-drift)). Held-out losses are of the right answers for `sft`, and
     divergences for the others.
 
+    The batches of the samples are dealt to so many `minibatches`; gradients take these in turn.
+
     Where the samples have a folder, files in it hold log-probabilities of the model, else memory does, and fewer of them.
     `relayed`: gradients go from block to block, and those files hold activations too, else they take passes with a graph through
     all blocks; None: where the weights are streamed. Raises UserError where there is no held-out sample.
     """
 
-    def __init__(self, subject: Subject, source: str, *, relayed: bool | None = None) -> None:
+    def __init__(self, subject: Subject, source: str, *, minibatches: int = 1, relayed: bool | None = None) -> None:
         model, sites, weights, ranks = subject.model, subject.sites, subject.weights, subject.ranks
         self.model, self.source, self._ranks, self._folder = model, source, ranks, subject.samples.folder
         self._aside = aside = self._folder if (weights.streamed if relayed is None else relayed) else None
         self._by_block: list[Block] = list(by_block(sites))
+        # Gradients with respect to what a block puts out, by its name and the number of the own batch, of the model as it is.
+        self._at_ends: dict[tuple[str, int], Tensor] = {}
         batches, heldout = subject.samples.batches, subject.samples.heldout
         if not heldout:
             raise UserError(
@@ -85,6 +104,8 @@ class Teacher:
             raise AssertionError(f"samples of the gradient are held out: {sorted(both)[:3]}")
         self._num_heldout = len(heldout)
         self._places = {number: place for place, number in enumerate(ranks.share(range(len(heldout))))}  # of the own batches
+        self._minibatches = min(minibatches, max(1, len(batches)))
+        self._minibatch_of = [number % self._minibatches for number in ranks.share(range(len(batches)))]  # own batches
         self.batches, self.heldout = ([on_device(b, model) for b in ranks.share(part)] for part in (batches, heldout))
         self._heldout_walk = BlockWalk(model, sites, self.heldout, weights, on_device(heldout[-1], model), aside=aside)
         self._walk = BlockWalk(model, sites, self.batches, weights, like=self._heldout_walk, aside=aside)
@@ -124,6 +145,10 @@ class Teacher:
         """The same numbers where what streamed passes put aside is (`BlockWalk.put`)."""
         return self._walk.put(values)
 
+    def model_changes(self) -> None:
+        """The weights are others from here on: what was kept behind blocks is of no use."""
+        self._at_ends.clear()
+
     def settle(self, block: Block) -> None:
         """The block's weights, and those of all blocks before it, stay as they are until `unsettle`: passes start behind it."""
         for walk in (self._walk, self._heldout_walk):
@@ -134,45 +159,84 @@ class Teacher:
         for walk in (self._walk, self._heldout_walk):
             walk.unsettle()
 
-    def gradients(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Mapping[Site, Float[Tensor, "_ _"]]]]:
+    def _turn(self, turn: int) -> list[int]:
+        """The numbers of the own batches whose turn it is."""
+        return [number for number, minibatch in enumerate(self._minibatch_of) if minibatch == turn % self._minibatches]
+
+    def gradients(self, blocks: Sequence[Block], turn: int = 0) -> Iterator[tuple[Block, Mapping[Site, Float[Tensor, "_ _"]]]]:
         """`gradient` of blocks that follow each other, from the last to the first; nothing else may run the model meanwhile.
 
         Where there is a folder to put activations aside, one block at a time is in memory, with its sums; the bits are the same.
         """
         row = self._rest_of_tower(blocks[0]) if self._aside is not None and self.source != "block" else []
         if self._aside is None or blocks[-1] not in row or not relays(self._walk, row):
-            found = self.gradient([site for block in blocks for site in block])
+            found = self._carried_on(blocks) or self.gradient([s for block in blocks for s in block], turn, self._ends(blocks))
             yield from ((block, {site: found[site] for site in block}) for block in reversed(blocks))
             return
-        num_answers = sum(self._ranks.gather("answers", sum(len(taught.states) for taught in self._taught)))
+        numbers = self._turn(turn)
+        num_answers = sum(self._ranks.gather("answers", sum(len(self._taught[number].states) for number in numbers)))
 
         def losses(batch: AnyBatch, taught: _Taught) -> Mapping[str, LossOf]:
             return {self.source: self._losses(batch, taught)}
 
-        asked = [partial(losses, batch, taught) for batch, taught in zip(self.batches, self._taught, strict=True)]
+        asked = {number: partial(losses, self.batches[number], self._taught[number]) for number in numbers}
         with Boundaries(self._aside, self._ranks) as boundaries:
             for block, received in Relay(self._walk, row, boundaries).received(asked, blocks, _Sums):
                 sums = self._ranks.total("gradient", received.sums)
                 del received
                 yield block, {site: self.put((sums.pop(site) / max(1, num_answers)).float()) for site in block}
 
+    def _ends(self, blocks: Sequence[Block]) -> list[str]:
+        """The last block of each that gradients will be asked for together next, as many at a time as these; none where they will
+        be of another loss or other samples, or memory is scarce."""
+        if self.source == "block" or self._minibatches > 1 or self._aside is not None:
+            return []
+        behind = self._by_block[self._by_block.index(blocks[-1]) + 1 :]
+        return [block_name(behind[first : first + len(blocks)][-1]) for first in range(0, len(behind), len(blocks))]
+
+    def _carried_on(self, blocks: Sequence[Block]) -> Mapping[Site, Float[Tensor, "_ _"]] | None:
+        """`gradient` of the blocks by passes through them alone, from what an earlier pass has found behind them; None where the
+        model is another one since, or nothing was kept.
+
+        The operations are those of a pass through all that follows, and so are the bits.
+        """
+        end, sites = block_name(blocks[-1]), [site for block in blocks for site in block]
+        if not self._at_ends or any((end, number) not in self._at_ends for number in range(len(self._taught))):
+            return None
+        sums = _Sums(sites)
+        for number, taught in enumerate(self._taught):
+            with outputs_of(self.model, [end]) as outputs, seen(self.model, sites, lambda *_: None, graph=True) as at_sites:
+                self._walk.run_through(number, end)
+            found = back([outputs[end]], [self._at_ends[end, number]], list(at_sites.outputs.values()), last=True)
+            for site, gradient in zip(at_sites.outputs, found, strict=True):
+                sums.add(number, self.source, site, at_sites.inputs[site.reads], gradient.float())
+            sums.num_answers += len(taught.states)
+        return self._mean(sums)
+
     def _rest_of_tower(self, block: Block) -> list[Block]:
         """The block and those of its tower behind it."""
         place = self._by_block.index(block)
         return [other for other in self._by_block[place:] if other[0].tower == block[0].tower]
 
-    def gradient(self, sites: Sequence[Site]) -> Mapping[Site, Float[Tensor, "_ _"]]:
+    def gradient(self, sites: Sequence[Site], turn: int = 0, ends: Sequence[str] = ()) -> Mapping[Site, Float[Tensor, "_ _"]]:
         """The gradient of the mean loss an answer token with respect to the weights of `sites`, at the model's present weights.
 
-        `sites` are those of one block, or of several that follow each other where the source is not `block`.
+        It is of the minibatch whose `turn` it is, counted round and round. `sites` are those of one block, or of several that
+        follow each other where the source is not `block`. The gradients with respect to what the blocks `ends` put out are kept
+        until `model_changes`, where there is room.
         """
-        sums = {site: torch.zeros(site.out_features, site.in_features, dtype=torch.float64) for site in sites}
-        num_answers = 0
-        watched = [block_name(sites)] if self.source == "block" else []
-        for number, taught in enumerate(self._taught):
-            with self._walk.passing(number) as batch, outputs_of(self.model, watched) as outputs:
+        sums = _Sums(sites)
+        watched = [block_name(sites)] if self.source == "block" else ends
+        self._at_ends.clear()
+        for number in self._turn(turn):
+            taught = self._taught[number]
+            with (
+                self._walk.passing(number) as batch,
+                outputs_of(self.model, watched) as outputs,
+                _calls(self.model, ends) as calls,
+            ):
                 run = forward(self.model, sites, batch, lambda *_: None, graph=True)
-            num_answers += len(run.states)
+            sums.num_answers += len(run.states)
             if self.source == "block":
                 loss = torch.zeros((), device=self.model.device)
                 for name, output in outputs.items():  # none for a block of the vision tower where the batch has no image
@@ -180,11 +244,22 @@ class Teacher:
                     loss = loss + 0.5 * (weight * (output - expected).square().mean(-1)).sum()
                 gradients = run.backward(loss)
             else:
-                ((_, gradients),) = run.gradients({self.source: self._losses(batch, taught)})
-            for site, g in gradients.items():
-                sums[site] += _of_weight(run.inputs[site.reads], g)
-        num_answers = sum(self._ranks.gather("answers", num_answers))
-        return {site: (total / max(1, num_answers)).float() for site, total in self._ranks.total("gradient", sums).items()}
+                once = [end for end in outputs if calls[end] == 1]
+                (at_states,) = through_head(self.model, run.states, {self.source: self._losses(batch, taught)}).values()
+                asked = [*run.outputs.values(), *(outputs[end] for end in once)]
+                found = back([run.states], [at_states], asked, last=True)
+                gradients = {site: gradient.float() for site, gradient in zip(run.outputs, found, strict=False)}
+                self._at_ends |= {(end, number): found[len(gradients) + place] for place, end in enumerate(once)}
+            for site, gradient in gradients.items():
+                sums.add(number, self.source, site, run.inputs[site.reads], gradient)
+            if sum(map(torch.numel, self._at_ends.values())) > _IN_MEMORY:
+                self._at_ends, ends = {}, ()
+        return self._mean(sums)
+
+    def _mean(self, sums: _Sums) -> Mapping[Site, Float[Tensor, "_ _"]]:
+        num_answers = sum(self._ranks.gather("answers", sums.num_answers))
+        totals = self._ranks.total("gradient", sums.sums)
+        return {site: (total / max(1, num_answers)).float() for site, total in totals.items()}
 
     def heldout_loss(self, race: Race | None = None) -> HeldoutLoss:
         """The mean loss over the answer tokens of the held-out samples; in a race it is an estimate where a part of the samples

@@ -152,11 +152,12 @@ def test_with_a_refresh_of_two_every_second_block_is_passed_over(loop, monkeypat
     """Not the first one, though, before which nothing is quantised: what it has is nobody else's."""
     passes, whole = [], Teacher.gradient
 
-    def counted(self, sites):
+    def counted(self, sites, turn, ends):
         passes.append([site.block for site in sites])
-        return whole(self, sites)
+        return whole(self, sites, turn, ends)
 
     monkeypatch.setattr(Teacher, "gradient", counted)
+    monkeypatch.setattr(Teacher, "_carried_on", lambda *_: None)
     _, plain, _ = loop(sweeps=2)
     assert passes == [[2, 2], [1, 1], [2, 2]], "none where nothing is quantised yet"
     passes.clear()
@@ -164,6 +165,26 @@ def test_with_a_refresh_of_two_every_second_block_is_passed_over(loop, monkeypat
     assert passes == [[2, 2], [1, 1, 2, 2]]
     first = (plain.sweep == 0).sum()
     assert blocks.iloc[:first].equals(plain.iloc[:first])
+
+
+@pytest.mark.parametrize(("refresh", "turns"), [(True, [2, 3, 4, 5]), (2, [1, 2])])
+def test_every_gradient_is_of_the_next_minibatch(loop, refresh, turns, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a loop that goes on, too: sweep and block say whose turn it is; the first sweep, without gradients, counts."""
+    taken, whole = [], Teacher.gradient
+    monkeypatch.setattr(Teacher, "gradient", lambda self, sites, turn, _: taken.append(turn) or whole(self, sites, turn))
+    settings = dict(start="rounded", sweeps=2, refresh=refresh, minibatches=2)
+    _, table, _ = loop(**settings)
+    assert taken == turns
+    taken.clear()
+    stopped = Stopping()
+    stopped.room = 2 + len(turns) // 2  # what is rounded first, and of the first sweep its gradients and first block
+    with pytest.raises(KeyboardInterrupt):
+        loop(finished=stopped, **settings)
+    taken.clear()
+    _, blocks, _ = loop(finished=dict(stopped), **settings)
+    assert taken
+    assert taken == turns[-len(taken) :]
+    assert blocks.equals(table)
 
 
 class Stopping(dict):

@@ -16,6 +16,7 @@ FEW += ["calibration.num_images=66", "calibration.questions_per_image=1", "calib
 METHODS = {
     "mgvq2": ["method=mgvq2", "codebook.state_bits=8"],
     "mgvq": ["method=mgvq", "codebook.sample=64", "compensation.refresh=2"],
+    "minibatches": ["method=mgvq", "codebook.sample=64", "compensation.refresh=2", "compensation.minibatches=2"],
     "streamed": ["method=mgvq2", "codebook.state_bits=8", "memory=streamed"],
     "all": ["method=mgvq2", "codebook.state_bits=8", "scope=all"],
     "yaqa": ["method=yaqa"],

@@ -130,25 +130,31 @@ def test_what_several_passes_give_is_not_relayed(family: str) -> None:
     assert _rows(walk, sites, replace(EVERYTHING, power_rounds=1)) == [[block] for block in blocks]
 
 
-@pytest.mark.parametrize("source", ["kl", "sft"])
+@pytest.mark.parametrize(("source", "minibatches"), [("kl", 1), ("sft", 1), ("kl", 2)])
 def test_relayed_gradients_of_weights_have_the_bits_of_one_pass(
-    family: str, source: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+    family: str, source: str, minibatches: int, monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
     """At every block, with those before it changed and settled, three blocks at a time: across towers too."""
     model = loaded(family, streamed=False)
     sites, (gradient, heldout) = list_sites(model.model, "all"), batches(model)
     blocks = list(by_block(sites))
-    relayed = Teacher(Subject(model.model, sites, Samples(gradient, heldout, tmp_path / "aside")), source, relayed=True)
-    plain = Teacher(Subject(model.model, sites, Samples(gradient, heldout)), source)
+    aside = Samples(gradient, heldout, tmp_path / "aside")
+    relayed = Teacher(Subject(model.model, sites, aside), source, minibatches=minibatches, relayed=True)
+    plain = Teacher(Subject(model.model, sites, Samples(gradient, heldout)), source, minibatches=minibatches)
     left = tmp_path / "aside" / "activations-1"  # of a run of two processes that was killed
     left.mkdir(parents=True)
     in_one_pass = []
-    monkeypatch.setattr(relayed, "gradient", lambda sites: in_one_pass.append(sites[0].tower) or plain.gradient(sites))
+
+    def pass_of_all(sites, turn, _ends):
+        in_one_pass.append(sites[0].tower)
+        return plain.gradient(sites, turn)
+
+    monkeypatch.setattr(relayed, "gradient", pass_of_all)
     model.model.get_parameter(f"{blocks[-1][0].name}.weight").data.mul_(1.1)  # else the model is its own teacher
     for number, block in enumerate(blocks):
         together = blocks[number : number + 3]
-        expected = plain.gradient([site for block in together for site in block])
-        found = list(relayed.gradients(together))
+        expected = plain.gradient([site for block in together for site in block], number)
+        found = list(relayed.gradients(together, number))
         assert [block for block, _ in found] == together[::-1]
         for _, own in found:
             assert all(torch.equal(gradient, expected[site]) for site, gradient in own.items())

@@ -35,11 +35,11 @@ def noise(shape, size, seed=0):
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def drift_of(loaded, source):
+def drift_of(loaded, source, **settings):
     examples = draw()
     batched = packed_batches if can_pack(loaded.model) else batches
     parts = (list(batched(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
-    return Teacher(Subject(loaded.model, list_sites(loaded.model, "language"), Samples(*parts)), source)
+    return Teacher(Subject(loaded.model, list_sites(loaded.model, "language"), Samples(*parts)), source, **settings)
 
 
 @pytest.fixture(params=["kl"])
@@ -78,6 +78,27 @@ def test_gradients_are_finite_differences_of_the_loss(loaded, drift) -> None:
         weight.data.copy_(kept)
         slope = (losses[0] - losses[1]) / 6e-3
         assert slope == pytest.approx(float(gradient[site].norm()), rel=2e-2)
+
+
+@pytest.mark.parametrize("source", ["kl", "sft", "block"])
+def test_minibatches_are_all_samples_together(loaded, source) -> None:
+    """The gradients of the parts, by their answers, add up to that of all; there are no more parts than batches."""
+    parts = {number: drift_of(loaded, source, minibatches=number) for number in (1, 2, 9)}
+    site = list_sites(loaded.model, "language")[3]
+    weight = linear(loaded.model, site).weight
+    kept = weight.detach().clone()
+    weight.data.add_(noise(kept.shape, 0.3 * kept.std()))
+    block = later_block(loaded.model)
+    whole = parts[1].gradient(block)[block[0]]
+    sizes = [num_answers(batch) for batch in parts[1].batches]
+    assert 2 <= len(sizes) < 9
+    for number, weights in ((2, [sum(sizes[::2]), sum(sizes[1::2])]), (9, sizes)):
+        found = [parts[number].gradient(block, turn)[block[0]] for turn in range(len(weights) + 1)]
+        together = sum(size * gradient for size, gradient in zip(weights, found[:-1], strict=True)) / sum(sizes)
+        torch.testing.assert_close(together, whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+        assert torch.equal(found[-1], found[0]), "the first one's turn again"
+        assert not torch.equal(found[0], found[1])
+    weight.data.copy_(kept)
 
 
 @pytest.mark.parametrize("drift", ["block"], indirect=True)
@@ -219,6 +240,58 @@ def test_log_probabilities_that_are_kept_are_those_of_the_head(
         weight.data.copy_(own)
 
 
+def test_gradients_that_are_carried_on_have_the_bits_of_a_pass(loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks at a time, across the towers, until the model changes."""
+    sites = list_sites(loaded.model, "all")
+    blocks, examples = list(by_block(sites)), draw()
+    parts = (list(packed_batches(loaded.processor, part, 2)) for part in (examples.examples, examples.heldout_examples))
+    subject = Subject(loaded.model, sites, Samples(*parts))
+    made, plain = Teacher(subject, "kl"), Teacher(subject, "kl")
+    passes, whole = [], made.gradient
+    monkeypatch.setattr(made, "gradient", lambda sites, *rest: passes.append(sites[0].name) or whole(sites, *rest))
+    changed = [linear(loaded.model, block[0]).weight for block in (blocks[0], blocks[6])]
+    kept = [weight.detach().clone() for weight in changed]
+    changed[0].data.mul_(1.1)  # else the model is its own teacher
+    try:
+        for first in range(0, len(blocks), 3):
+            together = blocks[first : first + 3]
+            if first == 6:
+                changed[1].data.mul_(1.1)
+                made.model_changes()
+            expected = plain.gradient([site for block in together for site in block])
+            for block, found in made.gradients(together):
+                assert all(torch.equal(found[site], expected[site]) for site in block)
+                assert any(gradient.any() for gradient in found.values())
+            for block in together:
+                made.settle(block)
+    finally:
+        for weight, own in zip(changed, kept, strict=True):
+            weight.data.copy_(own)
+    assert passes == [blocks[0][0].name, blocks[6][0].name]
+
+
+def test_no_gradient_is_carried_on_where_a_block_is_called_twice_or_memory_is_full(loaded, monkeypatch) -> None:
+    sites = list_sites(loaded.model, "language")
+    blocks, made = list(by_block(sites)), drift_of(loaded, "kl")
+    module = loaded.model.get_submodule(block_name(blocks[1]))
+
+    def once_more(block, args, kwargs, _output) -> None:
+        if not again:
+            again.append(block)
+            block(*args, **kwargs)
+            again.clear()
+
+    again = []
+    handle = module.register_forward_hook(once_more, with_kwargs=True)
+    list(made.gradients(blocks[:1]))
+    handle.remove()
+    ends = {name for name, _ in made._at_ends}
+    assert ends == {block_name(block) for block in blocks[2:]}
+    monkeypatch.setattr(teacher, "_IN_MEMORY", 1)
+    list(made.gradients(blocks[:1]))
+    assert not made._at_ends
+
+
 @pytest.mark.parametrize("scope", [pytest.param("language", marks=pytest.mark.trust), "all"])
 def test_passes_that_start_behind_settled_blocks_change_nothing(loaded, scope: str) -> None:
     examples, sites = draw(), list_sites(loaded.model, scope)
@@ -260,6 +333,9 @@ def test_one_pass_takes_the_gradients_of_several_blocks(loaded, drift) -> None:
         ({"source": "block", "refresh": False}, "refresh=true"),
         ({"source": "sft", "refresh": False, "sweeps": 2}, "refresh=true"),
         ({"refresh": 1}, "compensation.refresh"),
+        ({"minibatches": 0}, "compensation.minibatches must be"),
+        ({"minibatches": True}, "compensation.minibatches must be"),
+        ({"minibatches": 2, "source": "sft", "refresh": False}, "minibatches=2 has no effect"),
         ({"refresh": 0, "source": "sft"}, "compensation.refresh"),
         ({"refresh": 5, "source": "block"}, "refresh=true, or compensation.source=kl"),
         ({"sweeps": 0}, "compensation.sweeps"),
