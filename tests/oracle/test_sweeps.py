@@ -63,7 +63,7 @@ class Quadratic(Teacher):
     def error(self, site):
         return self.model.layers[site.block].weight.detach() - self.weights[site]
 
-    def gradient(self, sites):
+    def gradient(self, sites, *_):
         """In another unit than the metric's, if `unit` says so."""
         return {s: self.unit * (self.slopes[s] + self.metrics[s].gradient(self.error(s))) for s in sites}
 
@@ -74,6 +74,9 @@ class Quadratic(Teacher):
 
     def settle(self, block): ...
     def unsettle(self): ...
+    def model_changes(self): ...
+    def _carried_on(self, blocks): ...
+    def _ends(self, blocks): ...
     def put(self, values):
         return values
 
@@ -87,7 +90,7 @@ def without_outliers(problem, number):
 
 def swept(teacher, monkeypatch, sweeps=2, steps=STEPS, outliers=0, start="full_precision"):
     """The trials of the block loop."""
-    monkeypatch.setattr(blockwise, "Teacher", lambda *_: teacher)
+    monkeypatch.setattr(blockwise, "Teacher", lambda *_, **__: teacher)
     gradient = {"source": "kl", "start": start, "refresh": True, "sweeps": sweeps, "steps": steps, "shift_damping": 0.05}
     shift = GradientHessian(damping=0.1, output_damping=None, **gradient)
     codebook = KMeans(vector_length=2, share="layer", table="fp16", weight_power=0.0, iterations=5, sample=None, seed=0)
