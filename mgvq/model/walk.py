@@ -174,7 +174,7 @@ class BlockWalk:
             answer_states(self.model, batch)
 
     def run_through(self, number: int, name: str) -> None:
-        """Run it to where the first call of `name` ends, with a graph where the caller wants one."""
+        """Run the batch of that number to where the first call of the block `name` ends, with a graph where one is wanted."""
         with self.passing(number) as batch, after_forward(self.model, {name: _stop}), suppress(_Stop):
             answer_states(self.model, batch)
 

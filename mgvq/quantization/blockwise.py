@@ -39,7 +39,8 @@ def blockwise_rounding(
 
     With a `refresh` of n blocks the gradients of n blocks that follow each other are taken at once, so that the later ones do not
     see what the earlier ones of the n have cost. A block that comes before anything is quantised does not count among the n:
-    its gradient would be rounding noise, so that none is taken and nothing is moved.
+    its gradient would be rounding noise, so that none is taken and nothing is moved. With several `minibatches` each gradient is
+    of the next one, and a block that its samples do not reach takes that of another.
 
     Steps are tried from the smallest up, as far as a quadratic model of the loss looks for its minimum (`_leads_on`), which takes
     two evaluations for most blocks, and never beyond one that is worse than the one before it. With `racing` a step that a part
@@ -258,7 +259,8 @@ class _Loop:
         return found
 
     def _turn(self, sweep: int, blocks: Sequence[Block]) -> int:
-        """How many gradients have been taken before that of the first of these blocks, which follow each other to the end."""
+        """Which minibatch is next, told by the sweep and the first of these blocks, which follow each other to the end: a loop
+        that goes on comes to the same."""
         in_turn = -(-self.num_blocks // int(self.shift.refresh))
         return sweep * in_turn + (self.num_blocks - len(blocks)) // int(self.shift.refresh)
 

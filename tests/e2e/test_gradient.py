@@ -187,6 +187,24 @@ def test_every_gradient_is_of_the_next_minibatch(loop, refresh, turns, monkeypat
     assert blocks.equals(table)
 
 
+def test_a_block_that_its_minibatch_does_not_reach_takes_another_ones(loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, whole = [], Teacher.gradients
+
+    def none_at_first(self, blocks, turn):
+        asked.append(turn)
+        for block, gradient in whole(self, blocks, turn):
+            yield block, {site: g * (len(asked) > 1) for site, g in gradient.items()}
+
+    monkeypatch.setattr(Teacher, "gradients", none_at_first)
+    settings = dict(start="rounded", refresh=True)
+    loop(**settings, minibatches=2)
+    assert asked == [2, 0, 3]
+    asked.clear()
+    with pytest.raises(UserError, match="gradient is zero"):
+        loop(**settings, minibatches=1)
+    assert asked == [2]
+
+
 class Stopping(dict):
     """Finished blocks of a loop that is stopped when it wants to add one more than `room`."""
 
